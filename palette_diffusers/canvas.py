@@ -1,0 +1,243 @@
+"""Pictures in and out.  PIL image, path, URL, array or tensor => `Picture` => PIL image, array or tensor.
+
+Tensors are (B, 3, H, W), RGB, [-1, 1]; alpha (1, 1, H, W) in [0, 1].
+"""
+
+import io
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+from urllib.parse import urlparse
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+MAX_PIXELS = 50_000_000  # a decompression bomb is refused before it is decoded
+
+ImageInput: TypeAlias = Image.Image | str | os.PathLike | np.ndarray | torch.Tensor
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded picture, upright. image: (1, 3, H, W); alpha: (1, 1, H, W) or None; info: what a file carries
+    along (`icc_profile`, `exif`)."""
+
+    image: torch.Tensor
+    alpha: torch.Tensor | None = None
+    info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.image.shape[-2], self.image.shape[-1]
+
+
+def _open(source: str | os.PathLike) -> Image.Image:
+    name = os.fspath(source)
+    if urlparse(str(name)).scheme in ("http", "https"):
+        import requests
+
+        response = requests.get(str(name), timeout=30)
+        response.raise_for_status()
+        return Image.open(io.BytesIO(response.content))
+    path = Path(name)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, an image file was expected")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty, an image file was expected")
+    return Image.open(path)
+
+
+def _from_pil(picture: Image.Image, name: str, max_pixels: int) -> Picture:
+    width, height = picture.size
+    if width * height > max_pixels:
+        raise ValueError(f"{name} is {width}x{height}, {width * height} pixels: the limit is {max_pixels} (max_pixels)")
+    if width < 1 or height < 1:
+        raise ValueError(f"{name} is {width}x{height}, expected at least 1x1")
+    info = {key: picture.info[key] for key in ("icc_profile",) if picture.info.get(key)}
+    picture.load()
+    # the orientation is applied, and its tag removed from the metadata
+    picture = ImageOps.exif_transpose(picture)
+    exif = picture.getexif()
+    if len(exif):
+        info["exif"] = exif.tobytes()
+    alpha = None
+    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        alpha = torch.from_numpy(np.asarray(picture.getchannel("A")).copy())[None, None].float() / 255
+    if picture.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I", "F"):
+        levels = np.asarray(picture).astype(np.float64)
+        if not np.isfinite(levels).all():
+            raise ValueError(f"{name} has pixels that are not finite")
+        high = 65535.0 if levels.max() > 255 else 255.0 if levels.max() > 1 or picture.mode != "F" else 1.0
+        gray = torch.from_numpy((levels / high).clip(0, 1) * 2 - 1).float()
+        return Picture(gray.expand(1, 3, -1, -1).contiguous(), alpha, info)
+    if picture.mode == "CMYK":
+        info.pop("icc_profile", None)  # describes inks, not the RGB that follows
+    pixels = np.asarray(picture.convert("RGB"))
+    return Picture(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1, alpha, info)
+
+
+def _from_array(array: np.ndarray) -> Picture:
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or array.shape[-1] not in (1, 3, 4) or 0 in array.shape:
+        raise ValueError(f"array is {array.shape}, expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)")
+    if array.dtype == np.uint8:
+        values = torch.from_numpy(array.astype(np.float32)) / 255
+    elif array.dtype == np.uint16:
+        values = torch.from_numpy(array.astype(np.float32)) / 65535
+    elif np.issubdtype(array.dtype, np.floating):
+        values = torch.from_numpy(array.astype(np.float32))
+        _check_range(values, 0.0, "array")
+    else:
+        raise TypeError(f"array has dtype {array.dtype}, expected uint8, uint16 or a float in [0, 1]")
+    values = values.permute(2, 0, 1)[None]
+    alpha = values[:, 3:] if values.shape[1] == 4 else None
+    color = values[:, :3] if values.shape[1] > 1 else values.expand(-1, 3, -1, -1)
+    return Picture((color * 2 - 1).contiguous(), alpha)
+
+
+def _check_range(values: torch.Tensor, low: float, name: str) -> None:
+    if not torch.isfinite(values).all():
+        raise ValueError(f"{name} has values that are not finite")
+    if values.min() < low - 1e-4 or values.max() > 1 + 1e-4:
+        raise ValueError(
+            f"{name} has values from {values.min().item():.3g} to {values.max().item():.3g}, expected {low:g} to 1"
+        )
+
+
+def _from_tensor(tensor: torch.Tensor) -> Picture:
+    if tensor.ndim == 3:
+        tensor = tensor[None]
+    if tensor.ndim != 4 or tensor.shape[0] != 1 or tensor.shape[1] not in (1, 3) or 0 in tensor.shape:
+        raise ValueError(f"tensor is {tuple(tensor.shape)}, expected (3, H, W), (1, H, W) or a batch of them")
+    tensor = tensor.detach().float().cpu()
+    _check_range(tensor, -1.0, "tensor")
+    return Picture(tensor.expand(-1, 3, -1, -1).contiguous())
+
+
+def read(source: ImageInput, max_pixels: int = MAX_PIXELS) -> Picture:
+    """PIL image (any mode), path, URL, array or tensor => `Picture`, upright.
+
+    Arrays are (H, W[, 1, 3 or 4]), uint8, uint16 or float in [0, 1]; tensors (3, H, W) in [-1, 1].
+
+    Raises:
+        FileNotFoundError, IsADirectoryError: no such file.
+        ValueError: not an image, truncated, empty, over `max_pixels`, of the wrong rank or range, not finite.
+        TypeError: another type.
+
+    >>> read(np.zeros((4, 6), np.uint8)).size
+    (4, 6)
+    """
+    if isinstance(source, Picture):
+        return source
+    if isinstance(source, torch.Tensor):
+        return _from_tensor(source)
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    name = str(source) if isinstance(source, (str, os.PathLike)) else "image"
+    try:
+        if isinstance(source, (str, os.PathLike)):
+            with _open(source) as picture:
+                return _from_pil(picture, name, max_pixels)
+        if isinstance(source, Image.Image):
+            return _from_pil(source, name, max_pixels)
+    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name} is not an image that can be read: {error}") from None
+    except (FileNotFoundError, IsADirectoryError, PermissionError, ValueError):
+        raise
+    except (OSError, SyntaxError, EOFError) as error:
+        raise ValueError(f"{name} is truncated or damaged: {error}") from None
+    raise TypeError(f"image is a {type(source).__name__}, expected a PIL image, path, URL, array or tensor")
+
+
+def read_list(sources: Any, max_pixels: int = MAX_PIXELS) -> list[Picture]:
+    """One image or a list of them; a tensor (B, 3, H, W) is B images."""
+    if isinstance(sources, torch.Tensor) and sources.ndim == 4:
+        sources = list(sources)
+    if not isinstance(sources, (list, tuple)):
+        sources = [sources]
+    if not sources:
+        raise ValueError("the list of images is empty")
+    return [read(source, max_pixels) for source in sources]
+
+
+def read_mask(source: ImageInput, size: tuple[int, int]) -> torch.Tensor:
+    """A mask, white = generate => (1, 1, H, W) of 0 and 1, the size of its picture.
+
+    Raises:
+        ValueError: another size than the picture, or nothing to generate, or nothing to keep.
+    """
+    if isinstance(source, torch.Tensor):
+        tensor = source.detach().float().cpu()
+        tensor = tensor[None] if tensor.ndim == 3 else tensor[None, None] if tensor.ndim == 2 else tensor
+        if tensor.ndim != 4 or tensor.shape[:2] != (1, 1):
+            raise ValueError(f"mask is {tuple(source.shape)}, expected (H, W), (1, H, W) or (1, 1, H, W)")
+        _check_range(tensor, 0.0, "mask")
+        mask = (tensor > 0.5).float()
+    else:
+        picture = read(source)
+        mask = (picture.image.mean(1, keepdim=True) > 0).float()
+    if tuple(mask.shape[-2:]) != tuple(size):
+        raise ValueError(
+            f"mask is {mask.shape[-1]}x{mask.shape[-2]}, the image {size[1]}x{size[0]}: they must have the same size"
+        )
+    if not mask.any():
+        raise ValueError("the mask is empty: nothing is white, so there is nothing to generate")
+    if mask.all():
+        raise ValueError("the mask is full: everything is white, so there is nothing to go by")
+    return mask
+
+
+def to_uint8(image: torch.Tensor) -> np.ndarray:
+    """(1, 3, H, W) in [-1, 1] => (H, W, 3) uint8; the inverse of reading, to the bit."""
+    return ((image[0].float() + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
+
+
+def to_pil(image: torch.Tensor, picture: Picture | None = None) -> Image.Image:
+    """(1, 3, H, W) => PIL image, RGB or RGBA, with the alpha and metadata of `picture`."""
+    pixels = to_uint8(image)
+    info = {}
+    if picture is not None:
+        info = picture.info
+        if picture.alpha is not None:
+            alpha = (picture.alpha[0, 0] * 255).round().byte().numpy()
+            pixels = np.concatenate([pixels, alpha[..., None]], axis=-1)
+    out = Image.fromarray(pixels)
+    out.info.update(info)
+    return out
+
+
+def save(image: Image.Image, path: str | os.PathLike) -> None:
+    """Writes beside and renames, so that no half-written file stays behind; the suffix gives the format.
+
+    Raises:
+        ValueError: an unknown suffix. OSError: the folder is missing or not writable, or the disk is full.
+    """
+    path = Path(path)
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind is None:
+        raise ValueError(f"{path.name} has suffix {path.suffix!r}, expected .png, .jpg, .webp, .tif or another image's")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} is no folder: the picture can't be written there")
+    options: dict[str, Any] = {k: image.info[k] for k in ("icc_profile", "exif") if k in image.info}
+    if kind == "JPEG":
+        image = image.convert("RGB")
+        options |= {"quality": 95, "subsampling": "4:4:4"}
+    if kind == "WEBP":
+        options["lossless"] = True
+    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            image.save(stream, kind, **options)
+        os.chmod(part, 0o644)
+        os.replace(part, path)
+    except BaseException:
+        Path(part).unlink(missing_ok=True)
+        raise

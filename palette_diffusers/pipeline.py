@@ -1,0 +1,303 @@
+"""`PalettePipeline`: a photograph and a task => the photograph, mended.
+
+Images are (B, 3, H, W), RGB, [-1, 1]; masks (1, 1, H, W), 1 = generate.
+"""
+
+import inspect
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+
+from . import canvas, sizes
+from .canvas import ImageInput, Picture
+from .masks import border_mask
+from .scheduler import PaletteScheduler, noise_level, predicted_original
+from .tasks import Given, Task, get_task
+from .unet import PaletteUNet2DModel
+
+STARTER = Path(__file__).with_name("starter")
+
+
+@dataclass
+class PalettePipelineOutput(BaseOutput):
+    """`images`: the pictures, those of one input after another."""
+
+    images: list[Image.Image] | np.ndarray | torch.Tensor
+
+
+class PalettePipeline(DiffusionPipeline):
+    """Image-to-image diffusion for colorization, inpainting, uncropping, JPEG restoration and a user's own tasks.
+
+    Args:
+        unet: a `PaletteUNet2DModel`.
+        scheduler: a `PaletteScheduler`, or another diffusers solver built from its configuration.
+        tasks: the names of the tasks that the network was trained for.
+        default_task: the one that is used where none is named.
+        default_steps: network evaluations where no number is given.
+
+    >>> pipe = PalettePipeline.from_pretrained()  # doctest: +SKIP
+    >>> pipe("photo.jpg", task="colorization").images[0].save("photo-colorized.png")  # doctest: +SKIP
+    """
+
+    model_cpu_offload_seq = "unet"
+
+    def __init__(
+        self,
+        unet: PaletteUNet2DModel,
+        scheduler: PaletteScheduler,
+        tasks: Sequence[str] = ("colorization", "inpainting", "uncropping", "jpeg_restoration"),
+        default_task: str = "colorization",
+        default_steps: int = 20,
+    ):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_to_config(tasks=list(tasks), default_task=default_task, default_steps=default_steps)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | os.PathLike | None = None, **kwargs: Any
+    ) -> "PalettePipeline":
+        """As diffusers' own; without a name, the starter checkpoint that ships with the package (no network).
+
+        Raises:
+            FileNotFoundError: a local path that is no folder with a model_index.json.
+        """
+        if pretrained_model_name_or_path is None:
+            pretrained_model_name_or_path = STARTER
+            kwargs.setdefault("variant", "fp16")
+            kwargs.setdefault("torch_dtype", torch.float32)
+        name = os.fspath(pretrained_model_name_or_path)
+        if os.path.isabs(name) or name.startswith(".") or os.path.exists(name):
+            if not (Path(name) / "model_index.json").is_file():
+                raise FileNotFoundError(f"{name} is no folder with a model_index.json, as save_pretrained writes it")
+        return super().from_pretrained(name, **kwargs)
+
+    def _task(self, task: str | Task | None) -> Task:
+        if isinstance(task, Task):
+            return task
+        known = self.config.tasks
+        name = task or self.config.default_task
+        if name not in known:
+            raise ValueError(f"task is {name!r}, this checkpoint knows {', '.join(known)}")
+        return get_task(name)
+
+    def _predict(self, sample: torch.Tensor, gamma: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """The network in its own dtype, its output in float32."""
+        dtype = self.unet.dtype
+        return self.unet(sample.to(dtype), gamma, condition.to(dtype), return_dict=False)[0].float()
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        given: Given,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int | None = None,
+        latents: torch.Tensor | None = None,
+        predict: sizes.Predict | None = None,
+        callback: Callable[[int, Any, dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
+    ) -> torch.Tensor:
+        """The sampling loop at the working size, without composing: (B, 3, H, W) in float32.
+
+        Raises:
+            ValueError: fewer than one step. FloatingPointError: the sample is not finite; the step is named.
+        """
+        steps = self.config.default_steps if num_inference_steps is None else num_inference_steps
+        if int(steps) != steps or steps < 1:
+            raise ValueError(f"num_inference_steps is {steps}, expected a whole number of at least 1")
+        predict = predict or self._predict
+        self.scheduler.set_timesteps(int(steps), device=self._execution_device)
+        condition = given.condition.to(self._execution_device)
+        if latents is None:
+            latents = randn_tensor(condition.shape, generator=generator, device=condition.device, dtype=torch.float32)
+        elif latents.shape != condition.shape:
+            raise ValueError(f"latents are {tuple(latents.shape)}, expected {tuple(condition.shape)}")
+        sample = latents.to(condition.device, torch.float32) * self.scheduler.init_noise_sigma
+        extra = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
+        kind = self.scheduler.config.prediction_type
+        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            scaled = self.scheduler.scale_model_input(sample, t)
+            gamma = noise_level(self.scheduler, t)
+            output = predict(scaled, gamma, condition)
+            # Euler and Heun carry y / sqrt(gamma): what the network saw is not what they step from
+            original = predicted_original(output, scaled, gamma, kind).clamp(-1, 1)
+            sample = self.scheduler.step(output, t, sample, return_dict=True, **extra).prev_sample
+            if not torch.isfinite(sample).all():
+                raise FloatingPointError(f"the sample is not finite after step {i + 1} of {steps} ({self.unet.dtype})")
+            if callback is not None:
+                sample = callback(i, t, {"sample": sample, "pred_original_sample": original}).get("sample", sample)
+        return sample
+
+    def __call__(
+        self,
+        image: ImageInput | Sequence[ImageInput],
+        task: str | Task | None = None,
+        mask_image: ImageInput | Sequence[ImageInput] | None = None,
+        left: int | float = 0,
+        right: int | float = 0,
+        top: int | float = 0,
+        bottom: int | float = 0,
+        num_images_per_input: int = 1,
+        num_inference_steps: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("sample", "pred_original_sample"),
+        max_pixels: int = canvas.MAX_PIXELS,
+    ) -> PalettePipelineOutput | tuple:
+        """Mends photographs of any size; pixels that were given come back bit for bit.
+
+        Args:
+            image: PIL image, path, URL, array, tensor, or a list of them.
+            task: a name (`pipe.config.tasks`) or a `Task`; None is the checkpoint's default.
+            mask_image: for inpainting: the same size as the image, white = generate.
+            left, right, top, bottom: for uncropping: an int is pixels, a float a fraction of the side.
+            num_images_per_input: variations of each picture.
+            num_inference_steps: network evaluations, the checkpoint's default if None.
+            generator: one for all, or one for each input.
+            latents: the start of sampling, at the working size (num_images_per_input, 3, h, w).
+            output_type: "pil", "np" ((H, W, 3) in [0, 1]) or "pt" ((3, H, W) in [-1, 1]).
+            callback_on_step_end: called as f(pipe, step, timestep, tensors) => tensors.
+            max_pixels: larger files are refused before they are decoded.
+
+        Raises:
+            ValueError, TypeError: the message names what came and what was expected.
+        """
+        chosen = self._task(task)
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"output_type is {output_type!r}, expected 'pil', 'np' or 'pt'")
+        if num_images_per_input < 1:
+            raise ValueError(f"num_images_per_input is {num_images_per_input}, expected at least 1")
+        pictures = canvas.read_list(image, max_pixels)
+        masks: list[torch.Tensor | None] = [None] * len(pictures)
+        borders = (left, right, top, bottom)
+        if chosen.name == "uncropping":
+            if mask_image is not None:
+                raise ValueError("task 'uncropping' takes left, right, top and bottom, no mask_image")
+            grown = [_grow(picture, *borders) for picture in pictures]
+            pictures, masks = [g[0] for g in grown], [g[1] for g in grown]
+        elif any(borders):
+            raise ValueError(f"left, right, top and bottom belong to 'uncropping', the task is {chosen.name!r}")
+        elif chosen.takes_mask:
+            if mask_image is None:
+                raise ValueError(f"task {chosen.name!r} needs a mask_image: white = generate, black = keep")
+            given_masks = list(mask_image) if isinstance(mask_image, (list, tuple)) else [mask_image]
+            if len(given_masks) != len(pictures):
+                raise ValueError(f"{len(given_masks)} masks came for {len(pictures)} images, expected one for each")
+            masks = [canvas.read_mask(m, p.size) for m, p in zip(given_masks, pictures, strict=True)]
+        elif mask_image is not None:
+            raise ValueError(f"task {chosen.name!r} takes no mask_image")
+        if isinstance(generator, (list, tuple)) and len(generator) != len(pictures):
+            raise ValueError(f"{len(generator)} generators came for {len(pictures)} images, expected one for each")
+
+        def callback(step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            wanted = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+            return callback_on_step_end(self, step, timestep, wanted) or {}  # type: ignore[misc]
+
+        results = []
+        for i, (picture, mask) in enumerate(zip(pictures, masks, strict=True)):
+            source = generator[i] if isinstance(generator, (list, tuple)) else generator
+            seed = int(torch.randint(0, 2**62, (), generator=source, device=source.device if source else "cpu"))
+            each = [torch.Generator().manual_seed(seed + k) for k in range(num_images_per_input)]
+            images = self._restore(
+                picture.image, mask, chosen, each, num_inference_steps, latents,
+                callback if callback_on_step_end else None,
+            )  # fmt: skip
+            results += [(picture, image) for image in images.split(1)]
+
+        out: Any
+        if output_type == "pil":
+            out = [canvas.to_pil(image, picture) for picture, image in results]
+        else:
+            out = [image for _, image in results]
+            if output_type == "np":
+                out = [((x[0] + 1) / 2).permute(1, 2, 0).numpy() for x in out]
+            else:
+                out = [x[0] for x in out]
+            if len({x.shape for x in out}) == 1:
+                out = np.stack(out) if output_type == "np" else torch.stack(out)
+        return PalettePipelineOutput(images=out) if return_dict else (out,)
+
+    def _restore(
+        self,
+        image: torch.Tensor,
+        mask: torch.Tensor | None,
+        task: Task,
+        generators: list[torch.Generator],
+        steps: int | None,
+        latents: torch.Tensor | None,
+        callback: Callable | None,
+    ) -> torch.Tensor:
+        """One photograph (1, 3, H, W) => its variations (N, 3, H, W)."""
+        native, multiple = self.unet.config.sample_size, self.unet.size_multiple
+        height, width = image.shape[-2:]
+        if task.strategy == "hole":
+            assert mask is not None
+            view = sizes.hole_views(mask, native, multiple)
+        elif task.strategy == "tiles":
+            view = sizes.full(height, width, max(16, multiple))
+        else:
+            view = sizes.fit(height, width, native, multiple)
+        number = len(generators)
+        small = view.look(image).expand(number, -1, -1, -1)
+        small_mask = None
+        if mask is not None:
+            # any pixel of the hole makes its small pixel unknown
+            grown = torch.nn.functional.adaptive_max_pool2d(
+                mask[..., view.top : view.top + view.height, view.left : view.left + view.width], view.inner
+            )
+            small_mask = sizes.pad_to(grown, view.outer).expand(number, -1, -1, -1)
+        given = task.prepare(small, small_mask, generators)
+        predict = None
+        if task.strategy == "tiles":
+            tile = max(128, native)
+            predict = sizes.tiled(self._predict, tile, 16)
+        sample = self.denoise(given, generators, steps, latents, predict, callback).cpu()
+        if view.inner == (height, width) and view.outer == (height, width) and task.strategy != "chroma":
+            return task.compose(sample, given)
+        if task.strategy == "chroma":
+            small_result = task.compose(sample, given)
+            return torch.cat([sizes.merge_chroma(image, one, view) for one in small_result.split(1)])
+        result = image.repeat(number, 1, 1, 1)
+        area = (..., slice(view.top, view.top + view.height), slice(view.left, view.left + view.width))
+        # the task decides what is kept, at the photograph's own resolution
+        crop_mask = None if mask is None else mask[area]
+        known = image[area] if crop_mask is None else image[area] * (1 - crop_mask)
+        full_given = Given(known=known.expand(number, -1, -1, -1), condition=known, mask=crop_mask)
+        result[area] = task.compose(view.back(sample.clamp(-1, 1)), full_given)
+        return result
+
+
+def _grow(picture: Picture, left: float, right: float, top: float, bottom: float) -> tuple[Picture, torch.Tensor]:
+    """The picture on a larger canvas, and the border as a mask."""
+    height, width = picture.size
+    pixels = {}
+    for name, value, side in (
+        ("left", left, width), ("right", right, width), ("top", top, height), ("bottom", bottom, height),
+    ):  # fmt: skip
+        if not np.isfinite(value) or value < 0:
+            raise ValueError(
+                f"{name} is {value}, expected pixels (int) or a fraction of the side (float), not negative"
+            )
+        pixels[name] = round(value * side) if isinstance(value, float) else int(value)
+    if not any(pixels.values()):
+        raise ValueError("left, right, top and bottom are all zero, expected at least one side to extend")
+    new = (height + pixels["top"] + pixels["bottom"], width + pixels["left"] + pixels["right"])
+    inside = (..., slice(pixels["top"], pixels["top"] + height), slice(pixels["left"], pixels["left"] + width))
+    image = torch.zeros(1, 3, *new)
+    image[inside] = picture.image
+    alpha = None
+    if picture.alpha is not None:
+        alpha = torch.ones(1, 1, *new)
+        alpha[inside] = picture.alpha
+    return Picture(image, alpha, picture.info), border_mask(*new, **pixels)[None]

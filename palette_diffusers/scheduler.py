@@ -1,0 +1,252 @@
+"""All of gamma: the schedules, the levels used in training, adding noise, and the sampler's step.
+
+Symbols are the paper's (Saharia et al. 2022): y0 is the clean image, y the noisy one, eps the noise, and
+gamma in (0, 1] the share of the signal's variance, so that y = sqrt(gamma) y0 + sqrt(1 - gamma) eps.
+Images are (B, C, H, W), RGB, [-1, 1]; gamma is a float32 tensor (B,).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+SPACINGS = ("paper", "logsnr")
+VARIANCES = ("fixed_large", "fixed_small")
+
+
+@dataclass
+class PaletteSchedulerOutput(BaseOutput):
+    """`prev_sample` and `pred_original_sample`, both (B, C, H, W)."""
+
+    prev_sample: torch.Tensor
+    pred_original_sample: torch.Tensor | None = None
+
+
+def linear_gammas(beta_start: float, beta_end: float, steps: int) -> np.ndarray:
+    """gamma_0 = 1, gamma_1, ..., gamma_T of a linear beta schedule, in float64: (T + 1,)."""
+    return np.concatenate([[1.0], np.cumprod(1.0 - np.linspace(beta_start, beta_end, steps))])
+
+
+def _like(gamma: torch.Tensor | float, image: torch.Tensor) -> torch.Tensor:
+    """gamma (B,) or scalar => float32 (B, 1, 1, 1) on the image's device."""
+    gamma = torch.as_tensor(gamma, dtype=torch.float32, device=image.device)
+    return gamma.reshape(-1, *[1] * (image.ndim - 1))
+
+
+def diffuse(y0: torch.Tensor, eps: torch.Tensor, gamma: torch.Tensor | float) -> torch.Tensor:
+    """Equation 2 of the paper, in float32: y = sqrt(gamma) y0 + sqrt(1 - gamma) eps."""
+    gamma = _like(gamma, y0)
+    return gamma.sqrt() * y0.float() + (1 - gamma).sqrt() * eps.float()
+
+
+def training_target(
+    y0: torch.Tensor, eps: torch.Tensor, gamma: torch.Tensor | float, prediction_type: str
+) -> torch.Tensor:
+    """What the network is asked for: eps (the paper), y0 itself ("sample"), or the velocity
+    v = sqrt(gamma) eps - sqrt(1 - gamma) y0 (Salimans & Ho 2022)."""
+    if prediction_type == "epsilon":
+        return eps
+    if prediction_type == "sample":
+        return y0
+    if prediction_type == "v_prediction":
+        gamma = _like(gamma, y0)
+        return gamma.sqrt() * eps - (1 - gamma).sqrt() * y0
+    raise ValueError(f"prediction_type is {prediction_type!r}, expected one of {', '.join(PREDICTION_TYPES)}")
+
+
+def predicted_original(
+    output: torch.Tensor, y: torch.Tensor, gamma: torch.Tensor | float, prediction_type: str
+) -> torch.Tensor:
+    """The y0 that a network's output stands for, in float32; inverts `training_target`."""
+    output, y, gamma = output.float(), y.float(), _like(gamma, y)
+    if prediction_type == "epsilon":
+        return (y - (1 - gamma).sqrt() * output) / gamma.sqrt()
+    if prediction_type == "sample":
+        return output
+    if prediction_type == "v_prediction":
+        return gamma.sqrt() * y - (1 - gamma).sqrt() * output
+    raise ValueError(f"prediction_type is {prediction_type!r}, expected one of {', '.join(PREDICTION_TYPES)}")
+
+
+def noise_level(scheduler: Any, timestep: torch.Tensor | float) -> torch.Tensor:
+    """gamma at a timestep of any diffusers scheduler: a float32 scalar tensor.
+
+    Solvers with integer timesteps (DDIM, DPM-Solver, UniPC) index `alphas_cumprod`; those in sigmas (Euler,
+    Heun) have gamma = 1 / (1 + sigma^2).
+    """
+    if isinstance(scheduler, PaletteScheduler):
+        return scheduler.gamma(timestep)
+    if float(scheduler.init_noise_sigma) > 1.5:  # variance-exploding parametrisation
+        index = scheduler.step_index
+        if index is None:
+            index = scheduler.index_for_timestep(timestep)
+        return 1 / (1 + scheduler.sigmas[index].float().cpu() ** 2)
+    index = int(round(float(timestep)))
+    return scheduler.alphas_cumprod[index].float().cpu()
+
+
+class PaletteScheduler(SchedulerMixin, ConfigMixin):
+    """The paper's diffusion: alpha-conditioned training and ancestral sampling (its Algorithms 1 and 2).
+
+    The training schedule is named as every diffusers scheduler names it (`beta_start`, `beta_end`,
+    `num_train_timesteps`), so that another solver built by `from_config` integrates over the levels that the
+    network was trained on. The sampling schedule is the paper's own, and differs.
+
+    A timestep is an index into the sampling schedule, from `num_inference_steps - 1` down to 0;
+    `gamma(timestep)` is its level. Before `set_timesteps` it indexes the training schedule.
+
+    Args:
+        num_train_timesteps, beta_start, beta_end: the training schedule; 2000, 1e-6, 0.01 in the paper.
+        sampling_timesteps, sampling_beta_start, sampling_beta_end: 1000, 1e-4, 0.09 in the paper.
+        prediction_type: "epsilon" (the paper), "v_prediction" or "sample".
+        clip_sample: clamp the predicted y0 to [-clip_sample_range, clip_sample_range] at every step.
+        sampling_spacing: "paper" follows the sampling schedule, in any number of steps; "logsnr" places the
+            steps evenly in log-SNR between `logsnr_min` and `logsnr_max`, inside the trained range (few steps).
+        sampling_variance: "fixed_large", 1 - alpha_t, is the paper's; "fixed_small", the posterior variance,
+            leaves no residual noise when steps are few.
+        timestep_spacing, thresholding, dynamic_thresholding_ratio, sample_max_value: not used here, but by a
+            solver built from this configuration: steps from the noisiest level on, and y0 clamped to [-1, 1].
+
+    Raises:
+        ValueError: an unknown name among the above.
+
+    Source: Saharia et al. 2022, section 3 and appendix; SR3 (Saharia et al. 2021) for the piecewise levels.
+
+    >>> scheduler = PaletteScheduler()
+    >>> scheduler.set_timesteps(1000)
+    >>> f"{scheduler.gamma(scheduler.timesteps[0]).item():.1e}"
+    '6.6e-21'
+    """
+
+    _compatibles = [e.name for e in KarrasDiffusionSchedulers]
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 2000,
+        beta_start: float = 1e-6,
+        beta_end: float = 0.01,
+        beta_schedule: str = "linear",
+        sampling_timesteps: int = 1000,
+        sampling_beta_start: float = 1e-4,
+        sampling_beta_end: float = 0.09,
+        prediction_type: str = "epsilon",
+        clip_sample: bool = True,
+        clip_sample_range: float = 1.0,
+        sampling_spacing: str = "paper",
+        sampling_variance: str = "fixed_large",
+        logsnr_min: float = -9.0,
+        logsnr_max: float = 9.0,
+        timestep_spacing: str = "trailing",
+        thresholding: bool = True,
+        dynamic_thresholding_ratio: float = 1.0,
+        sample_max_value: float = 1.0,
+    ):
+        for name, value, known in (
+            ("beta_schedule", beta_schedule, ("linear",)),
+            ("prediction_type", prediction_type, PREDICTION_TYPES),
+            ("sampling_spacing", sampling_spacing, SPACINGS),
+            ("sampling_variance", sampling_variance, VARIANCES),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
+        # as the library's solvers do it, in float32, so that a swapped solver agrees to the bit
+        self.betas = torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float32)
+        self.alphas_cumprod = torch.cumprod(1.0 - self.betas, dim=0)
+        self.training_gammas = linear_gammas(beta_start, beta_end, num_train_timesteps)
+        self.init_noise_sigma = 1.0
+        self.num_inference_steps: int | None = None
+        self._gammas = self.training_gammas
+        self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+    # training
+
+    def sample_gamma(self, batch_size: int, generator: torch.Generator | None = None) -> torch.Tensor:
+        """t ~ U{1..T}, gamma ~ U(gamma_{t-1}, gamma_t) (SR3's form of the paper's p(gamma)): float32 (B,)."""
+        t = torch.randint(1, len(self.training_gammas), (batch_size,), generator=generator)
+        u = torch.rand(batch_size, generator=generator, dtype=torch.float64)
+        gammas = torch.from_numpy(self.training_gammas)
+        # float32 would round the least noisy levels to 1, whose log-SNR is infinite
+        return torch.lerp(gammas[t], gammas[t - 1], u).float().clamp(max=1 - 2**-24)
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """`diffuse` at timesteps (B,) of the current schedule, in the dtype of the samples."""
+        return diffuse(original_samples, noise, self.gamma(timesteps)).to(original_samples.dtype)
+
+    def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """The v target at timesteps (B,), in the dtype of the samples."""
+        return training_target(sample, noise, self.gamma(timesteps), "v_prediction").to(sample.dtype)
+
+    # sampling
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Any number of steps >= 1. In "paper" spacing, 1000 steps are the paper's exactly; fewer or more
+        interpolate log gamma over the same schedule.
+
+        >>> scheduler = PaletteScheduler(sampling_spacing="logsnr")
+        >>> scheduler.set_timesteps(3)
+        >>> scheduler.timesteps
+        tensor([2, 1, 0])
+        """
+        if int(num_inference_steps) != num_inference_steps or num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps is {num_inference_steps}, expected a whole number of at least 1")
+        steps, config = int(num_inference_steps), self.config
+        if config.sampling_spacing == "paper":
+            table = linear_gammas(config.sampling_beta_start, config.sampling_beta_end, config.sampling_timesteps)
+            position = np.arange(steps + 1) * config.sampling_timesteps / steps
+            gammas = np.exp(np.interp(position, np.arange(len(table)), np.log(table)))
+        else:
+            logsnr = np.linspace(config.logsnr_max, config.logsnr_min, steps) if steps > 1 else [config.logsnr_min]
+            gammas = np.concatenate([[1.0], 1 / (1 + np.exp(-np.asarray(logsnr)))])
+        self._gammas = gammas
+        self.num_inference_steps = steps
+        self.timesteps = torch.arange(steps - 1, -1, -1, device=device)
+
+    def gamma(self, timestep: torch.Tensor | int | float) -> torch.Tensor:
+        """The level at a timestep, a float32 tensor of the timestep's shape."""
+        index = torch.as_tensor(timestep).long()
+        return torch.from_numpy(self._gammas).to(torch.float32)[index.cpu() + 1].to(index.device)
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: int | None = None) -> torch.Tensor:
+        return sample
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int | torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> PaletteSchedulerOutput | tuple:
+        """One step of Algorithm 2: y_t => y_{t-1}. Computed in float32, returned in the sample's dtype.
+
+        The mean is written by way of the predicted y0, so that it can be clipped; unclipped, it equals the
+        paper's (y_t - (1 - alpha_t) / sqrt(1 - gamma_t) f) / sqrt(alpha_t).
+        """
+        t = int(timestep)
+        if not 0 <= t < len(self._gammas) - 1:
+            raise ValueError(f"timestep is {t}, expected 0 to {len(self._gammas) - 2}: call set_timesteps first")
+        gamma, gamma_prev = float(self._gammas[t + 1]), float(self._gammas[t])
+        alpha = gamma / gamma_prev
+        y = sample.float()
+        y0 = predicted_original(model_output, y, gamma, self.config.prediction_type)
+        if self.config.clip_sample:
+            y0 = y0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+        mean = (gamma_prev**0.5 * (1 - alpha) * y0 + alpha**0.5 * (1 - gamma_prev) * y) / (1 - gamma)
+        if t > 0:
+            variance = 1 - alpha
+            if self.config.sampling_variance == "fixed_small":
+                variance *= (1 - gamma_prev) / (1 - gamma)
+            mean = mean + variance**0.5 * randn_tensor(y.shape, generator=generator, device=y.device, dtype=y.dtype)
+        mean, y0 = mean.to(sample.dtype), y0.to(sample.dtype)
+        return PaletteSchedulerOutput(mean, y0) if return_dict else (mean, y0)

@@ -1,0 +1,145 @@
+"""Photographs of any size. The model's resolution is where it thinks, not a limit on the picture.
+
+Each strategy maps a photograph to what the model works on, and its samples back.
+Images are (B, 3, H, W), RGB, [-1, 1]; masks (1, 1, H, W), 1 = generate.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .color import chroma, luma, with_luma
+
+Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class View:
+    """A rectangle of the photograph, as the model sees it: cropped, scaled, and padded by reflection.
+
+    top, left, height, width: of the crop, in the photograph's pixels. inner: (height, width) after scaling.
+    outer: after padding to a multiple that the network takes.
+    """
+
+    top: int
+    left: int
+    height: int
+    width: int
+    inner: tuple[int, int]
+    outer: tuple[int, int]
+
+    def look(self, image: torch.Tensor, mode: str = "area") -> torch.Tensor:
+        """The photograph (B, C, H, W) => (B, C, *outer)."""
+        crop = image[..., self.top : self.top + self.height, self.left : self.left + self.width]
+        return pad_to(resize(crop, self.inner, mode), self.outer)
+
+    def back(self, image: torch.Tensor) -> torch.Tensor:
+        """(B, C, *outer) => the crop's size (B, C, height, width)."""
+        return resize(image[..., : self.inner[0], : self.inner[1]], (self.height, self.width), "bicubic")
+
+
+def resize(image: torch.Tensor, size: tuple[int, int], mode: str = "area") -> torch.Tensor:
+    """To (height, width), antialiased on the way down; "nearest" for masks."""
+    if tuple(image.shape[-2:]) == tuple(size):
+        return image
+    if mode == "nearest":
+        return F.interpolate(image, size, mode="nearest-exact")
+    return F.interpolate(image, size, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
+
+
+def pad_to(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Reflects the picture on the right and below, to (height, width), as often as it takes."""
+    height, width = image.shape[-2:]
+    if (height, width) == tuple(size):
+        return image
+    rows = torch.arange(size[0], device=image.device) % max(1, 2 * height - 2)
+    columns = torch.arange(size[1], device=image.device) % max(1, 2 * width - 2)
+    rows, columns = torch.minimum(rows, 2 * height - 2 - rows), torch.minimum(columns, 2 * width - 2 - columns)
+    return image[..., rows.clamp(0, height - 1), :][..., columns.clamp(0, width - 1)]
+
+
+def _up(value: float, multiple: int) -> int:
+    return max(multiple, math.ceil(value / multiple) * multiple)
+
+
+def fit(height: int, width: int, native: int, multiple: int, top: int = 0, left: int = 0) -> View:
+    """A view of a whole rectangle with about native x native pixels, its aspect ratio kept (up to 3:1).
+
+    >>> fit(3000, 4000, 64, 8).inner
+    (55, 74)
+    """
+    scale = native / math.sqrt(height * width)
+    # a long strip keeps some height
+    scale = max(scale, native / 2 / min(height, width)) if min(height, width) * scale < native / 2 else scale
+    inner = (max(1, round(height * scale)), max(1, round(width * scale)))
+    if abs(height - native) < multiple and abs(width - native) < multiple:
+        inner = (height, width)
+    return View(top, left, height, width, inner, (_up(inner[0], multiple), _up(inner[1], multiple)))
+
+
+def hole_views(mask: torch.Tensor, native: int, multiple: int) -> View:
+    """A view around the hole (1, 1, H, W), with context, in which the hole takes at most about half the side."""
+    height, width = mask.shape[-2:]
+    rows = torch.nonzero(mask[0, 0].amax(1)).flatten()
+    columns = torch.nonzero(mask[0, 0].amax(0)).flatten()
+    top, bottom = int(rows[0]), int(rows[-1]) + 1
+    left, right = int(columns[0]), int(columns[-1]) + 1
+    side = max(native, round(1.8 * max(bottom - top, right - left)))
+    crop_height, crop_width = min(height, side), min(width, side)
+    top = min(max(0, (top + bottom - crop_height) // 2), height - crop_height)
+    left = min(max(0, (left + right - crop_width) // 2), width - crop_width)
+    return fit(crop_height, crop_width, native, multiple, top, left)
+
+
+def full(height: int, width: int, multiple: int) -> View:
+    """The whole photograph at its own resolution, padded to the network's multiple."""
+    return View(0, 0, height, width, (height, width), (_up(height, multiple), _up(width, multiple)))
+
+
+def merge_chroma(gray: torch.Tensor, sample: torch.Tensor, view: View) -> torch.Tensor:
+    """The photograph's own luma with the chroma of a sample at working size: (1, 3, H, W)."""
+    color = view.back(chroma(sample))
+    return with_luma(luma(gray), color)
+
+
+def tiled(predict: Predict, tile: int, overlap: int, batch: int = 32) -> Predict:
+    """Wraps a noise-predicting callable: tiles overlap, and their estimates are blended at every step.
+
+    Tiles start at multiples of 16 pixels, so that a JPEG's 8x8 grid keeps its phase. A picture that fits into
+    one tile passes through.
+    """
+    if tile % 16 or overlap % 16 or not 0 <= overlap < tile:
+        raise ValueError(f"tile is {tile}, overlap {overlap}: expected multiples of 16, overlap below tile")
+
+    def starts(length: int) -> list[int]:
+        if length <= tile:
+            return [0]
+        count = math.ceil((length - tile) / (tile - overlap))
+        return [min(i * (tile - overlap), (length - tile) // 16 * 16) for i in range(count)] + [length - tile]
+
+    def blended(sample: torch.Tensor, gamma: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        height, width = sample.shape[-2:]
+        if height <= tile and width <= tile:
+            return predict(sample, gamma, condition)
+        h, w = min(tile, height), min(tile, width)
+        ramp = [torch.minimum(torch.arange(n) + 1, torch.arange(n, 0, -1)).clamp(max=max(1, overlap)) for n in (h, w)]
+        window = (ramp[0][:, None] * ramp[1][None]).to(sample)
+        total, weight = torch.zeros_like(sample), torch.zeros_like(sample[:1, :1])
+        places = [(y, x) for y in sorted(set(starts(height))) for x in sorted(set(starts(width)))]
+        step = max(1, batch // sample.shape[0])
+        for i in range(0, len(places), step):
+            some = places[i : i + step]
+            outputs = predict(
+                torch.cat([sample[..., y : y + h, x : x + w] for y, x in some]),
+                gamma,
+                torch.cat([condition[..., y : y + h, x : x + w] for y, x in some]),
+            ).split(sample.shape[0])
+            for (y, x), output in zip(some, outputs, strict=True):
+                total[..., y : y + h, x : x + w] += output * window
+                weight[..., y : y + h, x : x + w] += window
+        return total / weight
+
+    return blended

@@ -1,0 +1,181 @@
+"""The tasks: how a source image is made, and how a sample becomes the picture that is returned.
+
+Images are (B, 3, H, W), RGB, [-1, 1]; masks (B, 1, H, W), 1 = generate, 0 = keep.
+"""
+
+import io
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+
+from .color import chroma, is_gray, luma, with_luma
+from .masks import free_form_mask, numpy_generator, rectangle_mask, uncropping_mask
+
+Generators: TypeAlias = torch.Generator | list[torch.Generator] | None
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the model is given, always at its working size.
+
+    known: what must be kept, (B, 3, H, W). condition: what the U-Net sees; unknown pixels are noise.
+    mask: (B, 1, H, W), 1 = generate, 0 = keep; None = everywhere.
+    """
+
+    known: torch.Tensor
+    condition: torch.Tensor
+    mask: torch.Tensor | None = None
+
+
+class Task:
+    """A task has three verbs. `degrade` alone is enough to train; override the others where the user's
+    input is not itself the condition, or where pixels must be kept.
+
+    name: as users write it. takes_mask: whether a mask is needed. strategy: how photographs of any size
+    are met (`sizes.py`).
+    """
+
+    name = ""
+    takes_mask = False
+    strategy = "whole"
+
+    def degrade(self, clean: torch.Tensor, generator: torch.Generator | None = None) -> Given:
+        """One clean image (1, 3, H, W) => its source, as in training and evaluation."""
+        raise NotImplementedError(f"{type(self).__name__} must define degrade(clean, generator)")
+
+    def prepare(self, image: torch.Tensor, mask: torch.Tensor | None = None, generator: Generators = None) -> Given:
+        """A user's picture (B, 3, H, W), already degraded => what the model is given."""
+        return Given(known=image, condition=image)
+
+    def compose(self, sample: torch.Tensor, given: Given) -> torch.Tensor:
+        """The model's sample (B, 3, H, W) => the picture returned; gray input stays gray."""
+        gray = is_gray(given.known)[:, None, None, None]
+        return torch.where(gray, luma(sample), sample).clamp(-1, 1)
+
+
+class Colorization(Task):
+    """Grayscale => colour. The photograph's own luma is kept, the model gives the chroma."""
+
+    name = "colorization"
+    strategy = "chroma"
+
+    def degrade(self, clean: torch.Tensor, generator: torch.Generator | None = None) -> Given:
+        return self.prepare(clean)
+
+    def prepare(self, image: torch.Tensor, mask: torch.Tensor | None = None, generator: Generators = None) -> Given:
+        gray = luma(image).expand_as(image).contiguous()
+        return Given(known=gray, condition=gray)
+
+    def compose(self, sample: torch.Tensor, given: Given) -> torch.Tensor:
+        return with_luma(luma(given.known), chroma(sample))
+
+
+class Inpainting(Task):
+    """Fills a hole. The hole holds standard Gaussian noise, and there is no mask channel (the paper)."""
+
+    name = "inpainting"
+    takes_mask = True
+    strategy = "hole"
+
+    def draw_mask(self, height: int, width: int, generator: torch.Generator | None = None) -> torch.Tensor:
+        """60% free-form, 40% rectangles, as in the paper: (1, H, W)."""
+        free_form = torch.rand((), generator=generator).item() < 0.6
+        return (free_form_mask if free_form else rectangle_mask)(height, width, generator)
+
+    def degrade(self, clean: torch.Tensor, generator: torch.Generator | None = None) -> Given:
+        mask = self.draw_mask(clean.shape[-2], clean.shape[-1], generator)[None].to(clean)
+        return self.prepare(clean, mask, generator)
+
+    def prepare(self, image: torch.Tensor, mask: torch.Tensor | None = None, generator: Generators = None) -> Given:
+        if mask is None:
+            raise ValueError(f"task {self.name!r} needs a mask: 1 (white) = generate, 0 (black) = keep")
+        noise = randn_tensor(image.shape, generator=generator, device=image.device, dtype=image.dtype)
+        # torch.where and not a product: what lies under the hole may be anything, NaN included
+        hole = mask > 0.5
+        zero = torch.zeros((), dtype=image.dtype, device=image.device)
+        return Given(
+            known=torch.where(hole, zero, image), condition=torch.where(hole, noise, image), mask=hole.to(image.dtype)
+        )
+
+    def compose(self, sample: torch.Tensor, given: Given) -> torch.Tensor:
+        assert given.mask is not None
+        return torch.where(given.mask > 0.5, super().compose(sample, given), given.known)
+
+
+class Uncropping(Inpainting):
+    """Extends a picture beyond its border: inpainting with the border as the hole."""
+
+    name = "uncropping"
+
+    def draw_mask(self, height: int, width: int, generator: torch.Generator | None = None) -> torch.Tensor:
+        return uncropping_mask(height, width, generator)
+
+
+def jpeg(image: torch.Tensor, quality: int, subsampling: str = "4:2:0") -> torch.Tensor:
+    """(1, 3, H, W) => the same after JPEG at `quality` (1 to 95, libjpeg's scale)."""
+    pixels = ((image[0].float() + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, subsampling=subsampling)
+    decoded = np.asarray(Image.open(buffer).convert("RGB"))
+    return (torch.from_numpy(decoded.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1).to(image)
+
+
+class JPEGRestoration(Task):
+    """JPEG => the picture before compression. Quality factors as in the paper: 5 to 30, p(Q) ~ exp(-Q / 10)."""
+
+    name = "jpeg_restoration"
+    strategy = "tiles"
+    qualities = np.arange(5, 31)
+
+    def degrade(self, clean: torch.Tensor, generator: torch.Generator | None = None) -> Given:
+        rng = numpy_generator(generator)
+        weights = np.exp(-self.qualities / 10)
+        quality = int(rng.choice(self.qualities, p=weights / weights.sum()))
+        return self.prepare(jpeg(clean, quality, "4:2:0" if rng.random() < 0.75 else "4:4:4"))
+
+
+_TASKS: dict[str, Task] = {}
+
+
+def register_task(task: Task | type[Task]) -> Task | type[Task]:
+    """Makes a task known by its name, to training, pipeline and command line; also a class decorator.
+
+    >>> @register_task
+    ... class Negative(Task):
+    ...     name = "negative"
+    ...     def degrade(self, clean, generator=None):
+    ...         return self.prepare(-clean)
+    >>> get_task("negative").degrade(torch.ones(1, 3, 8, 8)).condition.max().item()
+    -1.0
+    """
+    instance = task() if isinstance(task, type) else task
+    if not isinstance(instance, Task) or not instance.name.isidentifier():
+        raise TypeError(f"a Task with a name like 'my_task' was expected, got {task!r} with name {instance.name!r}")
+    _TASKS[instance.name] = instance
+    return task
+
+
+def get_task(task: str | Task) -> Task:
+    """The task of this name (a Task is returned as it is).
+
+    Raises:
+        ValueError: no task has this name; the message lists those that are known.
+    """
+    if isinstance(task, Task):
+        return task
+    if task not in _TASKS:
+        raise ValueError(f"task is {task!r}, expected one of {', '.join(sorted(_TASKS))}")
+    return _TASKS[task]
+
+
+def task_names() -> list[str]:
+    """The names of all known tasks, in the order they were registered."""
+    return list(_TASKS)
+
+
+for _task in (Colorization(), Inpainting(), Uncropping(), JPEGRestoration()):
+    register_task(_task)

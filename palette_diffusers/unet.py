@@ -1,0 +1,278 @@
+"""The Palette U-Net: ADM with the source image concatenated, conditioned on the continuous noise level gamma.
+
+Images are (B, C, H, W), RGB, [-1, 1]; gamma is a float32 tensor (B,) in (0, 1].
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, get_down_block, get_up_block
+from torch import nn
+
+NOISE_EMBEDDINGS = ("logsnr", "gamma", "sqrt_gamma")
+
+
+class PaletteAttnProcessor:
+    """Self-attention through `dispatch_attention_fn`, so that `set_attention_backend` takes effect
+    (the library's stock processor for this block ignores it)."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self, attn: Attention, hidden_states: torch.Tensor, temb: torch.Tensor | None = None, **kwargs
+    ) -> torch.Tensor:
+        batch, channels, height, width = hidden_states.shape
+        x = hidden_states.reshape(batch, channels, height * width)
+        if attn.group_norm is not None:
+            x = attn.group_norm(x)
+        x = x.transpose(1, 2)  # (B, H*W, C)
+        query, key, value = (
+            layer(x).unflatten(-1, (attn.heads, -1)) for layer in (attn.to_q, attn.to_k, attn.to_v)
+        )  # (B, H*W, heads, C/heads)
+        x = dispatch_attention_fn(
+            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+        x = attn.to_out[0](x.flatten(2).to(query.dtype))
+        x = x.transpose(1, 2).reshape(batch, channels, height, width)
+        return (x + hidden_states) / attn.rescale_output_factor
+
+
+class PaletteUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+    """The network f(x, y, gamma) of the paper; its state-dict keys are those of diffusers' `UNet2DModel`.
+
+    The defaults are the paper's network: 552.8M parameters, attention at 32, 16 and 8 of 256 pixels.
+
+    Args:
+        sample_size: height and width the network is trained at, pixels.
+        in_channels, condition_channels, out_channels: of the noisy image, the source image and the output.
+        block_out_channels: channels of each level; each level but the last halves the resolution.
+        down_block_types, up_block_types: names of the library's blocks, first level first / last level first.
+        layers_per_block: residual blocks a level on the way down (one more on the way up).
+        attention_head_dim: channels a head.
+        norm_num_groups: groups of every group norm.
+        resample_type: "resnet" (ADM) or "conv", how the attention blocks change resolution; the other blocks'
+            names say it ("ResnetDownsampleBlock2D", or the cheaper "DownBlock2D").
+        add_attention: attention in the middle block.
+        dropout: probability in the residual blocks.
+        patch_size: space-to-depth at both ends; 2 runs the whole network at half the resolution.
+        noise_embedding_type: what of gamma is embedded: "logsnr" resolves levels near 0 and 1, "gamma" and
+            "sqrt_gamma" are other implementations'.
+        noise_embedding_scale: factor on it, before sines of frequencies 1 to 1e-4.
+        logsnr_min, logsnr_max: "logsnr" is clamped to this range (natural logarithm).
+        flip_sin_to_cos, freq_shift: layout of the sinusoidal embedding.
+
+    Source: Saharia et al. 2022, section 3; Dhariwal & Nichol 2021 (ADM), appendix.
+
+    >>> unet = PaletteUNet2DModel(32, block_out_channels=(32, 64), norm_num_groups=8, attention_head_dim=32,
+    ...     down_block_types=("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+    ...     up_block_types=("AttnUpBlock2D", "ResnetUpsampleBlock2D"))
+    >>> image = torch.zeros(2, 3, 32, 32)
+    >>> unet(image, torch.tensor([0.5, 1e-4]), image).sample.shape
+    torch.Size([2, 3, 32, 32])
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["ResnetBlock2D", "Attention"]
+    _repeated_blocks = ["ResnetBlock2D", "Attention"]
+    _skip_layerwise_casting_patterns = ["norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 256,
+        in_channels: int = 3,
+        condition_channels: int = 3,
+        out_channels: int = 3,
+        block_out_channels: Sequence[int] = (256, 256, 512, 512, 1024, 1024),
+        down_block_types: Sequence[str] = ("ResnetDownsampleBlock2D",) * 3 + ("AttnDownBlock2D",) * 3,
+        up_block_types: Sequence[str] = ("AttnUpBlock2D",) * 3 + ("ResnetUpsampleBlock2D",) * 3,
+        layers_per_block: int = 2,
+        attention_head_dim: int = 64,
+        norm_num_groups: int = 32,
+        norm_eps: float = 1e-5,
+        resample_type: str = "resnet",
+        add_attention: bool = True,
+        dropout: float = 0.0,
+        patch_size: int = 1,
+        noise_embedding_type: str = "logsnr",
+        noise_embedding_scale: float = 40.0,
+        logsnr_min: float = -10.0,
+        logsnr_max: float = 14.0,
+        flip_sin_to_cos: bool = True,
+        freq_shift: int = 0,
+    ):
+        super().__init__()
+        levels = len(block_out_channels)
+        if len(down_block_types) != levels or len(up_block_types) != levels:
+            raise ValueError(
+                f"block_out_channels has {levels} levels, down_block_types {len(down_block_types)} and "
+                f"up_block_types {len(up_block_types)}: they must have the same number"
+            )
+        if noise_embedding_type not in NOISE_EMBEDDINGS:
+            raise ValueError(
+                f"noise_embedding_type is {noise_embedding_type!r}, expected one of {', '.join(NOISE_EMBEDDINGS)}"
+            )
+        channels, embedding = block_out_channels[0], block_out_channels[0] * 4
+        common = dict(
+            temb_channels=embedding,
+            resnet_eps=norm_eps,
+            resnet_act_fn="silu",
+            resnet_groups=norm_num_groups,
+            attention_head_dim=attention_head_dim,
+            resnet_time_scale_shift="scale_shift",
+            dropout=dropout,
+        )
+
+        # input
+        self.conv_in = nn.Conv2d((in_channels + condition_channels) * patch_size**2, channels, 3, padding=1)
+
+        # noise level
+        self.time_proj = Timesteps(channels, flip_sin_to_cos, freq_shift)
+        self.time_embedding = TimestepEmbedding(channels, embedding)
+
+        # down
+        self.down_blocks = nn.ModuleList()
+        width = channels
+        for i, kind in enumerate(down_block_types):
+            self.down_blocks.append(
+                get_down_block(
+                    kind,
+                    num_layers=layers_per_block,
+                    in_channels=width,
+                    out_channels=block_out_channels[i],
+                    add_downsample=i < levels - 1,
+                    downsample_padding=1,
+                    downsample_type=resample_type,
+                    **common,
+                )
+            )
+            width = block_out_channels[i]
+
+        # middle
+        self.mid_block = UNetMidBlock2D(
+            in_channels=width, attn_groups=norm_num_groups, add_attention=add_attention, **common
+        )
+
+        # up
+        self.up_blocks = nn.ModuleList()
+        widths = list(reversed(block_out_channels))
+        for i, kind in enumerate(up_block_types):
+            self.up_blocks.append(
+                get_up_block(
+                    kind,
+                    num_layers=layers_per_block + 1,
+                    in_channels=widths[min(i + 1, levels - 1)],
+                    out_channels=widths[i],
+                    prev_output_channel=widths[max(i - 1, 0)],
+                    add_upsample=i < levels - 1,
+                    upsample_type=resample_type,
+                    **common,
+                )
+            )
+
+        # output
+        self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels, eps=norm_eps)
+        self.conv_act = nn.SiLU()
+        self.conv_out = nn.Conv2d(channels, out_channels * patch_size**2, 3, padding=1)
+
+        self.set_attn_processor(PaletteAttnProcessor())
+        self.zero_outputs()
+
+    def zero_outputs(self) -> None:
+        """ADM's initialisation: the last layer of every residual branch, and of the network, is zero."""
+        for module in self.modules():
+            if isinstance(module, ResnetBlock2D):
+                last = module.conv2
+            elif isinstance(module, Attention):
+                last = module.to_out[0]
+            elif module is self:
+                last = self.conv_out
+            else:
+                continue
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width must be multiples of this, in pixels."""
+        return self.config.patch_size * 2 ** (len(self.config.block_out_channels) - 1)
+
+    def embed_noise_level(self, gamma: torch.Tensor) -> torch.Tensor:
+        """gamma (B,) in float32 => sines and cosines (B, C) in float32."""
+        gamma = gamma.float()
+        config = self.config
+        if config.noise_embedding_type == "logsnr":
+            # log gamma - log(1 - gamma) and not logit: exact near both ends in float32
+            gamma = (gamma.log() - torch.log1p(-gamma)).clamp(config.logsnr_min, config.logsnr_max)
+        elif config.noise_embedding_type == "sqrt_gamma":
+            gamma = gamma.sqrt()
+        return self.time_proj(gamma * config.noise_embedding_scale)
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        noise_level: torch.Tensor | float,
+        condition: torch.Tensor,
+        return_dict: bool = True,
+    ) -> UNet2DOutput | tuple[torch.Tensor]:
+        """Predicts the noise (or what the scheduler's `prediction_type` says) in `sample`.
+
+        Args:
+            sample: the noisy image y, (B, C, H, W).
+            noise_level: gamma in (0, 1], a float32 tensor (B,) or one number for all.
+            condition: the source image x, (B, C, H, W) of the same height and width.
+
+        Raises:
+            ValueError: sizes that disagree, or that are no multiple of `size_multiple`.
+        """
+        if sample.shape[0] != condition.shape[0] or sample.shape[2:] != condition.shape[2:]:
+            raise ValueError(
+                f"sample is {tuple(sample.shape)}, condition {tuple(condition.shape)}: "
+                "batch, height and width must be the same"
+            )
+        if sample.shape[2] % self.size_multiple or sample.shape[3] % self.size_multiple:
+            raise ValueError(
+                f"sample is {sample.shape[3]}x{sample.shape[2]}, expected multiples of {self.size_multiple} pixels"
+            )
+
+        # embedding
+        gamma = torch.as_tensor(noise_level, dtype=torch.float32, device=sample.device).expand(sample.shape[0])
+        temb = self.time_embedding(self.embed_noise_level(gamma).to(self.conv_in.weight.dtype))
+
+        # input
+        hidden = torch.cat([sample, condition], dim=1)
+        if self.config.patch_size > 1:
+            hidden = F.pixel_unshuffle(hidden, self.config.patch_size)
+        hidden = self.conv_in(hidden)
+
+        # encoder
+        skips = (hidden,)
+        for block in self.down_blocks:
+            hidden, states = block(hidden, temb)
+            skips += states
+
+        # middle
+        hidden = self.mid_block(hidden, temb)
+
+        # decoder
+        for block in self.up_blocks:
+            count = len(block.resnets)
+            skips, states = skips[:-count], skips[-count:]
+            hidden = block(hidden, states, temb)
+
+        # output
+        hidden = self.conv_out(self.conv_act(self.conv_norm_out(hidden)))
+        if self.config.patch_size > 1:
+            hidden = F.pixel_shuffle(hidden, self.config.patch_size)
+        return UNet2DOutput(sample=hidden) if return_dict else (hidden,)

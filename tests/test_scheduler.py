@@ -1,0 +1,172 @@
+import math
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from palette_diffusers import PaletteScheduler
+from palette_diffusers.scheduler import diffuse, linear_gammas, noise_level, predicted_original, training_target
+
+SOLVERS = {
+    "DDIMScheduler": {},
+    "DPMSolverMultistepScheduler": {},
+    "DPMSolverMultistepScheduler-sde": {"algorithm_type": "sde-dpmsolver++"},
+    "UniPCMultistepScheduler": {},
+    "EulerDiscreteScheduler": {},
+    "HeunDiscreteScheduler": {},
+}
+
+
+def solver(name, **config):
+    scheduler = PaletteScheduler(**config)
+    return getattr(diffusers, name.split("-")[0]).from_config(scheduler.config, **SOLVERS[name])
+
+
+def test_schedules_are_the_papers():
+    scheduler = PaletteScheduler()
+    assert scheduler.training_gammas[-1] == pytest.approx(4.4e-5, rel=0.02)
+    scheduler.set_timesteps(1000)
+    assert len(scheduler.timesteps) == 1000
+    assert scheduler.gamma(999).item() == pytest.approx(6.6e-21, rel=0.02)
+    assert scheduler.gamma(0).item() == pytest.approx(1 - 1e-4, rel=1e-6)
+
+
+def test_gamma_is_piecewise_uniform(seeded):
+    scheduler = PaletteScheduler()
+    gamma = scheduler.sample_gamma(200_000, seeded()).double().numpy()
+    # t is uniform: the share below gamma_t is (T - t) / T
+    for t in (200, 1000, 1800):
+        assert np.mean(gamma < scheduler.training_gammas[t]) == pytest.approx(1 - t / 2000, abs=0.005)
+    assert gamma.max() < 1 and gamma.min() >= scheduler.training_gammas[-1] * (1 - 1e-6)
+    # within one piece, uniform: mean at its middle
+    low, high = scheduler.training_gammas[[1000, 900]]
+    inside = gamma[(gamma > low) & (gamma < high)]
+    expected = np.mean((scheduler.training_gammas[900:1000] + scheduler.training_gammas[901:1001]) / 2)
+    assert inside.mean() == pytest.approx(expected, rel=0.005)
+
+
+def test_ancestral_step_is_algorithm_2_in_float64(seeded):
+    """Reference from the paper's formula, in float64, over all 1000 steps with a network that is a function."""
+    scheduler = PaletteScheduler(clip_sample=False)
+    scheduler.set_timesteps(1000)
+    gammas = linear_gammas(1e-4, 0.09, 1000)
+    y = torch.randn(1, 3, 4, 4, generator=seeded()).double()
+    z = torch.randn(1000, 1, 3, 4, 4, generator=seeded(1))
+    ours, generator = y.float(), None
+    worst = 0.0
+    for t in scheduler.timesteps.tolist():
+        f = torch.tanh(y)
+        alpha = gammas[t + 1] / gammas[t]
+        reference = (y - (1 - alpha) / math.sqrt(1 - gammas[t + 1]) * f) / math.sqrt(alpha)
+        generator = torch.Generator().manual_seed(t)
+        stepped = scheduler.step(f.float(), t, y.float(), generator=generator).prev_sample
+        if t > 0:
+            noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(t))
+            reference = reference + math.sqrt(1 - alpha) * noise.double()
+        worst = max(worst, (stepped.double() - reference).abs().max().item())
+        y = reference
+    assert worst < 1e-4
+    assert ours.shape == y.shape and z.shape[0] == 1000
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_target_and_prediction_are_inverse(kind, seeded):
+    y0, eps = torch.rand(4, 3, 8, 8, generator=seeded()) * 2 - 1, torch.randn(4, 3, 8, 8, generator=seeded(1))
+    gamma = torch.tensor([0.999, 0.5, 0.05, 0.01])
+    y = diffuse(y0, eps, gamma)
+    target = training_target(y0, eps, gamma, kind)
+    torch.testing.assert_close(predicted_original(target, y, gamma, kind), y0, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("spacing", ["paper", "logsnr"])
+@pytest.mark.parametrize("steps", [1, 2, 7, 50, 1000, 2000])
+def test_any_number_of_steps(spacing, steps, seeded):
+    """A perfect network's sample is the image itself, whatever the steps."""
+    scheduler = PaletteScheduler(sampling_spacing=spacing, sampling_variance="fixed_small")
+    scheduler.set_timesteps(steps)
+    assert len(scheduler.timesteps) == steps
+    gammas = scheduler.gamma(scheduler.timesteps)
+    assert (gammas.diff() > 0).all()
+    y0 = torch.rand(1, 3, 4, 4, generator=seeded()) * 2 - 1
+    y = torch.randn(1, 3, 4, 4, generator=seeded(1))
+    for t in scheduler.timesteps:
+        gamma = scheduler.gamma(t)
+        eps = (y - gamma.sqrt() * y0) / (1 - gamma).sqrt()
+        out = scheduler.step(eps, t, y, generator=seeded(2))
+        y = out.prev_sample
+        assert torch.isfinite(y).all() and out.pred_original_sample.abs().max() <= 1
+    torch.testing.assert_close(y, y0, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_outputs_are_stepped_in_float32(dtype, seeded):
+    scheduler = PaletteScheduler()
+    scheduler.set_timesteps(1000)
+    y, f = torch.randn(1, 3, 4, 4, generator=seeded()), torch.randn(1, 3, 4, 4, generator=seeded(1))
+    half = scheduler.step(f.to(dtype), 999, y, generator=seeded(2)).prev_sample
+    full = scheduler.step(f.to(dtype).float(), 999, y, generator=seeded(2)).prev_sample
+    assert half.dtype == torch.float32 and torch.equal(half, full)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_other_solvers_drop_in(name, kind, seeded):
+    """Right betas, and at every step the gamma that makes the model input's noise right: a perfect network
+    (which needs the true gamma) is recovered only then."""
+    scheduler = solver(name, prediction_type=kind)
+    betas = torch.linspace(1e-6, 0.01, 2000, dtype=torch.float32)
+    torch.testing.assert_close(scheduler.betas, betas)
+    alphas = torch.cumprod(1 - betas.double(), 0)
+    scheduler.set_timesteps(12)
+    y0 = torch.rand(1, 3, 8, 8, generator=seeded()) * 1.8 - 0.9
+    eps = torch.randn(1, 3, 8, 8, generator=seeded(1))
+    y = eps * scheduler.init_noise_sigma
+    gammas = []
+    for t in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(y, t)
+        gamma = noise_level(scheduler, t)
+        gammas.append(gamma.item())
+        # closed form: interpolate log gamma over the training schedule
+        t_ = float(t)
+        low = int(t_)
+        log = (1 - (t_ - low)) * alphas[low].log() + (t_ - low) * alphas[min(low + 1, 1999)].log()
+        if name != "HeunDiscreteScheduler":  # Heun's second evaluation is told the next timestep
+            assert gamma.item() == pytest.approx(log.exp().item(), rel=0.05)
+        noise = (scaled - gamma.sqrt() * y0) / (1 - gamma).sqrt()
+        output = training_target(y0, noise, gamma, kind)
+        step = {"generator": seeded(3)} if name.endswith("sde") else {}
+        y = scheduler.step(output, t, y, **step).prev_sample
+    assert gammas[0] == pytest.approx(4.4e-5, rel=0.02)
+    torch.testing.assert_close(y, y0, atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_clipping_survives_the_swap(name, seeded):
+    scheduler = solver(name)
+    scheduler.set_timesteps(5)
+    y = torch.randn(1, 3, 8, 8, generator=seeded())
+    for t in scheduler.timesteps:
+        y = scheduler.step(torch.zeros_like(y), t, scheduler.scale_model_input(y, t)).prev_sample
+    assert y.abs().max() < 1.5  # unclipped, x0 = y / sqrt(4e-5) would be 150 times the noise
+
+
+def test_configuration_round_trip(tmp_path):
+    PaletteScheduler(prediction_type="v_prediction", sampling_spacing="logsnr").save_pretrained(tmp_path)
+    loaded = PaletteScheduler.from_pretrained(tmp_path)
+    assert loaded.config.prediction_type == "v_prediction" and loaded.config.sampling_spacing == "logsnr"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"prediction_type": "noise"}, {"sampling_spacing": "karras"}, {"sampling_variance": "x"}, {"beta_schedule": "c"}],
+)
+def test_unknown_names_are_refused(options):
+    with pytest.raises(ValueError, match="expected one of"):
+        PaletteScheduler(**options)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.5])
+def test_bad_steps_are_refused(steps):
+    with pytest.raises(ValueError, match="at least 1"):
+        PaletteScheduler().set_timesteps(steps)

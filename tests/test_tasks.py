@@ -1,0 +1,179 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from palette_diffusers import Task, get_task, register_task
+from palette_diffusers.color import chroma, is_gray, luma, with_luma
+from palette_diffusers.masks import SIDES, border_mask, center_mask, free_form_mask, rectangle_mask, uncropping_mask
+from palette_diffusers.tasks import jpeg
+
+
+def generators(n):
+    return [torch.Generator().manual_seed(i) for i in range(n)]
+
+
+def clean_image(seed=0, size=64):
+    return torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+@pytest.mark.parametrize("draw", [free_form_mask, rectangle_mask])
+def test_mask_areas(draw):
+    areas = torch.stack([draw(64, 48, g).mean() for g in generators(300)])
+    assert 0.1 <= areas.min() and areas.max() <= 0.4
+    assert areas.min() < 0.15 and areas.max() > 0.35 and areas.std() > 0.04
+    areas = torch.stack([draw(64, 64, g, area=(0.2, 0.3)).mean() for g in generators(100)])
+    assert 0.195 <= areas.min() and areas.max() <= 0.305
+
+
+def test_masks_are_binary_seeded_and_shaped():
+    for draw in (free_form_mask, rectangle_mask, uncropping_mask):
+        mask = draw(40, 70, torch.Generator().manual_seed(3))
+        assert mask.shape == (1, 40, 70) and set(mask.unique().tolist()) == {0.0, 1.0}
+        assert torch.equal(mask, draw(40, 70, torch.Generator().manual_seed(3)))
+    masks = {free_form_mask(64, 64, g).numpy().tobytes() for g in generators(50)}
+    assert len(masks) == 50
+
+
+def test_free_form_covers_the_picture_evenly():
+    mean = torch.stack([free_form_mask(64, 64, g) for g in generators(600)]).mean((0, 1))
+    halves = [mean[:32].mean(), mean[32:].mean(), mean[:, :32].mean(), mean[:, 32:].mean()]
+    assert max(halves) - min(halves) < 0.05
+
+
+def test_uncropping_masks_the_border():
+    counts = dict.fromkeys((*SIDES, "all"), 0)
+    for g in generators(800):
+        mask = uncropping_mask(64, 64, g)[0]
+        assert mask.mean().item() == pytest.approx(0.5, abs=0.02)
+        kept = torch.nonzero(mask == 0)
+        (top, left), (bottom, right) = kept.min(0).values.tolist(), kept.max(0).values.tolist()
+        assert (bottom - top + 1) * (right - left + 1) == len(kept)  # what is kept is one rectangle
+        sides = dict(left=left > 0, right=right < 63, top=top > 0, bottom=bottom < 63)
+        assert sum(sides.values()) in (1, 4)
+        counts["all" if all(sides.values()) else next(k for k, v in sides.items() if v)] += 1
+    assert counts["all"] / 800 == pytest.approx(0.5, abs=0.06)
+    assert min(counts[s] for s in SIDES) > 60
+
+
+def test_inpainting_is_60_percent_free_form():
+    """Rectangles have edges that are straight and axis-parallel: a row profile of few distinct values."""
+    boxes = 0
+    for g in generators(500):
+        free = torch.rand((), generator=torch.Generator().manual_seed(g.initial_seed())).item() < 0.6
+        mask = get_task("inpainting").draw_mask(64, 64, g)[0].numpy()
+        changes = np.abs(np.diff(mask, axis=0)).any(1).sum()
+        boxes += not free
+        if not free:
+            assert changes <= 10  # at most five rectangles
+    assert boxes / 500 == pytest.approx(0.4, abs=0.06)
+
+
+def test_border_and_center():
+    assert border_mask(10, 20, right=5).sum() == 50
+    assert center_mask(64, 64).mean().item() == 0.25
+    with pytest.raises(ValueError, match="leaves nothing"):
+        border_mask(10, 10, left=5, right=5)
+    with pytest.raises(ValueError, match="negative"):
+        border_mask(10, 10, left=-1)
+    with pytest.raises(ValueError, match="area"):
+        free_form_mask(8, 8, area=(0.5, 0.2))
+    with pytest.raises(ValueError, match="0x4"):
+        rectangle_mask(4, 0)
+
+
+def test_inpainting_hides_the_hole_and_keeps_the_rest():
+    image = clean_image()
+    given = get_task("inpainting").degrade(image, torch.Generator().manual_seed(0))
+    hole = given.mask.expand_as(image) > 0.5
+    assert torch.equal(given.condition[~hole], image[~hole])
+    assert given.condition[hole].std().item() == pytest.approx(1, abs=0.1)
+    assert not torch.isclose(given.known[hole], image[hole]).all() and not given.known[hole].any()
+    sample = torch.randn(1, 3, 64, 64) * 3
+    out = get_task("inpainting").compose(sample, given)
+    assert torch.equal(out[~hole], image[~hole]) and out.abs().max() <= 1
+
+
+def test_nan_under_the_hole_does_no_harm():
+    image = clean_image()
+    mask = center_mask(64, 64)[None]
+    image[..., 30, 30] = float("nan")
+    given = get_task("inpainting").prepare(image, mask, torch.Generator().manual_seed(0))
+    assert torch.isfinite(given.condition).all() and torch.isfinite(given.known).all()
+
+
+def test_colorization_keeps_the_luma():
+    image = clean_image()
+    given = get_task("colorization").degrade(image)
+    assert is_gray(given.condition).all()
+    torch.testing.assert_close(luma(given.condition), luma(image))
+    out = get_task("colorization").compose(clean_image(1) * 1.5, given)
+    torch.testing.assert_close(luma(out), luma(image), atol=1e-5, rtol=0)
+    assert out.abs().max() <= 1 + 1e-6 and not is_gray(out).any()
+
+
+def test_chroma_out_of_gamut_keeps_its_hue():
+    light, color = torch.tensor([0.8]).view(1, 1, 1, 1), chroma(torch.tensor([1.0, -1.0, -1.0]).view(1, 3, 1, 1))
+    out = with_luma(light, color)
+    torch.testing.assert_close(luma(out), light)
+    ratio = chroma(out).flatten() / color.flatten()
+    torch.testing.assert_close(ratio, ratio[:1].expand(3), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["inpainting", "jpeg_restoration"])
+def test_gray_stays_gray(name):
+    gray = luma(clean_image()).expand(1, 3, -1, -1)
+    given = get_task(name).degrade(gray, torch.Generator().manual_seed(0))
+    assert is_gray(get_task(name).compose(clean_image(1), given)).all()
+    given = get_task(name).degrade(clean_image(2), torch.Generator().manual_seed(0))
+    assert not is_gray(get_task(name).compose(clean_image(1), given)).any()
+
+
+def test_jpeg_qualities(monkeypatch):
+    drawn = []
+
+    def spy(self, *args, **options):
+        drawn.append(options["quality"])
+        return original(self, *args, **options)
+
+    original = Image.Image.save
+    monkeypatch.setattr(Image.Image, "save", spy)
+    for g in generators(2000):
+        get_task("jpeg_restoration").degrade(clean_image(size=8), g)
+    values, counts = np.unique(drawn, return_counts=True)
+    assert values.min() == 5 and values.max() == 30
+    weights = np.exp(-np.arange(5, 31) / 10)
+    expected = (weights / weights.sum() * np.arange(5, 31)).sum()
+    assert np.mean(drawn) == pytest.approx(expected, abs=0.5)
+
+
+def test_jpeg_is_pillows():
+    image = clean_image(size=32)
+    pixels = ((image[0] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=10, subsampling="4:2:0")
+    expected = np.asarray(Image.open(buffer))
+    out = ((jpeg(image, 10)[0] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    assert np.array_equal(out, expected)
+
+
+def test_own_task():
+    @register_task
+    class Mirror(Task):
+        name = "mirror"
+
+        def degrade(self, clean, generator=None):
+            return self.prepare(clean.flip(-1))
+
+    image = clean_image()
+    assert torch.equal(get_task("mirror").degrade(image).condition, image.flip(-1))
+    with pytest.raises(ValueError, match="expected one of .*colorization"):
+        get_task("colorise")
+    with pytest.raises(TypeError, match="name"):
+        register_task(Task())
+    with pytest.raises(NotImplementedError, match="degrade"):
+        Task().degrade(image)
+    with pytest.raises(ValueError, match="needs a mask"):
+        get_task("inpainting").prepare(image)

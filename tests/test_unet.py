@@ -1,0 +1,169 @@
+import pytest
+import torch
+from conftest import toy_unet
+from diffusers import UNet2DModel
+
+from palette_diffusers import PaletteUNet2DModel
+
+
+def inputs(batch=2, size=32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, 3, size, size, generator=g)
+    return x, torch.linspace(0.1, 0.9, batch), torch.randn(batch, 3, size, size, generator=g)
+
+
+def test_papers_size_on_the_meta_device():
+    with torch.device("meta"):
+        unet = PaletteUNet2DModel()
+    assert sum(p.numel() for p in unet.parameters()) == pytest.approx(552.8e6, abs=0.05e6)
+    attention = {n.split(".attentions")[0] for n, _ in unet.named_modules() if ".attentions" in n}
+    assert attention == {f"down_blocks.{i}" for i in (3, 4, 5)} | {f"up_blocks.{i}" for i in (0, 1, 2)} | {"mid_block"}
+
+
+def test_state_dict_keys_and_outputs_are_the_librarys():
+    """A stock UNet2DModel with our weights, told the embedding's argument as its timestep, agrees."""
+    ours = toy_unet()
+    stock = UNet2DModel(
+        sample_size=32, in_channels=6, out_channels=3, block_out_channels=(16, 32), layers_per_block=1,
+        down_block_types=("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "ResnetUpsampleBlock2D"), downsample_type="resnet", upsample_type="resnet",
+        attention_head_dim=16, norm_num_groups=8, attn_norm_num_groups=8, resnet_time_scale_shift="scale_shift",
+    ).eval()  # fmt: skip
+    assert list(stock.state_dict()) == list(ours.state_dict())
+    stock.load_state_dict(ours.state_dict())
+    x, gamma, condition = inputs()
+    timestep = torch.log(gamma / (1 - gamma)) * 40
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ours(x, gamma, condition).sample, stock(torch.cat([x, condition], 1), timestep).sample, atol=5e-5, rtol=0
+        )
+
+
+def test_fresh_network_returns_zero():
+    unet = PaletteUNet2DModel(32, block_out_channels=(16, 32), norm_num_groups=8, attention_head_dim=16,
+        down_block_types=("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "ResnetUpsampleBlock2D"))  # fmt: skip
+    x, gamma, condition = inputs()
+    assert not unet(x, gamma, condition).sample.any()
+
+
+@pytest.mark.parametrize("pair", [(1e-4, 1e-3), (0.99, 0.999), (0.5, 0.51)])
+def test_embedding_resolves_gamma_everywhere(pair):
+    a, b = toy_unet().embed_noise_level(torch.tensor(pair))
+    assert (a - b).abs().max() > 0.3
+
+
+def test_gamma_may_be_a_number_and_is_not_rounded(unet):
+    x, _, condition = inputs()
+    with torch.no_grad():
+        half = unet(x, 0.5, condition).sample
+        torch.testing.assert_close(half, unet(x, torch.tensor([0.5, 0.5]), condition).sample)
+        assert (half - unet(x, 0.01, condition).sample).abs().max() > 1e-3
+
+
+def test_condition_is_seen(unet):
+    x, gamma, condition = inputs()
+    with torch.no_grad():
+        assert (unet(x, gamma, condition).sample - unet(x, gamma, -condition).sample).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["native", "_native_math"])
+def test_attention_backend_is_called(unet, name, monkeypatch):
+    from diffusers.models import attention_dispatch as dispatch
+
+    backend = dispatch.AttentionBackendName(name)
+    original, calls = dispatch._AttentionBackendRegistry._backends[backend], []
+
+    def spy(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setitem(dispatch._AttentionBackendRegistry._backends, backend, spy)
+    x, gamma, condition = inputs()
+    with torch.no_grad():
+        expected = unet(x, gamma, condition).sample
+        calls.clear()
+        unet.set_attention_backend(name)
+        torch.testing.assert_close(unet(x, gamma, condition).sample, expected, atol=1e-5, rtol=1e-4)
+    assert len(calls) == 4  # one down, two up, one in the middle
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    grads = []
+    for checkpointing in (False, True):
+        unet = toy_unet().train()
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+        unet(*inputs()).sample.square().mean().backward()
+        grads.append(unet.conv_in.weight.grad.clone())
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    x, gamma, condition = inputs()
+    with torch.no_grad():
+        full = toy_unet()(x, gamma, condition).sample
+        half = toy_unet().to(dtype)(x.to(dtype), gamma, condition.to(dtype)).sample
+    assert half.dtype == dtype and (half.float() - full).abs().max() < 0.1 * full.abs().max()
+
+
+def test_channels_last(unet):
+    x, gamma, condition = inputs()
+    with torch.no_grad():
+        expected = unet(x, gamma, condition).sample
+        torch.testing.assert_close(
+            unet.to(memory_format=torch.channels_last)(x, gamma, condition).sample, expected, atol=1e-5, rtol=1e-4
+        )
+
+
+def test_lora_adapter_round_trip(unet, tmp_path):
+    from peft import LoraConfig
+
+    x, gamma, condition = inputs()
+    with torch.no_grad():
+        plain = unet(x, gamma, condition).sample
+        unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False), "a")
+        changed = unet(x, gamma, condition).sample
+        assert (changed - plain).abs().max() > 1e-4
+        unet.save_lora_adapter(tmp_path, adapter_name="a")
+        other = toy_unet()
+        other.load_lora_adapter(tmp_path, prefix=None)
+        torch.testing.assert_close(other(x, gamma, condition).sample, changed)
+        unet.disable_adapters()
+        torch.testing.assert_close(unet(x, gamma, condition).sample, plain)
+
+
+def test_patches_and_conv_resampling():
+    unet = toy_unet(patch_size=2, resample_type="conv", down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"))  # fmt: skip
+    with torch.no_grad():
+        assert unet(*inputs()).sample.shape == (2, 3, 32, 32)
+    assert unet.size_multiple == 4
+
+
+def test_save_and_load_round_trip(unet, tmp_path):
+    unet.save_pretrained(tmp_path)
+    loaded = PaletteUNet2DModel.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(*inputs()).sample, unet(*inputs()).sample)
+    assert (tmp_path / "diffusion_pytorch_model.safetensors").exists()
+
+
+def test_device_map_loads(unet, tmp_path):
+    unet.save_pretrained(tmp_path)
+    loaded = PaletteUNet2DModel.from_pretrained(tmp_path, device_map="cpu").eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(*inputs()).sample, unet(*inputs()).sample)
+
+
+def test_sizes_that_do_not_fit_are_refused(unet):
+    x, gamma, condition = inputs()
+    with pytest.raises(ValueError, match="32x31.*multiples of 2"):
+        unet(x[:, :, :31], gamma, condition[:, :, :31])
+    with pytest.raises(ValueError, match="must be the same"):
+        unet(x, gamma, condition[:1])
+    with pytest.raises(ValueError, match="levels"):
+        toy_unet(block_out_channels=(16, 32, 64))
+    with pytest.raises(ValueError, match="expected one of logsnr"):
+        toy_unet(noise_embedding_type="step")
