@@ -157,6 +157,9 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
         ):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
+        # the library drops defaulted values when another class is built from a configuration, and that solver
+        # would then get the library's own betas in silence: nothing of ours counts as defaulted
+        self.register_to_config(_use_default_values=[])
         # as the library's solvers do it, in float32, so that a swapped solver agrees to the bit
         self.betas = torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float32)
         self.alphas_cumprod = torch.cumprod(1.0 - self.betas, dim=0)

@@ -52,22 +52,17 @@ def test_ancestral_step_is_algorithm_2_in_float64(seeded):
     scheduler.set_timesteps(1000)
     gammas = linear_gammas(1e-4, 0.09, 1000)
     y = torch.randn(1, 3, 4, 4, generator=seeded()).double()
-    z = torch.randn(1000, 1, 3, 4, 4, generator=seeded(1))
-    ours, generator = y.float(), None
     worst = 0.0
     for t in scheduler.timesteps.tolist():
-        f = torch.tanh(y)
+        f = math.sqrt(1 - gammas[t + 1]) * y + 0.1 * torch.sin(y)
         alpha = gammas[t + 1] / gammas[t]
         reference = (y - (1 - alpha) / math.sqrt(1 - gammas[t + 1]) * f) / math.sqrt(alpha)
-        generator = torch.Generator().manual_seed(t)
-        stepped = scheduler.step(f.float(), t, y.float(), generator=generator).prev_sample
+        stepped = scheduler.step(f.float(), t, y.float(), generator=seeded(t)).prev_sample
         if t > 0:
-            noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(t))
-            reference = reference + math.sqrt(1 - alpha) * noise.double()
+            reference = reference + math.sqrt(1 - alpha) * torch.randn(y.shape, generator=seeded(t)).double()
         worst = max(worst, (stepped.double() - reference).abs().max().item())
         y = reference
-    assert worst < 1e-4
-    assert ours.shape == y.shape and z.shape[0] == 1000
+    assert y.abs().max() < 10 and worst < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
@@ -83,7 +78,9 @@ def test_target_and_prediction_are_inverse(kind, seeded):
 @pytest.mark.parametrize("steps", [1, 2, 7, 50, 1000, 2000])
 def test_any_number_of_steps(spacing, steps, seeded):
     """A perfect network's sample is the image itself, whatever the steps."""
-    scheduler = PaletteScheduler(sampling_spacing=spacing, sampling_variance="fixed_small")
+    scheduler = PaletteScheduler(
+        prediction_type="v_prediction", sampling_spacing=spacing, sampling_variance="fixed_small"
+    )
     scheduler.set_timesteps(steps)
     assert len(scheduler.timesteps) == steps
     gammas = scheduler.gamma(scheduler.timesteps)
@@ -93,7 +90,7 @@ def test_any_number_of_steps(spacing, steps, seeded):
     for t in scheduler.timesteps:
         gamma = scheduler.gamma(t)
         eps = (y - gamma.sqrt() * y0) / (1 - gamma).sqrt()
-        out = scheduler.step(eps, t, y, generator=seeded(2))
+        out = scheduler.step(training_target(y0, eps, gamma, "v_prediction"), t, y, generator=seeded(2))
         y = out.prev_sample
         assert torch.isfinite(y).all() and out.pred_original_sample.abs().max() <= 1
     torch.testing.assert_close(y, y0, atol=2e-3, rtol=0)

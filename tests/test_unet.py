@@ -29,7 +29,7 @@ def test_state_dict_keys_and_outputs_are_the_librarys():
         up_block_types=("AttnUpBlock2D", "ResnetUpsampleBlock2D"), downsample_type="resnet", upsample_type="resnet",
         attention_head_dim=16, norm_num_groups=8, attn_norm_num_groups=8, resnet_time_scale_shift="scale_shift",
     ).eval()  # fmt: skip
-    assert list(stock.state_dict()) == list(ours.state_dict())
+    assert set(stock.state_dict()) == set(ours.state_dict())
     stock.load_state_dict(ours.state_dict())
     x, gamma, condition = inputs()
     timestep = torch.log(gamma / (1 - gamma)) * 40
@@ -128,7 +128,7 @@ def test_lora_adapter_round_trip(unet, tmp_path):
         assert (changed - plain).abs().max() > 1e-4
         unet.save_lora_adapter(tmp_path, adapter_name="a")
         other = toy_unet()
-        other.load_lora_adapter(tmp_path, prefix=None)
+        other.load_lora_adapter(tmp_path, prefix=None, weight_name="pytorch_lora_weights.safetensors")
         torch.testing.assert_close(other(x, gamma, condition).sample, changed)
         unet.disable_adapters()
         torch.testing.assert_close(unet(x, gamma, condition).sample, plain)
