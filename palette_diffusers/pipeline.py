@@ -287,7 +287,7 @@ def _grow(picture: Picture, left: float, right: float, top: float, bottom: float
     ):  # fmt: skip
         if not np.isfinite(value) or value < 0:
             raise ValueError(
-                f"{name} is {value}, expected pixels (int) or a fraction of the side (float), not negative"
+                f"{name} is {value}, expected pixels (int) or a fraction of the side (float), at least 0"
             )
         pixels[name] = round(value * side) if isinstance(value, float) else int(value)
     if not any(pixels.values()):

@@ -34,7 +34,7 @@ class View:
     def look(self, image: torch.Tensor, mode: str = "area") -> torch.Tensor:
         """The photograph (B, C, H, W) => (B, C, *outer)."""
         crop = image[..., self.top : self.top + self.height, self.left : self.left + self.width]
-        return pad_to(resize(crop, self.inner, mode), self.outer)
+        return pad_to(resize(crop, self.inner, mode).clamp(-1, 1), self.outer)
 
     def back(self, image: torch.Tensor) -> torch.Tensor:
         """(B, C, *outer) => the crop's size (B, C, height, width)."""
@@ -42,12 +42,13 @@ class View:
 
 
 def resize(image: torch.Tensor, size: tuple[int, int], mode: str = "area") -> torch.Tensor:
-    """To (height, width), antialiased on the way down; "nearest" for masks."""
+    """To (height, width), antialiased on the way down; bicubic overshoots, so clamp what must stay in range.
+    mode "nearest" for masks."""
     if tuple(image.shape[-2:]) == tuple(size):
         return image
     if mode == "nearest":
         return F.interpolate(image, size, mode="nearest-exact")
-    return F.interpolate(image, size, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
+    return F.interpolate(image, size, mode="bicubic", antialias=True, align_corners=False)
 
 
 def pad_to(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

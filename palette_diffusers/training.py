@@ -59,6 +59,7 @@ class TrainSettings:
     log_every: int = _field(50, "steps between lines of the log")
     max_hours: float = _field(0.0, "stop, saved, after this many hours; 0 = never")
     seed: int = _field(0, "of everything")
+    init: str = _field("", "start from the weights of this pipeline: a folder or Hub id")
     resume: bool = _field(False, "go on from the last checkpoint in the output folder")
     unet: dict = field(default_factory=dict, metadata={"help": "the network's configuration, as JSON"})
 
@@ -116,6 +117,12 @@ def learning_rate(settings: TrainSettings, step: int) -> float:
     return rate
 
 
+def _ignore_signals(worker: int) -> None:
+    """A signal to the whole process group stops the run from the main process, which saves first."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def save_state(folder: Path, step: int, **parts: object) -> Path:
     """Writes a checkpoint beside and renames it; then removes older ones."""
     part, final = folder / f"step-{step:07d}.part", folder / f"step-{step:07d}.pt"
@@ -165,7 +172,10 @@ def train(settings: TrainSettings) -> Path:
         size=settings.size,
         seed=settings.seed,
     )
-    unet = PaletteUNet2DModel(**settings.unet)
+    if settings.init:
+        unet = PalettePipeline.from_pretrained(settings.init).unet.float()
+    else:
+        unet = PaletteUNet2DModel(**settings.unet)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=settings.rate, weight_decay=0.0)
     ema = EMAModel(unet.parameters(), decay=settings.ema, use_ema_warmup=True, power=0.75)
     start = 0
@@ -180,6 +190,7 @@ def train(settings: TrainSettings) -> Path:
         batch_size=settings.batch // accelerator.num_processes,
         sampler=PositionSampler(start * settings.batch, settings.steps * settings.batch),
         num_workers=settings.workers,
+        worker_init_fn=_ignore_signals,
         drop_last=True,
         persistent_workers=settings.workers > 0,
         prefetch_factor=4 if settings.workers else None,

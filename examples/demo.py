@@ -1,0 +1,101 @@
+"""The main job on real photographs with the shipped checkpoint:  python examples/demo.py --output outputs
+
+The photographs come with the scikit-image wheel and are public domain or CC0: the astronaut (NASA), the cat
+Chelsea, a cup of coffee, a rocket.
+"""
+
+import argparse
+import io
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from palette_diffusers import PalettePipeline, canvas
+
+
+def photographs() -> dict[str, Image.Image]:
+    from skimage import data
+
+    return {
+        name: Image.fromarray(getattr(data, name)()).convert("RGB")
+        for name in ("astronaut", "chelsea", "coffee", "rocket")
+    }
+
+
+def with_hole(photo: Image.Image) -> tuple[Image.Image, Image.Image]:
+    """A brush stroke across the picture, and the mask of it (white = generate)."""
+    width, height = photo.size
+    mask = Image.new("L", photo.size)
+    draw = ImageDraw.Draw(mask)
+    points = [(0.2, 0.75), (0.35, 0.62), (0.5, 0.72), (0.62, 0.6)]
+    draw.line([(x * width, y * height) for x, y in points], fill=255, width=max(4, width // 24), joint="curve")
+    shown = photo.copy()
+    shown.paste((128, 128, 128), mask=mask)
+    return shown, mask
+
+
+def compressed(photo: Image.Image, quality: int) -> Image.Image:
+    buffer = io.BytesIO()
+    photo.save(buffer, "JPEG", quality=quality)
+    return Image.open(buffer).convert("RGB")
+
+
+def sheet(rows: list[tuple[str, list[Image.Image]]], height: int = 200) -> Image.Image:
+    """Rows of input and result beside each other, with the row's name."""
+    scaled = [(name, [p.resize((round(p.width * height / p.height), height)) for p in row]) for name, row in rows]
+    width = max(sum(p.width + 6 for p in row) for _, row in scaled)
+    out = Image.new("RGB", (width, len(rows) * (height + 22)), "white")
+    draw = ImageDraw.Draw(out)
+    for i, (name, row) in enumerate(scaled):
+        draw.text((4, i * (height + 22) + 5), name, fill="black")
+        x = 0
+        for picture in row:
+            out.paste(picture, (x, i * (height + 22) + 20))
+            x += picture.width + 6
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("outputs"))
+    parser.add_argument("--model", default=None, help="folder or Hub id; default: the starter checkpoint")
+    parser.add_argument("--steps", type=int, default=None)
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+
+    pipe = PalettePipeline.from_pretrained(args.model)
+    pipe.set_progress_bar_config(disable=True)
+    rows: list[tuple[str, list[Image.Image]]] = []
+    pairs: dict[str, list[Image.Image]] = {}
+    for name, photo in photographs().items():
+        hole, mask = with_hole(photo)
+        gray = photo.convert("L")
+        jpeg = compressed(photo, 10)
+        jobs = {
+            "colorization": (gray, {}, gray.convert("RGB")),
+            "inpainting": (hole, {"mask_image": mask}, hole),
+            "uncropping": (photo, {"right": 0.25}, photo),
+            "jpeg_restoration": (jpeg, {}, jpeg),
+        }
+        for task, (image, options, shown) in jobs.items():
+            begin = time.time()
+            generator = torch.Generator().manual_seed(0)
+            result = pipe(image, task=task, num_inference_steps=args.steps, generator=generator, **options).images[0]
+            path = args.output / f"{name}-{task}.png"
+            canvas.save(result, path)
+            print(f"{path}  {result.width}x{result.height}  {time.time() - begin:.1f} s", flush=True)
+            pairs.setdefault(task, []).extend([shown, result.convert("RGB")])
+            if task == "inpainting":
+                kept = np.asarray(mask) == 0
+                assert np.array_equal(np.asarray(result)[kept], np.asarray(hole)[kept]), "known pixels changed"
+    for task, row in pairs.items():
+        rows.append((f"{task}: input, result", row))
+    canvas.save(sheet(rows), args.output / "contact-sheet.png")
+    print(args.output / "contact-sheet.png")
+
+
+if __name__ == "__main__":
+    main()

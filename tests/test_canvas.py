@@ -1,0 +1,134 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from palette_diffusers import canvas
+
+
+def png(tmp_path, image, name="a.png", **options):
+    image.save(tmp_path / name, **options)
+    return tmp_path / name
+
+
+def test_reading_and_writing_are_inverse(photo):
+    assert np.array_equal(canvas.to_uint8(canvas.read(photo).image), photo)
+    every = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    assert np.array_equal(canvas.to_uint8(canvas.read(every).image)[..., 0], every)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I;16", "I", "F"])
+def test_every_mode(mode, photo):
+    if mode == "I;16":
+        image = Image.fromarray(photo[..., 0].astype(np.uint16) * 257)
+    else:
+        image = Image.fromarray(photo).convert("L" if mode in ("I", "F", "LA") else "RGB").convert(mode)
+    picture = canvas.read(image)
+    assert picture.size == photo.shape[:2] and picture.image.abs().max() <= 1
+    assert (picture.alpha is not None) == (mode in ("LA", "RGBA"))
+    expected = np.asarray(image.convert("RGB")) if mode not in ("I;16", "I", "F") else photo[..., :1].repeat(3, -1)
+    if mode in ("RGB", "RGBA", "CMYK", "P", "I;16"):
+        assert np.abs(canvas.to_uint8(picture.image).astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_applied(orientation, photo, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    exif[0x010F] = "Maker"
+    turned = png(tmp_path, Image.fromarray(photo), "a.jpg", exif=exif, quality=95)
+    picture = canvas.read(turned)
+    height, width = photo.shape[:2]
+    assert picture.size == ((height, width) if orientation < 5 else (width, height))
+    out = canvas.to_pil(picture.image, picture)
+    canvas.save(out, tmp_path / "b.png")
+    again = Image.open(tmp_path / "b.png")
+    assert again.size == out.size and again.getexif().get(0x0112, 1) == 1 and again.getexif()[0x010F] == "Maker"
+
+
+def test_profile_and_alpha_are_carried(photo, tmp_path):
+    from PIL import ImageCms
+
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    image = Image.fromarray(photo).convert("RGBA")
+    image.putalpha(Image.fromarray(photo[..., 0]))
+    picture = canvas.read(png(tmp_path, image, icc_profile=profile))
+    canvas.save(canvas.to_pil(picture.image, picture), tmp_path / "b.png")
+    again = Image.open(tmp_path / "b.png")
+    assert again.info["icc_profile"] == profile
+    assert np.array_equal(np.asarray(again), np.asarray(image))
+
+
+def test_bad_files(tmp_path, photo):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        canvas.read(tmp_path / "none.png")
+    with pytest.raises(IsADirectoryError):
+        canvas.read(tmp_path)
+    (tmp_path / "empty.png").touch()
+    with pytest.raises(ValueError, match="is empty"):
+        canvas.read(tmp_path / "empty.png")
+    (tmp_path / "text.png").write_text("not a picture")
+    with pytest.raises(ValueError, match="not an image"):
+        canvas.read(tmp_path / "text.png")
+    buffer = io.BytesIO()
+    Image.fromarray(photo).save(buffer, "PNG")
+    (tmp_path / "cut.png").write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        canvas.read(tmp_path / "cut.png")
+    with pytest.raises(ValueError, match="the limit is 1000"):
+        canvas.read(Image.fromarray(photo), max_pixels=1000)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (torch.full((3, 4, 4), float("nan")), "not finite"),
+        (torch.full((3, 4, 4), 2.0), "expected -1 to 1"),
+        (torch.zeros(4, 4), "expected \\(3, H, W\\)"),
+        (torch.zeros(2, 4, 4), "expected \\(3, H, W\\)"),
+        (np.full((4, 4), 1.5), "expected 0 to 1"),
+        (np.zeros((4, 4, 2)), "expected \\(H, W\\)"),
+        (np.zeros((0, 4, 3)), "expected \\(H, W\\)"),
+    ],
+)
+def test_bad_arrays(source, message):
+    with pytest.raises(ValueError, match=message):
+        canvas.read(source)
+
+
+def test_bad_types():
+    with pytest.raises(TypeError, match="int"):
+        canvas.read(3)
+    with pytest.raises(TypeError, match="int64"):
+        canvas.read(np.zeros((4, 4), np.int64))
+    with pytest.raises(ValueError, match="list of images is empty"):
+        canvas.read_list([])
+
+
+def test_masks():
+    mask = np.zeros((4, 6), np.uint8)
+    mask[1, 2] = 255
+    assert canvas.read_mask(mask, (4, 6)).sum() == 1
+    with pytest.raises(ValueError, match="mask is 6x4, the image 4x6"):
+        canvas.read_mask(mask, (6, 4))
+    with pytest.raises(ValueError, match="empty"):
+        canvas.read_mask(mask * 0, (4, 6))
+    with pytest.raises(ValueError, match="full"):
+        canvas.read_mask(mask * 0 + 255, (4, 6))
+
+
+def test_nothing_half_written(tmp_path, photo, monkeypatch):
+    (tmp_path / "a.png").write_bytes(b"old")
+
+    def full(self, stream, *args, **options):
+        stream.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        canvas.save(Image.fromarray(photo), tmp_path / "a.png")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"] and (tmp_path / "a.png").read_bytes() == b"old"
+    with pytest.raises(ValueError, match="suffix"):
+        canvas.save(Image.fromarray(photo), tmp_path / "a.xyz")

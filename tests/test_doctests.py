@@ -1,0 +1,14 @@
+"""Every example in a docstring runs."""
+
+import doctest
+import importlib
+
+import pytest
+
+ROOMS = ("canvas", "masks", "pipeline", "scheduler", "sizes", "tasks", "training", "unet")
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_examples(room):
+    result = doctest.testmod(importlib.import_module(f"palette_diffusers.{room}"))
+    assert result.failed == 0

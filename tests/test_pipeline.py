@@ -1,0 +1,232 @@
+import os
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from conftest import toy_unet
+from PIL import Image
+
+from palette_diffusers import PalettePipeline, PaletteScheduler, Task
+from palette_diffusers.color import is_gray, luma
+from palette_diffusers.pipeline import STARTER
+
+TASKS = ("colorization", "inpainting", "uncropping", "jpeg_restoration")
+
+
+def options(task, photo):
+    mask = np.zeros(photo.shape[:2], np.uint8)
+    mask[40:70, 50:90] = 255
+    return {"inpainting": {"mask_image": mask}, "uncropping": {"left": 10, "top": 0.1}}.get(task, {})
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_same_size_and_known_pixels(pipe, task, photo):
+    extra = options(task, photo)
+    out = np.asarray(pipe(Image.fromarray(photo), task=task, **extra).images[0])
+    if task == "uncropping":
+        assert out.shape == (165, 210, 3) and np.array_equal(out[15:, 10:], photo)
+    else:
+        assert out.shape == photo.shape
+    if task == "inpainting":
+        kept = extra["mask_image"] == 0
+        assert np.array_equal(out[kept], photo[kept]) and (out[~kept] != photo[~kept]).any()
+
+
+def test_colorization_keeps_the_photographs_luma(pipe, photo):
+    gray = np.asarray(Image.fromarray(photo).convert("L"))
+    out = pipe(gray, task="colorization", output_type="pt").images
+    expected = torch.from_numpy(gray.astype(np.float32)) / 127.5 - 1
+    assert (luma(out)[0, 0] - expected).abs().max() < 1 / 255
+    assert not is_gray(out).all()
+
+
+@pytest.mark.parametrize("task", TASKS[1:])
+def test_gray_stays_gray(pipe, task, photo):
+    gray = np.asarray(Image.fromarray(photo).convert("L"))
+    out = np.asarray(pipe(gray, task=task, **options(task, photo)).images[0].convert("RGB")).astype(int)
+    assert (out.max(-1) - out.min(-1)).max() <= 1
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_alone_or_in_a_batch(pipe, task, photo):
+    extra = options(task, photo)
+    if "mask_image" in extra:
+        extra["mask_image"] = [extra["mask_image"]] * 3
+    images = [photo, photo[::-1].copy(), photo[:, ::-1].copy()]
+    seeds = [torch.Generator().manual_seed(i) for i in (5, 6, 7)]
+    batch = pipe(images, task=task, generator=seeds, output_type="pt", **extra).images
+    if "mask_image" in extra:
+        extra["mask_image"] = extra["mask_image"][0]
+    alone = pipe(images[1], task=task, generator=torch.Generator().manual_seed(6), output_type="pt", **extra).images
+    assert (batch[1] - alone[0]).abs().max() <= 2 / 255
+    assert (batch[0] - batch[1]).abs().max() > 0.01
+
+
+def test_variations(pipe, photo):
+    def run(seed):
+        g = torch.Generator().manual_seed(seed)
+        return pipe(photo, num_images_per_input=3, generator=g, output_type="pt").images
+
+    first = run(0)
+    assert first.shape == (3, 3, 150, 200)
+    assert (first[0] - first[1]).abs().max() > 0.01
+    assert torch.equal(first, run(0)) and not torch.equal(first, run(1))
+
+
+def test_kinds_of_input_and_output(pipe, photo, tmp_path):
+    Image.fromarray(photo).save(tmp_path / "a.png")
+
+    def run(image, **extra):
+        return pipe(image, generator=torch.Generator().manual_seed(0), **extra).images
+
+    expected = np.asarray(run(photo)[0])
+    tensor = torch.from_numpy(photo.copy()).permute(2, 0, 1).float() / 127.5 - 1
+    for image in (Image.fromarray(photo), str(tmp_path / "a.png"), tmp_path / "a.png", photo / 255, tensor):
+        assert np.abs(np.asarray(run(image)[0]).astype(int) - expected).max() <= 1
+    assert run(photo, output_type="np").shape == (1, 150, 200, 3)
+    assert isinstance(pipe(photo, return_dict=False), tuple)
+    assert len(run([photo, photo[:50]], output_type="pt")) == 2
+
+
+def test_image_from_a_url(pipe, photo, tmp_path):
+    import threading
+    from functools import partial
+    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+    Image.fromarray(photo).save(tmp_path / "a.png")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        out = pipe(f"http://127.0.0.1:{server.server_port}/a.png", num_inference_steps=1).images[0]
+    finally:
+        server.shutdown()
+    assert out.size == (200, 150)
+
+
+def test_alpha_orientation_and_tiny_pictures(pipe, photo):
+    rgba = np.concatenate([photo, photo[..., :1]], -1)
+    out = pipe(Image.fromarray(rgba), task="jpeg_restoration").images[0]
+    assert out.mode == "RGBA" and np.array_equal(np.asarray(out)[..., 3], photo[..., 0])
+    for size in ((1, 1), (1, 40), (7, 3)):
+        for task in ("colorization", "jpeg_restoration"):
+            assert pipe(np.zeros(size, np.uint8), task=task).images[0].size == size[::-1]
+    mask = np.zeros((3, 5), np.uint8)
+    mask[1, 1] = 255
+    assert pipe(photo[:3, :5], task="inpainting", mask_image=mask).images[0].size == (5, 3)
+
+
+def test_callback_sees_the_predicted_original(pipe, photo):
+    seen = []
+
+    def callback(pipe, step, timestep, tensors):
+        seen.append((step, tensors["pred_original_sample"].abs().max().item(), sorted(tensors)))
+        return tensors
+
+    pipe(photo, num_inference_steps=3, callback_on_step_end=callback)
+    assert [s[0] for s in seen] == [0, 1, 2] and all(s[1] <= 1 for s in seen)
+    assert seen[0][2] == ["pred_original_sample", "sample"]
+
+
+def test_latents_are_the_start(pipe, photo):
+    image = torch.from_numpy(photo[:32, :32].copy()).permute(2, 0, 1).float() / 127.5 - 1
+
+    def run(latents, seed=0):
+        return pipe(image, task="jpeg_restoration", num_inference_steps=1, latents=latents, output_type="pt",
+            generator=torch.Generator().manual_seed(seed)).images  # fmt: skip
+
+    latents = torch.randn(1, 3, 32, 32)
+    assert torch.equal(run(latents, 0), run(latents, 1)) and not torch.equal(run(latents), run(-latents))
+    with pytest.raises(ValueError, match="latents are"):
+        run(torch.zeros(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    "solver", ["DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "EulerDiscreteScheduler"]
+)
+def test_every_solver(pipe, photo, solver):
+    pipe.scheduler = getattr(diffusers, solver).from_config(pipe.scheduler.config)
+    out = pipe(photo, task="jpeg_restoration", num_inference_steps=4, output_type="pt").images
+    assert torch.isfinite(out).all() and out.abs().max() <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_close(photo, dtype):
+    def run(dtype):
+        pipe = PalettePipeline(toy_unet().to(dtype), PaletteScheduler(sampling_spacing="logsnr"))
+        pipe.set_progress_bar_config(disable=True)
+        return pipe(photo, num_inference_steps=4, generator=torch.Generator().manual_seed(0), output_type="pt").images
+
+    assert (run(dtype) - run(torch.float32)).abs().mean() < 0.02
+
+
+def test_own_task_object(pipe, photo):
+    class Same(Task):
+        name = "same"
+
+    assert pipe(photo, task=Same()).images[0].size == (200, 150)
+
+
+def test_save_and_load(pipe, photo, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    loaded = PalettePipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert loaded.config.tasks == list(TASKS) and loaded.config.default_steps == 2
+
+    def run(p):
+        return p(photo, generator=torch.Generator().manual_seed(0), output_type="pt").images
+
+    assert torch.equal(run(loaded), run(pipe))
+
+
+def test_nan_never_leaves(pipe, photo):
+    with torch.no_grad():
+        pipe.unet.conv_out.bias.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="not finite after step 1 of 2"):
+        pipe(photo)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"task": "colorise"}, "this checkpoint knows colorization"),
+        ({"num_inference_steps": 0}, "at least 1"),
+        ({"task": "inpainting"}, "needs a mask_image"),
+        ({"task": "inpainting", "mask_image": np.ones((3, 3), np.uint8)}, "must have the same size"),
+        ({"mask_image": np.ones((150, 200), np.uint8)}, "takes no mask_image"),
+        ({"task": "uncropping"}, "all zero"),
+        ({"task": "uncropping", "left": -1}, "at least 0"),
+        ({"task": "uncropping", "left": float("nan")}, "left is nan"),
+        ({"left": 4}, "belong to 'uncropping'"),
+        ({"num_images_per_input": 0}, "at least 1"),
+        ({"output_type": "jpg"}, "expected 'pil'"),
+        ({"generator": [torch.Generator()] * 2}, "2 generators came for 1"),
+        ({"max_pixels": 100}, "the limit is 100"),
+    ],
+)
+def test_bad_input(pipe, photo, extra, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(Image.fromarray(photo), **extra)
+
+
+def test_bad_checkpoints(pipe, tmp_path):
+    with pytest.raises(FileNotFoundError, match="model_index.json"):
+        PalettePipeline.from_pretrained(tmp_path / "none")
+    pipe.save_pretrained(tmp_path / "a")
+    weights = tmp_path / "a" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(OSError):
+        PalettePipeline.from_pretrained(tmp_path / "a")
+
+
+def test_starter_ships_and_runs(photo):
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    size = sum(f.stat().st_size for f in STARTER.rglob("*") if f.is_file())
+    assert size <= 24 * 2**20
+    pipe = PalettePipeline.from_pretrained()
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.config.tasks == list(TASKS)
+    clean = torch.from_numpy(photo[:64, :64].copy()).permute(2, 0, 1).float() / 127.5 - 1
+    out = pipe(clean, task="jpeg_restoration", num_inference_steps=4, output_type="pt").images[0]
+    # a trained network returns the picture that it is shown, not noise
+    assert (out - clean).abs().mean() < 0.25
