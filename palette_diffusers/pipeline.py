@@ -286,9 +286,7 @@ def _grow(picture: Picture, left: float, right: float, top: float, bottom: float
         ("left", left, width), ("right", right, width), ("top", top, height), ("bottom", bottom, height),
     ):  # fmt: skip
         if not np.isfinite(value) or value < 0:
-            raise ValueError(
-                f"{name} is {value}, expected pixels (int) or a fraction of the side (float), at least 0"
-            )
+            raise ValueError(f"{name} is {value}, expected pixels (int) or a fraction of the side (float), at least 0")
         pixels[name] = round(value * side) if isinstance(value, float) else int(value)
     if not any(pixels.values()):
         raise ValueError("left, right, top and bottom are all zero, expected at least one side to extend")

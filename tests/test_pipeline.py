@@ -176,7 +176,8 @@ def test_save_and_load(pipe, photo, tmp_path):
     def run(p):
         return p(photo, generator=torch.Generator().manual_seed(0), output_type="pt").images
 
-    assert torch.equal(run(loaded), run(pipe))
+    # weights read from a file lie differently in memory, which may change the order of sums
+    assert (run(loaded) - run(pipe)).abs().max() < 1 / 255
 
 
 def test_nan_never_leaves(pipe, photo):
