@@ -71,11 +71,10 @@ class PalettePipeline(DiffusionPipeline):
         Raises:
             FileNotFoundError: a local path that is no folder with a model_index.json.
         """
-        if pretrained_model_name_or_path is None:
-            pretrained_model_name_or_path = STARTER
+        name = os.fspath(STARTER if pretrained_model_name_or_path is None else pretrained_model_name_or_path)
+        if Path(name).resolve() == STARTER.resolve():  # holds half precision only
             kwargs.setdefault("variant", "fp16")
             kwargs.setdefault("torch_dtype", torch.float32)
-        name = os.fspath(pretrained_model_name_or_path)
         if os.path.isabs(name) or name.startswith(".") or os.path.exists(name):
             if not (Path(name) / "model_index.json").is_file():
                 raise FileNotFoundError(f"{name} is no folder with a model_index.json, as save_pretrained writes it")

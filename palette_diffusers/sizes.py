@@ -31,23 +31,20 @@ class View:
     inner: tuple[int, int]
     outer: tuple[int, int]
 
-    def look(self, image: torch.Tensor, mode: str = "area") -> torch.Tensor:
+    def look(self, image: torch.Tensor) -> torch.Tensor:
         """The photograph (B, C, H, W) => (B, C, *outer)."""
         crop = image[..., self.top : self.top + self.height, self.left : self.left + self.width]
-        return pad_to(resize(crop, self.inner, mode).clamp(-1, 1), self.outer)
+        return pad_to(resize(crop, self.inner).clamp(-1, 1), self.outer)
 
     def back(self, image: torch.Tensor) -> torch.Tensor:
         """(B, C, *outer) => the crop's size (B, C, height, width)."""
-        return resize(image[..., : self.inner[0], : self.inner[1]], (self.height, self.width), "bicubic")
+        return resize(image[..., : self.inner[0], : self.inner[1]], (self.height, self.width))
 
 
-def resize(image: torch.Tensor, size: tuple[int, int], mode: str = "area") -> torch.Tensor:
-    """To (height, width), antialiased on the way down; bicubic overshoots, so clamp what must stay in range.
-    mode "nearest" for masks."""
+def resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """To (height, width), antialiased on the way down; bicubic overshoots, so clamp what must stay in range."""
     if tuple(image.shape[-2:]) == tuple(size):
         return image
-    if mode == "nearest":
-        return F.interpolate(image, size, mode="nearest-exact")
     return F.interpolate(image, size, mode="bicubic", antialias=True, align_corners=False)
 
 
@@ -76,7 +73,7 @@ def fit(height: int, width: int, native: int, multiple: int, top: int = 0, left:
     # a long strip keeps some height
     scale = max(scale, native / 2 / min(height, width)) if min(height, width) * scale < native / 2 else scale
     inner = (max(1, round(height * scale)), max(1, round(width * scale)))
-    if abs(height - native) < multiple and abs(width - native) < multiple:
+    if all(0.7 < side / native < 1.4 for side in (height, width)):  # near enough to be seen as it is
         inner = (height, width)
     return View(top, left, height, width, inner, (_up(inner[0], multiple), _up(inner[1], multiple)))
 

@@ -1,8 +1,12 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from palette_diffusers import PalettePipeline, PaletteScheduler, PaletteUNet2DModel
+
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 
 def toy_unet(seed: int = 0, **options) -> PaletteUNet2DModel:

@@ -225,6 +225,8 @@ def test_starter_ships_and_runs(photo):
     size = sum(f.stat().st_size for f in STARTER.rglob("*") if f.is_file())
     assert size <= 24 * 2**20
     pipe = PalettePipeline.from_pretrained()
+    named = PalettePipeline.from_pretrained(os.path.relpath(STARTER))  # as `--init` names it
+    assert torch.equal(named.unet.conv_in.weight, pipe.unet.conv_in.weight)
     pipe.set_progress_bar_config(disable=True)
     assert pipe.config.tasks == list(TASKS)
     clean = torch.from_numpy(photo[:64, :64].copy()).permute(2, 0, 1).float() / 127.5 - 1
