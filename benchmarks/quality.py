@@ -130,7 +130,7 @@ def main() -> None:
                 if filled is not None:
                     rows["Telea"].add(model, filled, clean, label)
             generators = [torch.Generator().manual_seed(i + k) for k in range(len(clean))]
-            sample = pipe.denoise(given, generators, args.steps)
+            sample = pipe.denoise(given, generators, args.steps, task=get_task(task))
             rows["Palette"].add(model, get_task(task).compose(sample, given), clean, label)
         result[task] = {name: m.row(original) for name, m in rows.items() if m.psnr}
         result[task]["seconds"] = round(time.time() - begin)

@@ -79,8 +79,8 @@ def _from_pil(picture: Image.Image, name: str, max_pixels: int) -> Picture:
         return Picture(gray.expand(1, 3, -1, -1).contiguous(), alpha, info)
     if picture.mode == "CMYK":
         info.pop("icc_profile", None)  # describes inks, not the RGB that follows
-    pixels = np.asarray(picture.convert("RGB"))
-    return Picture(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1, alpha, info)
+    pixels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)[None].contiguous()
+    return Picture(pixels.float().div_(127.5).sub_(1), alpha, info)  # in place: a large photograph is large here
 
 
 def _from_array(array: np.ndarray) -> Picture:
@@ -197,7 +197,8 @@ def read_mask(source: ImageInput, size: tuple[int, int]) -> torch.Tensor:
 
 def to_uint8(image: torch.Tensor) -> np.ndarray:
     """(1, 3, H, W) in [-1, 1] => (H, W, 3) uint8; the inverse of reading, to the bit."""
-    return ((image[0].float() + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
+    levels = (image[0].float() + 1).mul_(127.5).round_().clamp_(0, 255)
+    return levels.byte().permute(1, 2, 0).contiguous().cpu().numpy()
 
 
 def to_pil(image: torch.Tensor, picture: Picture | None = None) -> Image.Image:

@@ -39,7 +39,7 @@ def _load(model: str | None, device: str, dtype: str) -> Any:
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in known:
         raise ValueError(f"dtype is {dtype!r}, expected auto, {', '.join(known)}")
-    pipe = PalettePipeline.from_pretrained(model, torch_dtype=known[dtype])
+    pipe = PalettePipeline.from_pretrained(model, dtype=known[dtype])
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
     return pipe.to(device)
 

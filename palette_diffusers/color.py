@@ -7,8 +7,8 @@ LUMA_WEIGHTS = (0.299, 0.587, 0.114)
 
 def luma(image: torch.Tensor) -> torch.Tensor:
     """Y' = 0.299 R' + 0.587 G' + 0.114 B' (ITU-R BT.601): (B, 3, H, W) => (B, 1, H, W)."""
-    weights = torch.tensor(LUMA_WEIGHTS, dtype=image.dtype, device=image.device)
-    return (image * weights[:, None, None]).sum(-3, keepdim=True)
+    red, green, blue = image.split(1, dim=-3)
+    return (red * LUMA_WEIGHTS[0]).add_(green, alpha=LUMA_WEIGHTS[1]).add_(blue, alpha=LUMA_WEIGHTS[2])
 
 
 def chroma(image: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ Images are (B, 3, H, W), RGB, [-1, 1]; masks (1, 1, H, W), 1 = generate.
 """
 
 import inspect
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,12 +20,14 @@ from PIL import Image
 
 from . import canvas, sizes
 from .canvas import ImageInput, Picture
+from .color import chroma
 from .masks import border_mask
-from .scheduler import PaletteScheduler, noise_level, predicted_original
+from .scheduler import PaletteScheduler, diffuse, noise_level, output_for, predicted_original
 from .tasks import Given, Task, get_task
 from .unet import PaletteUNet2DModel
 
 STARTER = Path(__file__).with_name("starter")
+REFINE_FROM = 0.0  # log-SNR at which finer levels start: the coarser one's picture, half noise
 
 
 @dataclass
@@ -54,7 +57,7 @@ class PalettePipeline(DiffusionPipeline):
         self,
         unet: PaletteUNet2DModel,
         scheduler: PaletteScheduler,
-        tasks: Sequence[str] = ("colorization", "inpainting", "uncropping", "jpeg_restoration"),
+        tasks: list[str] | tuple[str, ...] = ("colorization", "inpainting", "uncropping", "jpeg_restoration"),
         default_task: str = "colorization",
         default_steps: int = 20,
     ):
@@ -72,9 +75,11 @@ class PalettePipeline(DiffusionPipeline):
             FileNotFoundError: a local path that is no folder with a model_index.json.
         """
         name = os.fspath(STARTER if pretrained_model_name_or_path is None else pretrained_model_name_or_path)
+        if "torch_dtype" in kwargs:  # the library's older name for it
+            kwargs["dtype"] = kwargs.pop("torch_dtype")
         if Path(name).resolve() == STARTER.resolve():  # holds half precision only
             kwargs.setdefault("variant", "fp16")
-            kwargs.setdefault("torch_dtype", torch.float32)
+            kwargs.setdefault("dtype", torch.float32)
         if os.path.isabs(name) or name.startswith(".") or os.path.exists(name):
             if not (Path(name) / "model_index.json").is_file():
                 raise FileNotFoundError(f"{name} is no folder with a model_index.json, as save_pretrained writes it")
@@ -90,9 +95,8 @@ class PalettePipeline(DiffusionPipeline):
         return get_task(name)
 
     def _predict(self, sample: torch.Tensor, gamma: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        """The network in its own dtype, its output in float32."""
-        dtype = self.unet.dtype
-        return self.unet(sample.to(dtype), gamma, condition.to(dtype), return_dict=False)[0].float()
+        """The network computes in its own dtype; in and out is float32."""
+        return self.unet(sample, gamma, condition, return_dict=False)[0]
 
     @torch.no_grad()
     def denoise(
@@ -103,8 +107,17 @@ class PalettePipeline(DiffusionPipeline):
         latents: torch.Tensor | None = None,
         predict: sizes.Predict | None = None,
         callback: Callable[[int, Any, dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
+        estimate: torch.Tensor | None = None,
+        start: float = 0.0,
+        task: Task | None = None,
     ) -> torch.Tensor:
         """The sampling loop at the working size, without composing: (B, 3, H, W) in float32.
+
+        With a `task`, what is known (pixels, luma, gray) is put into the predicted picture at every step, so that
+        the sample grows together with it (Wang et al. 2022, "DDNM").
+
+        With an `estimate` of the picture, sampling starts from it, noised to the log-SNR `start`: only the
+        steps from there on are taken. An `estimate` that no step is left for comes back as it is.
 
         Raises:
             ValueError: fewer than one step. FloatingPointError: the sample is not finite; the step is named.
@@ -119,15 +132,33 @@ class PalettePipeline(DiffusionPipeline):
             latents = randn_tensor(condition.shape, generator=generator, device=condition.device, dtype=torch.float32)
         elif latents.shape != condition.shape:
             raise ValueError(f"latents are {tuple(latents.shape)}, expected {tuple(condition.shape)}")
-        sample = latents.to(condition.device, torch.float32) * self.scheduler.init_noise_sigma
+        timesteps, sample = self.scheduler.timesteps, latents.to(condition.device, torch.float32)
+        if estimate is None:
+            sample = sample * self.scheduler.init_noise_sigma
+        else:
+            gammas = torch.stack([noise_level(self.scheduler, t) for t in timesteps])
+            late = torch.nonzero(torch.logit(gammas.double()) >= start).flatten().tolist()
+            order = self.scheduler.order
+            first = math.ceil(late[0] / order) * order if late else len(timesteps)
+            if first >= len(timesteps):
+                return estimate
+            timesteps = timesteps[first:]
+            if hasattr(self.scheduler, "set_begin_index"):
+                self.scheduler.set_begin_index(first)
+            sample = diffuse(estimate.to(sample.device), sample, gammas[first])
+            if float(self.scheduler.init_noise_sigma) > 1.5:  # Euler and Heun carry y / sqrt(gamma)
+                sample = sample / gammas[first].sqrt()
         extra = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
         kind = self.scheduler.config.prediction_type
-        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+        for i, t in enumerate(self.progress_bar(timesteps)):
             scaled = self.scheduler.scale_model_input(sample, t)
             gamma = noise_level(self.scheduler, t)
             output = predict(scaled, gamma, condition)
             # Euler and Heun carry y / sqrt(gamma): what the network saw is not what they step from
             original = predicted_original(output, scaled, gamma, kind).clamp(-1, 1)
+            if task is not None:
+                original = task.compose(original, given)
+                output = output_for(original, scaled, gamma, kind)
             sample = self.scheduler.step(output, t, sample, return_dict=True, **extra).prev_sample
             if not torch.isfinite(sample).all():
                 raise FloatingPointError(f"the sample is not finite after step {i + 1} of {steps} ({self.unet.dtype})")
@@ -238,42 +269,60 @@ class PalettePipeline(DiffusionPipeline):
         callback: Callable | None,
     ) -> torch.Tensor:
         """One photograph (1, 3, H, W) => its variations (N, 3, H, W)."""
-        native, multiple = self.unet.config.sample_size, self.unet.size_multiple
-        height, width = image.shape[-2:]
         if task.strategy == "hole":
             assert mask is not None
-            view = sizes.hole_views(mask, native, multiple)
-        elif task.strategy == "tiles":
-            view = sizes.full(height, width, max(16, multiple))
-        else:
-            view = sizes.fit(height, width, native, multiple)
+            return self._fill(image, mask, task, generators, steps, latents, callback)
+        native, multiple = self.unet.config.sample_size, self.unet.size_multiple
+        height, width = image.shape[-2:]
         number = len(generators)
-        small = view.look(image).expand(number, -1, -1, -1)
-        small_mask = None
-        if mask is not None:
-            # any pixel of the hole makes its small pixel unknown
-            grown = torch.nn.functional.adaptive_max_pool2d(
-                mask[..., view.top : view.top + view.height, view.left : view.left + view.width], view.inner
-            )
-            small_mask = sizes.pad_to(grown, view.outer).expand(number, -1, -1, -1)
-        given = task.prepare(small, small_mask, generators)
-        predict = None
         if task.strategy == "tiles":
-            tile = max(128, native)
-            predict = sizes.tiled(self._predict, tile, 16)
-        sample = self.denoise(given, generators, steps, latents, predict, callback).cpu()
-        if view.inner == (height, width) and view.outer == (height, width) and task.strategy != "chroma":
-            return task.compose(sample, given)
+            view = sizes.full(height, width, max(16, multiple))
+            predict = sizes.tiled(self._predict, max(128, native), 16)
+        else:
+            view, predict = sizes.fit(height, width, native, multiple), None
+        given = task.prepare(view.look(image).expand(number, -1, -1, -1), None, generators)
+        sample = self.denoise(given, generators, steps, latents, predict, callback, task=task).cpu().clamp(-1, 1)
         if task.strategy == "chroma":
-            small_result = task.compose(sample, given)
-            return torch.cat([sizes.merge_chroma(image, one, view) for one in small_result.split(1)])
+            color = chroma(task.compose(sample, given))
+            merged = [sizes.merge_chroma(image, one, view) for one in color.split(1)]
+            return torch.cat(merged) if number > 1 else merged[0]
+        # the task composes at the photograph's own resolution
+        known = image.expand(number, -1, -1, -1)
+        return task.compose(view.back(sample), Given(known=known, condition=known))
+
+    def _fill(
+        self,
+        image: torch.Tensor,
+        mask: torch.Tensor,
+        task: Task,
+        generators: list[torch.Generator],
+        steps: int | None,
+        latents: torch.Tensor | None,
+        callback: Callable | None,
+    ) -> torch.Tensor:
+        """One photograph with a hole => its variations (N, 3, H, W), coarse to fine: what the model made of the
+        whole is refined at twice the resolution, tile by tile, up to the photograph's own."""
+        native, multiple = self.unet.config.sample_size, self.unet.size_multiple
+        number, estimate, predict, coarse = len(generators), None, None, None
+        for view in sizes.hole_view(mask, native, multiple).levels(multiple):
+            small, hole = view.look_known(image, mask)
+            given = task.prepare(small.expand(number, -1, -1, -1), hole.expand(number, -1, -1, -1), generators)
+            if estimate is not None:
+                up = sizes.pad_to(sizes.resize(estimate, view.inner), view.outer).clamp(-1, 1)
+                estimate = torch.where(hole > 0, up, given.known)
+                predict = sizes.tiled(self._predict, native, max(16, native // 64 * 16), where=hole)
+            if coarse is not None and view.inner <= coarse.inner:  # a photograph below the model's size
+                sample = estimate
+            else:
+                args = (given, generators, steps, latents, predict, callback, estimate, REFINE_FROM, task)
+                sample = self.denoise(*args).cpu()
+            # what the sample gets wrong at the pixels that are known, it gets wrong beside them too
+            sample = sample + sizes.extend(given.known - sample, 1 - hole) * hole
+            estimate = task.compose(sample.clamp(-1, 1), given)[..., : view.inner[0], : view.inner[1]]
+            latents, coarse = None, view
+        assert estimate is not None
         result = image.repeat(number, 1, 1, 1)
-        area = (..., slice(view.top, view.top + view.height), slice(view.left, view.left + view.width))
-        # the task decides what is kept, at the photograph's own resolution
-        crop_mask = None if mask is None else mask[area]
-        known = image[area] if crop_mask is None else image[area] * (1 - crop_mask)
-        full_given = Given(known=known.expand(number, -1, -1, -1), condition=known, mask=crop_mask)
-        result[area] = task.compose(view.back(sample.clamp(-1, 1)), full_given)
+        view.crop(result)[:] = estimate
         return result
 
 

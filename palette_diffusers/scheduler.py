@@ -74,6 +74,27 @@ def predicted_original(
     raise ValueError(f"prediction_type is {prediction_type!r}, expected one of {', '.join(PREDICTION_TYPES)}")
 
 
+def output_for(y0: torch.Tensor, y: torch.Tensor, gamma: torch.Tensor | float, prediction_type: str) -> torch.Tensor:
+    """The output that stands for a given y0 at y, in float32; `predicted_original` takes it back."""
+    y0, y, gamma = y0.float(), y.float(), _like(gamma, y)
+    eps = (y - gamma.sqrt() * y0) / (1 - gamma).clamp_min(1e-12).sqrt()
+    return training_target(y0, eps, gamma, prediction_type)
+
+
+def condition_velocity(y: torch.Tensor, x: torch.Tensor, gamma: torch.Tensor | float, error: float) -> torch.Tensor:
+    """The velocity of the best linear guess at y0 from y and from a source x that is y0 plus an error of this
+    standard deviation, in float32.
+
+    y / sqrt(gamma) is y0 plus an error of variance (1 - gamma) / gamma; the two are weighted by their inverse
+    variances. Bounded for every gamma. Source: Karras et al. 2022 (EDM), appendix B.6, with a second measurement.
+    """
+    y, x, gamma = y.float(), x.float(), _like(gamma, y)
+    noise = 1 - gamma
+    total = noise + error**2 * gamma
+    y0 = (error**2 * gamma.sqrt() * y + noise * x) / total
+    return (gamma.sqrt() * y - y0) / noise.clamp_min(1e-12).sqrt()
+
+
 def noise_level(scheduler: Any, timestep: torch.Tensor | float) -> torch.Tensor:
     """gamma at a timestep of any diffusers scheduler: a float32 scalar tensor.
 

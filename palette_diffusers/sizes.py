@@ -6,12 +6,13 @@ Images are (B, 3, H, W), RGB, [-1, 1]; masks (1, 1, H, W), 1 = generate.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from .color import chroma, luma, with_luma
+from .color import luma, with_luma
 
 Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -33,12 +34,43 @@ class View:
 
     def look(self, image: torch.Tensor) -> torch.Tensor:
         """The photograph (B, C, H, W) => (B, C, *outer)."""
-        crop = image[..., self.top : self.top + self.height, self.left : self.left + self.width]
-        return pad_to(resize(crop, self.inner).clamp(-1, 1), self.outer)
+        return pad_to(resize(self.crop(image), self.inner).clamp(-1, 1), self.outer)
+
+    def look_known(self, image: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The photograph and its hole => both as the model sees them, (B, C, *outer) and (B, 1, *outer).
+
+        A small pixel is known only if every pixel under it is; nothing of what lies in the hole leaks out.
+        """
+        keep = 1 - self.crop(mask)
+        hole = F.adaptive_max_pool2d(1 - keep, self.inner)
+        if self.inner == (self.height, self.width):
+            small = self.crop(image) * keep
+        else:
+            size: Any = dict(size=self.inner, mode="bilinear", antialias=True, align_corners=False)
+            weight = F.interpolate(keep, **size)
+            small = F.interpolate(torch.where(keep > 0, self.crop(image), 0.0), **size) / weight.clamp_min(1e-6)
+        small = torch.where(hole > 0, 0.0, small)
+        return pad_to(small.clamp(-1, 1), self.outer), pad_to(hole, self.outer)
 
     def back(self, image: torch.Tensor) -> torch.Tensor:
-        """(B, C, *outer) => the crop's size (B, C, height, width)."""
+        """(B, C, *outer) => the rectangle's size (B, C, height, width)."""
         return resize(image[..., : self.inner[0], : self.inner[1]], (self.height, self.width))
+
+    def crop(self, image: torch.Tensor) -> torch.Tensor:
+        """The photograph (B, C, H, W) => the rectangle at its own resolution, (B, C, height, width)."""
+        return image[..., self.top : self.top + self.height, self.left : self.left + self.width]
+
+    def levels(self, multiple: int) -> list["View"]:
+        """From this view to the rectangle's own resolution, each about twice as fine as the one before."""
+        views = [self]
+        size = (self.height, self.width)
+        while views[-1].inner != size:
+            inner = tuple(min(full, 2 * side) for full, side in zip(size, views[-1].inner, strict=True))
+            if max(f / i for f, i in zip(size, inner, strict=True)) < 1.3:  # a last step too small to be worth it
+                inner = size
+            outer = tuple(_up(side, multiple) for side in inner)
+            views.append(replace(self, inner=inner, outer=outer))  # type: ignore[arg-type]
+        return views
 
 
 def resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -78,7 +110,7 @@ def fit(height: int, width: int, native: int, multiple: int, top: int = 0, left:
     return View(top, left, height, width, inner, (_up(inner[0], multiple), _up(inner[1], multiple)))
 
 
-def hole_views(mask: torch.Tensor, native: int, multiple: int) -> View:
+def hole_view(mask: torch.Tensor, native: int, multiple: int) -> View:
     """A view around the hole (1, 1, H, W), with context, in which the hole takes at most about half the side."""
     height, width = mask.shape[-2:]
     rows = torch.nonzero(mask[0, 0].amax(1)).flatten()
@@ -97,17 +129,77 @@ def full(height: int, width: int, multiple: int) -> View:
     return View(0, 0, height, width, (height, width), (_up(height, multiple), _up(width, multiple)))
 
 
-def merge_chroma(gray: torch.Tensor, sample: torch.Tensor, view: View) -> torch.Tensor:
-    """The photograph's own luma with the chroma of a sample at working size: (1, 3, H, W)."""
-    color = view.back(chroma(sample))
-    return with_luma(luma(gray), color)
+def merge_chroma(gray: torch.Tensor, color: torch.Tensor, view: View) -> torch.Tensor:
+    """The photograph's own luma (1, 3, H, W) with chroma of working size (1, 3, *outer): (1, 3, H, W).
+
+    The chroma comes up by a fast guided filter: locally linear in luma, so that it changes where the
+    photograph does and does not bleed over edges. It works in bands, so that memory stays bounded.
+
+    Source: He & Sun 2015, "Fast Guided Filter".
+    """
+    height, width = view.inner
+    color = color[..., :height, :width]
+    light = luma(gray)
+    if (height, width) != tuple(light.shape[-2:]):
+        small = resize(light, view.inner)
+        radius, softness = 2, 0.02
+        mean_light, mean_color = _box(small, radius), _box(color, radius)
+        slope = (_box(small * color, radius) - mean_light * mean_color) / (
+            _box(small * small, radius) - mean_light * mean_light + softness
+        )
+        slope, offset = _box(slope, radius), _box(mean_color - slope * mean_light, radius)
+    else:
+        slope, offset = torch.zeros_like(color), color
+    out = torch.empty_like(gray)
+    columns = _lines(light.shape[-1], width)
+    rows = _lines(light.shape[-2], height)
+    for band in torch.arange(light.shape[-2]).split(256):
+        here = light[..., band[0] : band[-1] + 1, :]
+        a, b = (_at(_at(x, rows[band], -2), columns, -1) for x in (slope, offset))
+        out[..., band[0] : band[-1] + 1, :] = with_luma(here, a * here + b)
+    return out
 
 
-def tiled(predict: Predict, tile: int, overlap: int, batch: int = 32) -> Predict:
+def _box(image: torch.Tensor, radius: int) -> torch.Tensor:
+    """Means over squares of 2 radius + 1 pixels."""
+    return F.avg_pool2d(F.pad(image, [radius] * 4, mode="replicate"), 2 * radius + 1, stride=1)
+
+
+def _lines(long: int, short: int) -> torch.Tensor:
+    """The centres of `long` pixels in the coordinates of `short`: (long,)."""
+    return ((torch.arange(long) + 0.5) * (short / long) - 0.5).clamp(0, short - 1)
+
+
+def _at(image: torch.Tensor, position: torch.Tensor, dim: int) -> torch.Tensor:
+    """Linear interpolation along one dimension, at real-valued positions."""
+    low = position.floor().long()
+    high = (low + 1).clamp(max=image.shape[dim] - 1)
+    shape = [1] * image.ndim
+    shape[dim] = -1
+    return torch.lerp(image.index_select(dim, low), image.index_select(dim, high), (position - low).reshape(shape))
+
+
+def extend(values: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """Values (B, C, H, W), known where `known` (B, 1, H, W) is 1, continued smoothly over the rest.
+
+    Source: pull-push, Gortler et al. 1996, "The Lumigraph", section 3.4.
+
+    >>> extend(torch.tensor([[[[2.0, 0.0, 0.0, 4.0]]]]), torch.tensor([[[[1.0, 0, 0, 1]]]])).squeeze().tolist()
+    [2.0, 2.5, 3.5, 4.0]
+    """
+    if known.bool().all() or max(values.shape[-2:]) == 1:
+        return values
+    pool: Any = dict(kernel_size=2, ceil_mode=True, count_include_pad=False)
+    weight = F.avg_pool2d(known, **pool)
+    coarse = extend(F.avg_pool2d(values * known, **pool) / weight.clamp_min(1e-6), (weight > 0).to(known))
+    return torch.where(known > 0, values, F.interpolate(coarse, values.shape[-2:], mode="bilinear"))
+
+
+def tiled(predict: Predict, tile: int, overlap: int, where: torch.Tensor | None = None, batch: int = 32) -> Predict:
     """Wraps a noise-predicting callable: tiles overlap, and their estimates are blended at every step.
 
     Tiles start at multiples of 16 pixels, so that a JPEG's 8x8 grid keeps its phase. A picture that fits into
-    one tile passes through.
+    one tile passes through. Tiles without a pixel of `where` (1, 1, H, W) are left out, and come back as zeros.
     """
     if tile % 16 or overlap % 16 or not 0 <= overlap < tile:
         raise ValueError(f"tile is {tile}, overlap {overlap}: expected multiples of 16, overlap below tile")
@@ -127,6 +219,8 @@ def tiled(predict: Predict, tile: int, overlap: int, batch: int = 32) -> Predict
         window = (ramp[0][:, None] * ramp[1][None]).to(sample)
         total, weight = torch.zeros_like(sample), torch.zeros_like(sample[:1, :1])
         places = [(y, x) for y in sorted(set(starts(height))) for x in sorted(set(starts(width)))]
+        if where is not None:
+            places = [(y, x) for y, x in places if where[..., y : y + h, x : x + w].any()]
         step = max(1, batch // sample.shape[0])
         for i in range(0, len(places), step):
             some = places[i : i + step]
@@ -138,6 +232,6 @@ def tiled(predict: Predict, tile: int, overlap: int, batch: int = 32) -> Predict
             for (y, x), output in zip(some, outputs, strict=True):
                 total[..., y : y + h, x : x + w] += output * window
                 weight[..., y : y + h, x : x + w] += window
-        return total / weight
+        return total / weight.clamp_min(1e-6)
 
     return blended

@@ -71,7 +71,7 @@ class Colorization(Task):
         return Given(known=gray, condition=gray)
 
     def compose(self, sample: torch.Tensor, given: Given) -> torch.Tensor:
-        return with_luma(luma(given.known), chroma(sample))
+        return with_luma(luma(given.known), chroma(sample)).clamp(-1, 1)
 
 
 class Inpainting(Task):

@@ -67,7 +67,7 @@ class TrainSettings:
 # preset       size  batch  steps      rate  warmup  ema     prediction      network
 PRESETS = {
     "starter-64": (64, 32, 20_000, 6e-4, 200, 0.999, "v_prediction", dict(
-        sample_size=64, patch_size=2, block_out_channels=[48, 96, 192], layers_per_block=1,
+        sample_size=64, patch_size=2, condition_skip=0.2, block_out_channels=[48, 96, 192], layers_per_block=1,
         norm_num_groups=16, attention_head_dim=64, **SMALL_BLOCKS)),
     "palette-64": (64, 256, 300_000, 1e-4, 10_000, 0.9999, "epsilon", dict(
         sample_size=64, **_adm([128, 256, 384, 512], 3))),

@@ -10,6 +10,8 @@ from PIL import Image
 from palette_diffusers import PalettePipeline, PaletteScheduler, Task
 from palette_diffusers.color import is_gray, luma
 from palette_diffusers.pipeline import STARTER
+from palette_diffusers.scheduler import output_for
+from palette_diffusers.tasks import Given
 
 TASKS = ("colorization", "inpainting", "uncropping", "jpeg_restoration")
 
@@ -178,6 +180,81 @@ def test_save_and_load(pipe, photo, tmp_path):
 
     # weights read from a file lie differently in memory, which may change the order of sums
     assert (run(loaded) - run(pipe)).abs().max() < 1 / 255
+
+
+def test_known_pixels_guide_every_step(pipe, photo):
+    """The predicted picture that the sampler steps from holds the known pixels and the photograph's luma."""
+    mask = np.zeros((32, 32), np.uint8)
+    mask[8:24, 8:24] = 255
+    image = torch.from_numpy(photo[:32, :32].copy()).permute(2, 0, 1).float() / 127.5 - 1
+    seen = []
+
+    def callback(pipe, step, timestep, tensors):
+        seen.append(tensors["pred_original_sample"])
+        return tensors
+
+    pipe(image, task="inpainting", mask_image=mask, num_inference_steps=3, callback_on_step_end=callback)
+    kept = torch.from_numpy(mask == 0).expand(3, -1, -1)
+    assert all(torch.equal(x[0][kept], image[kept]) for x in seen) and len(seen) == 3
+    seen.clear()
+    pipe(image, task="colorization", num_inference_steps=3, callback_on_step_end=callback)
+    assert all((luma(x[0]) - luma(image)).abs().max() < 1e-4 for x in seen) and len(seen) == 3
+
+
+@pytest.mark.parametrize("solver", [None, "DDIMScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler"])
+def test_sampling_can_start_from_an_estimate(solver):
+    """A network that knows the picture brings it back, in fewer steps; with none left, the estimate returns."""
+    scheduler = PaletteScheduler(sampling_spacing="logsnr")
+    pipe = PalettePipeline(toy_unet(), scheduler)
+    if solver:
+        pipe.scheduler = getattr(diffusers, solver).from_config(scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    picture = torch.rand(1, 3, 16, 16) * 2 - 1
+    calls, given = [], Given(known=picture, condition=picture)
+
+    def knows(sample, gamma, condition):
+        calls.append(float(gamma))
+        return output_for(picture, sample, gamma, "epsilon")
+
+    out = pipe.denoise(given, torch.Generator().manual_seed(0), 16, predict=knows, estimate=picture, start=0.0)
+    assert 1 / (1 + np.exp(0.01)) < calls[0] < 0.8 and 3 < len(calls) < 14 * pipe.scheduler.order
+    assert (out - picture).abs().mean() < 0.05
+    again = pipe.denoise(given, None, 16, predict=knows, estimate=picture, start=99.0)
+    assert torch.equal(again, picture)
+
+
+def test_holes_are_refined_up_to_the_photographs_resolution(pipe):
+    """A hole across a large picture: every level up to its own resolution is seen, and no border shows."""
+    sizes_seen, predict = [], pipe._predict
+
+    def watching(sample, gamma, condition):
+        sizes_seen.append(sample.shape[-1])
+        return predict(sample, gamma, condition)
+
+    pipe._predict = watching
+    seen = []
+
+    def callback(pipe, step, timestep, tensors):
+        seen.append(tensors["sample"].shape[-1])
+        return tensors
+
+    pipe.scheduler = PaletteScheduler(sampling_spacing="logsnr")
+    image = np.full((200, 200, 3), 100, np.uint8)
+    mask = np.zeros((200, 200), np.uint8)
+    mask[60:150, 60:150] = 255
+    out = pipe(image, task="inpainting", mask_image=mask, num_inference_steps=6, callback_on_step_end=callback)
+    widths = sorted(set(seen))
+    assert widths[0] == 32 and widths[-1] >= 160 and len(widths) == 3
+    assert max(sizes_seen) == 32  # in tiles of the model's size
+    inside = np.asarray(out.images[0])[60:150, 60:150].astype(float)
+    ring = np.concatenate([inside[0], inside[-1], inside[:, 0], inside[:, -1]])
+    assert abs(ring.mean() - 100) < 4 and inside.std() > 1
+
+
+def test_cpu_offload_needs_an_accelerator(pipe):
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="accelerator"):
+            pipe.enable_model_cpu_offload()
 
 
 def test_nan_never_leaves(pipe, photo):

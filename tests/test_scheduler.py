@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from palette_diffusers import PaletteScheduler
-from palette_diffusers.scheduler import diffuse, linear_gammas, noise_level, predicted_original, training_target
+from palette_diffusers.scheduler import (
+    condition_velocity,
+    diffuse,
+    linear_gammas,
+    noise_level,
+    output_for,
+    predicted_original,
+    training_target,
+)
 
 SOLVERS = {
     "DDIMScheduler": {},
@@ -167,3 +175,26 @@ def test_unknown_names_are_refused(options):
 def test_bad_steps_are_refused(steps):
     with pytest.raises(ValueError, match="at least 1"):
         PaletteScheduler().set_timesteps(steps)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_an_output_for_a_picture_is_read_back_as_that_picture(kind, seeded):
+    y0, y = torch.randn(2, 4, 3, 8, 8, generator=seeded()).unbind()
+    gamma = torch.tensor([0.9, 0.5, 0.05, 0.01])
+    output = output_for(y0, y, gamma, kind)
+    torch.testing.assert_close(predicted_original(output, y, gamma, kind), y0, atol=1e-4, rtol=1e-4)
+
+
+def test_condition_velocity_is_the_best_linear_guess(seeded):
+    """Against least squares on samples: y0 from the noisy image and a source with an error of 0.3."""
+    y0 = torch.randn(1, 1, 400, 400, generator=seeded(1)) * 4  # wide, so that no prior helps
+    x = y0 + 0.3 * torch.randn(y0.shape, generator=seeded(2))
+    for gamma in (0.99, 0.9, 0.5, 0.05):
+        y = diffuse(y0, torch.randn(y0.shape, generator=seeded(3)), gamma)
+        guess = predicted_original(condition_velocity(y, x, gamma, 0.3), y, gamma, "v_prediction")
+        best = torch.linalg.lstsq(torch.stack([y.flatten(), x.flatten()], 1), y0.flatten()[:, None]).solution
+        linear = best[0] * y + best[1] * x
+        error = [(z - y0).square().mean().item() for z in (guess, linear)]
+        assert error[0] < error[1] * 1.01
+    for gamma in (1e-9, 1 - 2**-24):  # bounded at both ends
+        assert condition_velocity(y, x, gamma, 0.2).abs().max() < 50

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from palette_diffusers import sizes
-from palette_diffusers.color import luma
+from palette_diffusers.color import chroma, luma
 
 side = st.integers(1, 3000)
 
@@ -25,7 +25,7 @@ def test_hole_views_hold_the_hole(height, width, data):
     y, x = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
     mask = torch.zeros(1, 1, height, width)
     mask[..., y:, x:] = 1
-    view = sizes.hole_views(mask, 32, 4)
+    view = sizes.hole_view(mask, 32, 4)
     assert view.top >= 0 and view.top + view.height <= height and view.left + view.width <= width
     inside = mask[..., view.top : view.top + view.height, view.left : view.left + view.width]
     assert inside.sum() == mask.sum()
@@ -75,6 +75,70 @@ def test_chroma_comes_up_and_luma_stays():
     view = sizes.fit(90, 120, 32, 4)
     sample = torch.zeros(1, 3, *view.outer)
     sample[:, 0] = 0.3
-    out = sizes.merge_chroma(gray, sample, view)
+    out = sizes.merge_chroma(gray, chroma(sample), view)
     torch.testing.assert_close(luma(out), luma(gray), atol=1e-5, rtol=0)
     assert (out[:, 0] - out[:, 1] > 0.05).float().mean() > 0.95
+
+
+def test_chroma_follows_the_photographs_edges():
+    """Red on the left, gray on the right, one edge: brought up 8 times, the colour ends where the light does."""
+    gray = torch.full((1, 3, 256, 256), -0.2)
+    gray[..., 128:] = 0.5
+    view = sizes.fit(256, 256, 32, 4)
+    sample = torch.zeros(1, 3, 32, 32)
+    sample[:, 0, :, :16] = 0.4
+    out = sizes.merge_chroma(gray, chroma(sample), view)
+    red = out[0, 0] - out[0, 1]
+    assert (red[:, :126] > 0.3).all() and (red[:, 130:] < 0.1).all()
+    plain = view.back(chroma(sample))
+    assert (plain[0, 0] - plain[0, 1])[:, 130].mean() > 0.04 > red[:, 130].mean()  # what bleeding would be
+
+
+@settings(max_examples=60, deadline=None)
+@given(height=st.integers(1, 70), width=st.integers(1, 70), seed=st.integers(0, 99))
+def test_extension_keeps_what_is_known_and_stays_in_range(height, width, seed):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.rand(2, 3, height, width, generator=generator)
+    known = (torch.rand(1, 1, height, width, generator=generator) < 0.3).float()
+    known[..., 0, 0] = 1
+    out = sizes.extend(values, known)
+    assert torch.equal(torch.where(known > 0, out, 0), torch.where(known > 0, values, 0))
+    low, high = (f(torch.where(known > 0, values, fill)) for f, fill in ((torch.amin, 9.0), (torch.amax, -9.0)))
+    assert low - 1e-5 <= out.min() and out.max() <= high + 1e-5
+
+
+def test_nothing_leaks_out_of_the_hole():
+    image = torch.full((1, 3, 100, 100), 0.5)
+    mask = torch.zeros(1, 1, 100, 100)
+    mask[..., 33:61, 21:57] = 1
+    image = torch.where(mask > 0, float("nan"), image)
+    for view in sizes.fit(100, 100, 32, 4).levels(4):
+        small, hole = view.look_known(image, mask)
+        assert hole.any() and (small[(hole == 0).expand_as(small)] - 0.5).abs().max() < 1e-6
+        assert torch.isfinite(small).all()
+    assert view.inner == (100, 100)
+
+
+@settings(max_examples=200, deadline=None)
+@given(height=side, width=side)
+def test_levels_rise_to_the_photographs_own_resolution(height, width):
+    views = sizes.fit(height, width, 64, 8).levels(8)
+    assert views[-1].inner == (height, width) or len(views) == 1 and views[0].inner == (height, width)
+    for coarse, fine in zip(views, views[1:], strict=False):
+        assert all(f <= 2.7 * c for f, c in zip(fine.inner, coarse.inner, strict=True))
+        assert all(o % 8 == 0 and 0 <= o - i < 8 for o, i in zip(fine.outer, fine.inner, strict=True))
+
+
+def test_tiles_outside_the_hole_are_left_out():
+    places = []
+
+    def predict(sample, gamma, condition):
+        places.append(sample.shape[0])
+        return sample
+
+    where = torch.zeros(1, 1, 256, 256)
+    where[..., 100:110, 100:110] = 1
+    x = torch.randn(1, 3, 256, 256)
+    out = sizes.tiled(predict, 64, 16, where=where)(x, torch.tensor(0.5), x)
+    assert sum(places) <= 4
+    torch.testing.assert_close(out[..., 100:110, 100:110], x[..., 100:110, 100:110])

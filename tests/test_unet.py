@@ -4,6 +4,7 @@ from conftest import toy_unet
 from diffusers import UNet2DModel
 
 from palette_diffusers import PaletteUNet2DModel
+from palette_diffusers.scheduler import diffuse, predicted_original
 
 
 def inputs(batch=2, size=32, seed=0):
@@ -167,3 +168,41 @@ def test_sizes_that_do_not_fit_are_refused(unet):
         toy_unet(block_out_channels=(16, 32, 64))
     with pytest.raises(ValueError, match="expected one of logsnr"):
         toy_unet(noise_embedding_type="step")
+
+
+def test_condition_skip_starts_from_the_source():
+    """Untrained, half of the guess; with the gate open, a source without error comes back at every level."""
+    unet = toy_unet(condition_skip=0.2)
+    x, eps = torch.rand(2, 2, 3, 32, 32).unbind()
+    with torch.no_grad():
+        unet.conv_out.weight.zero_()
+        unet.conv_out.bias.copy_(torch.tensor([0.0, 0, 0, 20]))
+        for gamma in (0.001, 0.5, 0.999):
+            y = diffuse(x, eps, gamma)
+            y0 = predicted_original(unet(y, gamma, x).sample, y, gamma, "v_prediction")
+            noise = (1 - gamma) / gamma
+            assert (y0 - x).abs().max() < 1.1 * (0.04 / (0.04 + noise)) * noise**0.5 * eps.max() + 1e-4
+        unet.conv_out.bias.copy_(torch.tensor([0.0, 0, 0, -20]))
+        assert unet(y, 0.5, x).sample.abs().max() < 1e-6
+    half = toy_unet(condition_skip=0.2).to(torch.bfloat16)
+    assert half(y, 0.5, x).sample.dtype == torch.float32  # the guess keeps the precision of the picture
+
+
+@pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.bfloat16])
+def test_layerwise_casting(storage):
+    unet, plain = toy_unet(), toy_unet()
+    x = torch.rand(1, 3, 32, 32)
+    unet.enable_layerwise_casting(storage_dtype=storage, compute_dtype=torch.float32)
+    assert unet.conv_out.weight.dtype == storage
+    with torch.no_grad():
+        expected, got = plain(x, 0.5, x).sample, unet(x, 0.5, x).sample
+    assert 0 < (got - expected).abs().mean() < 0.2 * expected.abs().mean()
+
+
+def test_compile_repeated_blocks():
+    unet, plain = toy_unet(), toy_unet()
+    x = torch.rand(1, 3, 32, 32)
+    unet.compile_repeated_blocks(backend="aot_eager")  # the graph alone: no C++ compiler is needed
+    with torch.no_grad():
+        torch.testing.assert_close(unet(x, 0.5, x).sample, plain(x, 0.5, x).sample, atol=1e-4, rtol=1e-4)
+    torch._dynamo.reset()

@@ -1,0 +1,224 @@
+"""Speed and memory of this machine:  python benchmarks/speed.py [--peer CHECKOUT] [--output FILE]
+
+unet: one forward and one training step at equal configuration, ours against the public Palette implementation
+(Janspiry/Palette-Image-to-Image-Diffusion-Models, whose checkout --peer names; nothing of it is in this project).
+Interleaved A/B; medians over the rounds, and ratios from the same run.
+sample: one 64-pixel sample of the starter at its default steps, once it is loaded.
+large: colorization of a 12-megapixel photograph, and its peak memory, in a process of its own.
+cold: `palette colorize` from the shell to the file, without anything loaded.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from palette_diffusers import PalettePipeline, PaletteUNet2DModel
+
+# base width, multipliers, blocks a level, attention from this level on, pixels, batch
+NETWORKS = {
+    "64 pixels, 128 wide": (128, (1, 2, 3, 4), 2, 2, 64, 4),
+    "64 pixels, 64 wide": (64, (1, 2, 4, 8), 2, 3, 64, 8),
+}
+
+
+def machine() -> dict[str, str]:
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+        flags = next(line for line in lines if line.startswith("flags"))
+        name += ", ".join(["", *[f for f in ("avx512_bf16", "amx_bf16") if f in flags]])
+    except (OSError, StopIteration):
+        pass
+    return {"cpu": name, "threads": str(torch.get_num_threads()), "torch": torch.__version__}
+
+
+def interleaved(calls: dict[str, Callable], rounds: int) -> dict[str, float]:
+    """Median seconds of each call; one of each in turn, after one that is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(rounds + 1):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            if i:
+                times[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def networks(name: str, peer: Path | None) -> tuple[PaletteUNet2DModel, torch.nn.Module | None]:
+    """Our network and the peer's, of one configuration."""
+    width, multipliers, blocks, attention, size, _ = NETWORKS[name]
+    levels, plain = len(multipliers), attention
+    ours = PaletteUNet2DModel(
+        sample_size=size,
+        block_out_channels=[width * m for m in multipliers],
+        down_block_types=["ResnetDownsampleBlock2D"] * plain + ["AttnDownBlock2D"] * (levels - plain),
+        up_block_types=["AttnUpBlock2D"] * (levels - plain) + ["ResnetUpsampleBlock2D"] * plain,
+        layers_per_block=blocks,
+        attention_head_dim=64,
+    )
+    if peer is None:
+        return ours, None
+    sys.path.insert(0, str(peer))
+    from models.guided_diffusion_modules.unet import UNet  # type: ignore[import-not-found]
+
+    theirs = UNet(
+        image_size=size, in_channel=6, inner_channel=width, out_channel=3, res_blocks=blocks,
+        attn_res=[2**i for i in range(attention, levels)], channel_mults=multipliers, num_head_channels=64,
+    )  # fmt: skip
+    return ours, theirs
+
+
+def unet(peer: Path | None, rounds: int) -> list[dict]:
+    rows = []
+    for name, (*_, size, batch) in NETWORKS.items():
+        ours, theirs = networks(name, peer)
+        y, x, eps = torch.randn(3, batch, 3, size, size).unbind()
+        gamma = torch.rand(batch).clamp(0.01, 0.99)
+
+        def forward(model: torch.nn.Module, dtype: torch.dtype, y: Any = y, x: Any = x, gamma: Any = gamma) -> Callable:
+            def call() -> None:
+                with torch.no_grad():
+                    if isinstance(model, PaletteUNet2DModel):
+                        model(y.to(dtype), gamma, x.to(dtype))
+                    else:
+                        model(torch.cat([x, y], 1), gamma)
+
+            return call
+
+        def training(
+            model: torch.nn.Module, bf16: bool, y: Any = y, x: Any = x, gamma: Any = gamma, eps: Any = eps
+        ) -> Callable:
+            def call() -> None:
+                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                    ours_ = isinstance(model, PaletteUNet2DModel)
+                    output = model(y, gamma, x).sample if ours_ else model(torch.cat([x, y], 1), gamma)
+                (output.float() - eps).square().mean().backward()
+                model.zero_grad()
+
+            return call
+
+        half = PaletteUNet2DModel.from_config(ours.config).to(torch.bfloat16)
+        calls = {"forward, ours float32": forward(ours, torch.float32)}
+        calls["forward, ours bfloat16"] = forward(half, torch.bfloat16)
+        calls["training, ours float32"] = training(ours, False)
+        calls["training, ours bfloat16"] = training(ours, True)
+        if theirs is not None:
+            calls["forward, peer float32"] = forward(theirs, torch.float32)
+            calls["training, peer float32"] = training(theirs, False)
+        seconds = interleaved(calls, rounds)
+        row = {"network": name, "batch": batch, "parameters": sum(p.numel() for p in ours.parameters())}
+        row["seconds"] = {k: round(v, 4) for k, v in seconds.items()}
+        if theirs is not None:
+            row["peer's parameters"] = sum(p.numel() for p in theirs.parameters())
+            row["times as fast"] = {
+                f"{kind}, {dtype}": round(seconds[f"{kind}, peer float32"] / seconds[f"{kind}, ours {dtype}"], 2)
+                for kind in ("forward", "training")
+                for dtype in ("float32", "bfloat16")
+            }
+        rows.append(row)
+        print(json.dumps(row, indent=2), flush=True)
+    return rows
+
+
+def sample(rounds: int) -> dict:
+    pipe = PalettePipeline.from_pretrained(dtype=torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True)
+    from skimage import data
+
+    photo = Image.fromarray(data.astronaut()).resize((64, 64))
+    hole = np.zeros((64, 64), np.uint8)
+    hole[20:40, 20:44] = 255
+    jobs = {
+        "colorization": {},
+        "inpainting": {"mask_image": hole},
+        "uncropping": {"right": 0.5},
+        "jpeg_restoration": {},
+    }
+    calls = {task: (lambda task=task, extra=extra: pipe(photo, task=task, **extra)) for task, extra in jobs.items()}
+    row = {"steps": pipe.config.default_steps, "seconds": interleaved(calls, rounds)}
+    row["seconds"] = {k: round(v, 3) for k, v in row["seconds"].items()}
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def large() -> dict:
+    """In a process of its own, since peak memory is a process's."""
+    code = """
+import resource, time, torch, numpy as np
+from PIL import Image
+from skimage import data
+from palette_diffusers import PalettePipeline
+photo = Image.fromarray(data.astronaut()).convert("L").resize((4000, 3000), Image.Resampling.BICUBIC)
+pipe = PalettePipeline.from_pretrained(dtype=torch.bfloat16)
+pipe.set_progress_bar_config(disable=True)
+pipe(photo.resize((64, 64)))
+begin = time.perf_counter()
+pipe(photo)
+print(time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+    seconds, peak = map(float, _run([sys.executable, "-c", code]).split()[-2:])
+    row = {"megapixels": 12, "seconds": round(seconds, 2), "peak GiB": round(peak, 2)}
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def cold(rounds: int) -> dict:
+    from skimage import data
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "photo.png")
+        Image.fromarray(data.astronaut()).convert("L").save(source)
+        command = [sys.executable, "-m", "palette_diffusers.cli", "colorize", str(source), "-o", f"{folder}/out.png"]
+        times = interleaved({"colorize": lambda: _run(command)}, rounds)
+        times |= interleaved(
+            {"--help": lambda: _run([sys.executable, "-m", "palette_diffusers.cli", "--help"])}, rounds
+        )
+    row = {"seconds": {k: round(v, 2) for k, v in times.items()}}
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    if done.returncode:
+        raise RuntimeError(f"{command[1:4]} ended with {done.returncode}: {done.stderr[-500:]}")
+    return done.stdout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", type=Path, default=None, help="checkout of the public Palette implementation")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only", default="unet,sample,large,cold", help="which parts, comma-separated")
+    parser.add_argument("--output", type=Path, default=None, help="JSON file")
+    args = parser.parse_args()
+    parts = {
+        "unet": lambda: unet(args.peer, args.rounds),
+        "sample": lambda: sample(args.rounds),
+        "large": large,
+        "cold": lambda: cold(max(3, args.rounds // 3)),
+    }
+    unknown = set(args.only.split(",")) - set(parts)
+    if unknown:
+        parser.error(f"--only is {args.only!r}, expected some of {', '.join(parts)}")
+    result = {"machine": machine()} | {name: parts[name]() for name in args.only.split(",")}
+    if args.output:
+        args.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
