@@ -316,8 +316,7 @@ class PalettePipeline(DiffusionPipeline):
             else:
                 args = (given, generators, steps, latents, predict, callback, estimate, REFINE_FROM, task)
                 sample = self.denoise(*args).cpu()
-            # what the sample gets wrong at the pixels that are known, it gets wrong beside them too
-            sample = sample + sizes.extend(given.known - sample, 1 - hole) * hole
+            sample = sizes.seamless(sample.clamp(-1, 1), given.known, hole)
             estimate = task.compose(sample.clamp(-1, 1), given)[..., : view.inner[0], : view.inner[1]]
             latents, coarse = None, view
         assert estimate is not None

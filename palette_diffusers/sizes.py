@@ -195,6 +195,23 @@ def extend(values: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
     return torch.where(known > 0, values, F.interpolate(coarse, values.shape[-2:], mode="bilinear"))
 
 
+def seamless(sample: torch.Tensor, known: torch.Tensor, mask: torch.Tensor, radius: int = 1) -> torch.Tensor:
+    """Shifts what was generated so that its colours meet those around it: all (B, C, H, W), the mask (B, 1, H, W).
+
+    Along the border, the difference between the means outside and inside is continued over the hole, as a
+    membrane would be. Source: Perez et al. 2003, "Poisson Image Editing", with pull-push as the solver.
+    """
+    near: Any = dict(kernel_size=2 * radius + 1, stride=1, padding=radius)
+    keep = 1 - mask
+
+    def mean(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return _box(values * weight, radius) / _box(weight, radius).clamp_min(1e-6)
+
+    ring = mask * F.max_pool2d(keep, **near) + keep * F.max_pool2d(mask, **near)
+    step = mean(known, keep) - mean(sample, mask)
+    return torch.where(mask > 0, sample + extend(step, ring), known)
+
+
 def tiled(predict: Predict, tile: int, overlap: int, where: torch.Tensor | None = None, batch: int = 32) -> Predict:
     """Wraps a noise-predicting callable: tiles overlap, and their estimates are blended at every step.
 

@@ -107,6 +107,18 @@ def test_extension_keeps_what_is_known_and_stays_in_range(height, width, seed):
     assert low - 1e-5 <= out.min() and out.max() <= high + 1e-5
 
 
+def test_seamless_meets_the_colours_around():
+    """A fill that is too dark on one side and right on the other, over a slope: no step is left at the border."""
+    slope = torch.linspace(-0.5, 0.5, 64).expand(1, 3, 64, 64).contiguous()
+    mask = torch.zeros(1, 1, 64, 64)
+    mask[..., 16:48, 16:48] = 1
+    wrong = slope - 0.4 * torch.linspace(1, 0, 64)[:, None]
+    out = sizes.seamless(wrong, slope, mask)
+    assert torch.equal(out * (1 - mask), slope * (1 - mask))
+    before, after = ((x - slope)[..., 16:48, 16:48].abs() for x in (wrong, out))
+    assert before.max() > 0.25 and after.max() < 0.05
+
+
 def test_nothing_leaks_out_of_the_hole():
     image = torch.full((1, 3, 100, 100), 0.5)
     mask = torch.zeros(1, 1, 100, 100)
