@@ -6,15 +6,16 @@ Images are (3, H, W), RGB, [-1, 1]; masks (1, H, W), 1 = generate.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset, Sampler
 
 from .masks import numpy_generator
 from .scheduler import PaletteScheduler
-from .tasks import get_task
+from .tasks import Given, get_task
 
 
 def load_images(path: str, split: str = "train"):
@@ -45,11 +46,31 @@ def load_images(path: str, split: str = "train"):
     return data
 
 
-def image_column(data) -> str:
-    """The name of the first column of images."""
+def image_column(data, column: str = "") -> str:
+    """The name of the first column of images, or `column` once it is known to hold images.
+
+    Raises:
+        ValueError: no such column; the message lists those there.
+    """
     from datasets import Image as ImageFeature
 
-    return next(name for name, feature in data.features.items() if isinstance(feature, ImageFeature))
+    known = [name for name, feature in data.features.items() if isinstance(feature, ImageFeature)]
+    if column and column not in known:
+        raise ValueError(f"column {column!r} holds no images; those that do: {', '.join(known)}")
+    return column or known[0]
+
+
+def load_sources(text: str) -> tuple[list, list[float]]:
+    """ "PATH@WEIGHT,PATH" => the data sets and their weights, 1 where none is given."""
+    data, weights = [], []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        path, _, weight = part.rpartition("@") if "@" in part else (part, "", "1")
+        try:
+            weights.append(float(weight))
+        except ValueError:
+            raise ValueError(f"{part!r} was expected to be PATH@WEIGHT, the weight a number") from None
+        data.append(load_images(path))
+    return data, weights
 
 
 def only_images(data):
@@ -73,16 +94,22 @@ def random_crop(picture: np.ndarray, size: int, rng: np.random.Generator) -> np.
     return _resize(picture[top : top + side, left : left + side], size)
 
 
-def largest_square(picture: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """A random largest square (the paper's appendix), resized to (size, size, 3)."""
-    height, width = picture.shape[:2]
+def largest_square(pictures: list[np.ndarray], size: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """A random largest square (the paper's appendix), resized to (size, size, 3); the same one of a pair, whose
+    pictures may differ in size."""
+    height, width = pictures[0].shape[:2]
     side = min(height, width)
-    top, left = rng.integers(0, height - side + 1), rng.integers(0, width - side + 1)
-    return _resize(picture[top : top + side, left : left + side], size)
+    top, left = rng.integers(0, height - side + 1) / height, rng.integers(0, width - side + 1) / width
+    out = []
+    for picture in pictures:
+        scale = picture.shape[0] / height
+        y, x = round(top * picture.shape[0]), round(left * picture.shape[1])
+        out.append(_resize(picture[y : y + round(side * scale), x : x + round(side * scale)], size))
+    return out
 
 
 def _resize(picture: np.ndarray, size: int) -> np.ndarray:
-    if picture.shape[0] == size:
+    if picture.shape[:2] == (size, size):
         return picture
     return np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.LANCZOS))
 
@@ -92,53 +119,99 @@ class PaletteDataset(Dataset):
     """Training samples by position 0, 1, 2, ... without end: resuming is one integer.
 
     Epoch e = position // len(images) walks its own permutation. A sample is a dict of `clean`, `condition`,
-    `mask` (ones where the task has none), `noise` (3, H, W), `gamma` and `task` (its number).
+    `mask` (ones where the task has none), `noise` (3, H, W), `gamma`, `task` (its number), and `skipped` and
+    `gray`: how many images could not be decoded or were below the resolution, and how many gray ones a
+    colorization could not use, before this one was found.
 
     Args:
-        images: a `datasets.Dataset` with a column of images.
+        images: a `datasets.Dataset` with a column of images, or a list of them, drawn by `source_weights`.
         crops: full-size photographs, for JPEG targets (small web images already are JPEGs on an aligned
             grid, which a model would learn to draw); `crop_share` of the other tasks' samples too.
         tasks: names, with `weights` in the same order.
         size: pixels a side.
         scheduler: draws gamma.
         seed: of everything.
+        column, source_column: of the images; of the sources, if the data set has pairs.
+        condition_dropout: share of samples whose source is noise.
+        strict: an image that can't be used is an error.
+
+    Raises:
+        ValueError: no images, an unknown column, weights that don't fit, an unusable image where `strict`.
     """
 
-    images: object
+    images: Any
     scheduler: PaletteScheduler
     tasks: Sequence[str]
     weights: Sequence[float] | None = None
-    crops: object | None = None
+    crops: Any = None
     crop_share: float = 0.15
     size: int = 64
     seed: int = 0
+    column: str = ""
+    source_column: str = ""
+    source_weights: Sequence[float] | None = None
+    condition_dropout: float = 0.0
+    strict: bool = False
 
     def __post_init__(self) -> None:
-        if len(self.images) == 0:  # type: ignore[arg-type]
+        self._sources = list(self.images) if isinstance(self.images, (list, tuple)) else [self.images]
+        if not self._sources or any(len(source) == 0 for source in self._sources):
             raise ValueError("the data set is empty")
-        weights = np.asarray(self.weights or [1.0] * len(self.tasks), float)
-        if len(weights) != len(self.tasks) or weights.min() < 0 or weights.sum() <= 0:
-            raise ValueError(f"task weights are {list(weights)} for tasks {list(self.tasks)}")
-        self._shares = weights / weights.sum()
+        self._shares = self._share("task weights", self.weights, self.tasks)
+        self._source_shares = self._share("source weights", self.source_weights, self._sources)
         self._tasks = [get_task(name) for name in self.tasks]
-        self._column = image_column(self.images)
+        self._columns = [image_column(source, self.column) for source in self._sources]
+        if self.source_column:
+            for source in self._sources:
+                image_column(source, self.source_column)
         self._crop_column = image_column(self.crops) if self.crops is not None else ""
         self._cache: dict[int, np.ndarray] = {}
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, int))
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}
+
+    @staticmethod
+    def _share(name: str, weights: Sequence[float] | None, what: Sequence) -> np.ndarray:
+        shares = np.asarray(weights or [1.0] * len(what), float)
+        if len(shares) != len(what) or not np.isfinite(shares).all() or shares.min() < 0 or shares.sum() <= 0:
+            raise ValueError(f"{name} are {list(shares)}, expected {len(what)} numbers of at least 0, not all 0")
+        return shares / shares.sum()
 
     def __len__(self) -> int:
-        return len(self.images)  # type: ignore[arg-type]
+        return sum(len(source) for source in self._sources)
 
     def _crop_photo(self, index: int) -> np.ndarray:
         if index not in self._cache:
-            self._cache[index] = np.asarray(self.crops[index][self._crop_column].convert("RGB"))  # type: ignore[index]
+            self._cache[index] = np.asarray(self.crops[index][self._crop_column].convert("RGB"))
         return self._cache[index]
 
-    def _photo(self, position: int) -> np.ndarray:
-        epoch, index = divmod(position, len(self))
-        if self._order[0] != epoch:
-            self._order = (epoch, np.random.default_rng((self.seed, 1, epoch)).permutation(len(self)))
-        return np.asarray(self.images[int(self._order[1][index])][self._column].convert("RGB"))  # type: ignore[index]
+    def _index(self, number: int, position: int) -> int:
+        """The image of source `number` at a position: each epoch its own permutation."""
+        length = len(self._sources[number])
+        epoch, index = divmod(position, length)
+        if self._orders.get(number, (-1,))[0] != epoch:
+            seed = (self.seed, 1, epoch) if number == 0 else (self.seed, 1, epoch, number)
+            self._orders[number] = (epoch, np.random.default_rng(seed).permutation(length))
+        return int(self._orders[number][1][index])
+
+    def _photos(self, position: int, rng: np.random.Generator) -> tuple[list[np.ndarray], int]:
+        """The images of one row (target, and source if there are pairs), and how many rows were unusable."""
+        skipped = 0
+        while True:
+            number = 0 if len(self._sources) == 1 else int(rng.choice(len(self._sources), p=self._source_shares))
+            index = self._index(number, position)
+            columns = [self._columns[number]] + ([self.source_column] if self.source_column else [])
+            try:
+                row = self._sources[number][index]
+                photos = [np.asarray(row[column].convert("RGB")) for column in columns]
+                if min(min(photo.shape[:2]) for photo in photos) >= self.size:
+                    return photos, skipped
+                why = f"is {photos[0].shape[1]}x{photos[0].shape[0]}, below {self.size} pixels"
+            except (OSError, SyntaxError, AttributeError, UnidentifiedImageError) as error:
+                why = f"can't be decoded: {error}"
+            skipped += 1
+            if self.strict or skipped >= 100:
+                more = "" if self.strict else f" (and {skipped - 1} before it could not be used either)"
+                raise ValueError(f"image {index} of source {number} {why}{more}")
+            position = int(rng.integers(len(self._sources[number])))
 
     def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
         seed = np.random.SeedSequence((self.seed, 0, position)).generate_state(1, np.uint64)[0] >> np.uint64(2)
@@ -147,28 +220,46 @@ class PaletteDataset(Dataset):
         number = int(rng.choice(len(self._tasks), p=self._shares))
         task = self._tasks[number]
         share = 1.0 if task.name == "jpeg_restoration" else self.crop_share
-        if self.crops is not None and rng.random() < share:
-            photo = self._crop_photo(int(rng.integers(len(self.crops))))  # type: ignore[arg-type]
-            picture = random_crop(photo, self.size, rng)
+        skipped = gray = 0
+        if self.crops is not None and not self.source_column and rng.random() < share:
+            photo = self._crop_photo(int(rng.integers(len(self.crops))))
+            pictures = [random_crop(photo, self.size, rng)]
         else:
-            picture = largest_square(self._photo(position), self.size, rng)
+            photos, skipped = self._photos(position, rng)
+            pictures = largest_square(photos, self.size, rng)
         if task.name == "colorization":
-            for _ in range(20):  # a gray target would teach the model not to colorize
-                if not _is_gray(picture):
-                    break
-                picture = largest_square(self._photo(int(rng.integers(len(self)))), self.size, rng)
+            while _is_gray(pictures[0]) and gray < 20:  # a gray target would teach the model not to colorize
+                photos, more = self._photos(int(rng.integers(len(self))), rng)
+                pictures, gray, skipped = largest_square(photos, self.size, rng), gray + 1, skipped + more
         if rng.random() < 0.5:
-            picture = picture[:, ::-1]
-        clean = torch.from_numpy(picture.copy()).permute(2, 0, 1).float() / 127.5 - 1
-        given = task.degrade(clean[None], generator)
+            pictures = [picture[:, ::-1] for picture in pictures]
+        clean, *source = (torch.from_numpy(p.copy()).permute(2, 0, 1).float() / 127.5 - 1 for p in pictures)
+        given = task.prepare(source[0][None]) if source else task.degrade(clean[None], generator)
+        condition = given.condition[0]
+        if self.condition_dropout and rng.random() < self.condition_dropout:
+            condition = torch.randn(condition.shape, generator=generator)
         return {
             "clean": clean,
-            "condition": given.condition[0],
+            "condition": condition,
             "mask": torch.ones(1, *clean.shape[1:]) if given.mask is None else given.mask[0],
             "noise": torch.randn(clean.shape, generator=generator),
             "gamma": self.scheduler.sample_gamma(1, generator)[0],
             "task": torch.tensor(number),
+            "skipped": torch.tensor(skipped),
+            "gray": torch.tensor(gray),
         }
+
+    def fixed(self, task: str, number: int) -> list[tuple[torch.Tensor, Given]]:
+        """The same `number` originals (1, 3, size, size) and sources at every call, for looking at."""
+        out = []
+        for k in range(number):
+            rng, generator = np.random.default_rng((self.seed, 2, k)), torch.Generator().manual_seed(k)
+            photos, _ = self._photos(int(rng.integers(len(self))), rng)
+            pictures = largest_square(photos, self.size, rng)
+            clean, *source = (torch.from_numpy(p.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1 for p in pictures)
+            chosen = get_task(task)
+            out.append((clean, chosen.prepare(source[0]) if source else chosen.degrade(clean, generator)))
+        return out
 
 
 class PositionSampler(Sampler[int]):

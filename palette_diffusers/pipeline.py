@@ -303,7 +303,8 @@ class PalettePipeline(DiffusionPipeline):
         """One photograph with a hole => its variations (N, 3, H, W), coarse to fine: what the model made of the
         whole is refined at twice the resolution, tile by tile, up to the photograph's own."""
         native, multiple = self.unet.config.sample_size, self.unet.size_multiple
-        number, estimate, predict, coarse = len(generators), None, None, None
+        number, predict, coarse = len(generators), None, None
+        estimate: Any = None
         for view in sizes.hole_view(mask, native, multiple).levels(multiple):
             small, hole = view.look_known(image, mask)
             given = task.prepare(small.expand(number, -1, -1, -1), hole.expand(number, -1, -1, -1), generators)

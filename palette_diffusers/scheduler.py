@@ -131,6 +131,7 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
             steps evenly in log-SNR between `logsnr_min` and `logsnr_max`, inside the trained range (few steps).
         sampling_variance: "fixed_large", 1 - alpha_t, is the paper's; "fixed_small", the posterior variance,
             leaves no residual noise when steps are few.
+        initial_noise: factor on the noise that sampling starts from; 0 for a regression, which starts from none.
         timestep_spacing, thresholding, dynamic_thresholding_ratio, sample_max_value: not used here, but by a
             solver built from this configuration: steps from the noisiest level on, and y0 clamped to [-1, 1].
 
@@ -165,6 +166,7 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
         sampling_variance: str = "fixed_large",
         logsnr_min: float = -9.0,
         logsnr_max: float = 9.0,
+        initial_noise: float = 1.0,
         timestep_spacing: str = "trailing",
         thresholding: bool = True,
         dynamic_thresholding_ratio: float = 1.0,
@@ -185,7 +187,7 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
         self.betas = torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float32)
         self.alphas_cumprod = torch.cumprod(1.0 - self.betas, dim=0)
         self.training_gammas = linear_gammas(beta_start, beta_end, num_train_timesteps)
-        self.init_noise_sigma = 1.0
+        self.init_noise_sigma = initial_noise
         self.num_inference_steps: int | None = None
         self._gammas = self.training_gammas
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)

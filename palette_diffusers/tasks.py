@@ -138,6 +138,15 @@ class JPEGRestoration(Task):
         return self.prepare(jpeg(clean, quality, "4:2:0" if rng.random() < 0.75 else "4:4:4"))
 
 
+class Paired(Task):
+    """A translation learnt from pairs: the data set has a column of sources beside the one of targets."""
+
+    name = "paired"
+
+    def degrade(self, clean: torch.Tensor, generator: torch.Generator | None = None) -> Given:
+        raise ValueError("task 'paired' makes no source: name the data set's source_column")
+
+
 _TASKS: dict[str, Task] = {}
 
 
@@ -177,5 +186,5 @@ def task_names() -> list[str]:
     return list(_TASKS)
 
 
-for _task in (Colorization(), Inpainting(), Uncropping(), JPEGRestoration()):
+for _task in (Colorization(), Inpainting(), Uncropping(), JPEGRestoration(), Paired()):
     register_task(_task)

@@ -1,120 +1,215 @@
 """The loss and the loop. Images are (B, 3, H, W), RGB, [-1, 1]."""
 
 import json
+import math
 import os
+import shlex
 import shutil
 import signal
+import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
+from .report import Tally, draw_batch, draw_samples, write_card, write_report
 from .scheduler import PaletteScheduler, diffuse, training_target
+from .settings import FREE, PRESETS, TrainSettings, parse, preset
 from .unet import PaletteUNet2DModel
 
-SMALL_BLOCKS = dict(
-    down_block_types=["DownBlock2D", "DownBlock2D", "AttnDownBlock2D"],
-    up_block_types=["AttnUpBlock2D", "UpBlock2D", "UpBlock2D"],
-    resample_type="conv",
-)
-ADM = "ResnetDownsampleBlock2D", "AttnDownBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"
+__all__ = ["PRESETS", "TrainSettings", "parse", "preset", "train"]
+
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]
 
 
-def _adm(widths: list[int], attention: int) -> dict:
-    """ADM's blocks with attention in the last `attention` levels."""
-    plain = len(widths) - attention
-    return dict(
-        block_out_channels=widths,
-        down_block_types=[ADM[0]] * plain + [ADM[1]] * attention,
-        up_block_types=[ADM[2]] * attention + [ADM[3]] * plain,
+def masked_loss(output: torch.Tensor, target: torch.Tensor, mask: torch.Tensor, kind: str = "l2") -> torch.Tensor:
+    """The error of each sample, a mean over its hole: float32 (B,). mask is (B, 1, H, W), 1 where the loss counts.
+
+    A mean over the holes of the whole batch would weigh small holes less, and differ between one process and two.
+    """
+    output, target = output.float(), target.float()
+    if kind == "l2":
+        error = (output - target).square()
+    elif kind == "l1":
+        error = (output - target).abs()
+    else:
+        error = F.huber_loss(output, target, reduction="none", delta=0.1) / 0.1
+    error = error.mean(1, keepdim=True) * mask
+    return error.sum((1, 2, 3)) / mask.sum((1, 2, 3)).clamp_min(1)
+
+
+def snr_weight(gamma: torch.Tensor, limit: float, prediction_type: str) -> torch.Tensor:
+    """Min-SNR weighting (Hang et al. 2023, equation 8 and appendix), (B,): in terms of y0, min(SNR, limit)."""
+    snr = gamma / (1 - gamma)
+    per_unit = {"sample": torch.ones_like(snr), "epsilon": snr, "v_prediction": snr + 1}[prediction_type]
+    return snr.clamp(max=limit) / per_unit
+
+
+def sample_losses(unet: torch.nn.Module, batch: dict[str, torch.Tensor], settings: TrainSettings) -> torch.Tensor:
+    """Algorithm 1 of the paper on a batch of `PaletteDataset`: the loss of each sample, (B,)."""
+    gamma = batch["gamma"]
+    if settings.regression:
+        gamma = torch.full_like(gamma, regression_gamma())
+        noisy = torch.zeros_like(batch["clean"])
+    else:
+        noisy = diffuse(batch["clean"], batch["noise"], gamma)
+    output = unet(noisy, gamma, batch["condition"], return_dict=False)[0]
+    target = training_target(batch["clean"], batch["noise"], gamma, settings.prediction_type)
+    losses = masked_loss(output, target, batch["mask"], settings.loss)
+    if settings.snr_gamma:
+        losses = losses * snr_weight(gamma, settings.snr_gamma, settings.prediction_type)
+    return losses
+
+
+def training_loss(unet: torch.nn.Module, batch: dict[str, torch.Tensor], settings: TrainSettings) -> torch.Tensor:
+    """The mean of `sample_losses`."""
+    return sample_losses(unet, batch, settings).mean()
+
+
+def make_scheduler(settings: TrainSettings) -> PaletteScheduler:
+    """The scheduler that a run trains with and publishes: the paper's training schedule, sampling in few steps."""
+    return PaletteScheduler(
+        prediction_type=settings.prediction_type,
+        sampling_spacing="logsnr",
+        sampling_variance="fixed_small",
+        initial_noise=0.0 if settings.regression else 1.0,
     )
 
 
-def _field(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """Everything that a run depends on; `help` is in each field's metadata."""
-
-    data: str = _field("", "images to train on: a folder of parquet files or images, or a Hub id")
-    crops: str = _field("", "full-size photographs, for JPEG targets: folders or Hub ids, comma-separated")
-    output: str = _field("runs/palette", "folder of the run")
-    tasks: str = _field("colorization,inpainting,uncropping,jpeg_restoration", "task names, comma-separated")
-    size: int = _field(64, "pixels a side")
-    steps: int = _field(1_000_000, "optimiser steps in all")
-    batch: int = _field(1024, "samples a step, over all processes")
-    rate: float = _field(1e-4, "learning rate")
-    warmup: int = _field(10_000, "steps of linear warm-up")
-    decay: int = _field(0, "last steps, over which the learning rate falls linearly to 0")
-    ema: float = _field(0.9999, "highest decay of the weights' moving average, per step")
-    clip: float = _field(1.0, "largest norm of the gradient")
-    prediction_type: str = _field("epsilon", "epsilon (the paper), v_prediction or sample")
-    precision: str = _field("no", "no, bf16 or fp16")
-    workers: int = _field(1, "processes that prepare samples")
-    save_every: int = _field(500, "steps between checkpoints")
-    log_every: int = _field(50, "steps between lines of the log")
-    max_hours: float = _field(0.0, "stop, saved, after this many hours; 0 = never")
-    seed: int = _field(0, "of everything")
-    init: str = _field("", "start from the weights of this pipeline: a folder or Hub id")
-    resume: bool = _field(False, "go on from the last checkpoint in the output folder")
-    unet: dict = field(default_factory=dict, metadata={"help": "the network's configuration, as JSON"})
-
-
-# preset       size  batch  steps      rate  warmup  ema     prediction      network
-PRESETS = {
-    "starter-64": (64, 32, 20_000, 6e-4, 200, 0.999, "v_prediction", dict(
-        sample_size=64, patch_size=2, condition_skip=0.2, block_out_channels=[48, 96, 192], layers_per_block=1,
-        norm_num_groups=16, attention_head_dim=64, **SMALL_BLOCKS)),
-    "palette-64": (64, 256, 300_000, 1e-4, 10_000, 0.9999, "epsilon", dict(
-        sample_size=64, **_adm([128, 256, 384, 512], 3))),
-    "palette-128": (128, 256, 500_000, 1e-4, 10_000, 0.9999, "epsilon", dict(
-        sample_size=128, **_adm([256, 256, 512, 768, 1024], 3))),
-    "palette-256": (256, 1024, 1_000_000, 1e-4, 10_000, 0.9999, "epsilon", dict(
-        sample_size=256, **_adm([256, 256, 512, 512, 1024, 1024], 3))),
-}  # fmt: skip
-
-
-def preset(name: str) -> TrainSettings:
-    """The settings of a preset.
-
-    Raises:
-        ValueError: no preset has this name; the message lists them.
-    """
-    if name not in PRESETS:
-        raise ValueError(f"preset is {name!r}, expected one of {', '.join(PRESETS)}")
-    size, batch, steps, rate, warmup, ema, prediction_type, unet = PRESETS[name]
-    return replace(
-        TrainSettings(),
-        size=size, batch=batch, steps=steps, rate=rate, warmup=warmup, ema=ema,
-        prediction_type=prediction_type, unet=unet,
-    )  # fmt: skip
-
-
-def masked_loss(output: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Squared error, a mean over the hole per sample, then over the batch (so that processes may differ in
-    their holes): a float32 scalar. mask is (B, 1, H, W), 1 where the loss counts."""
-    error = (output.float() - target.float()).square().mean(1, keepdim=True) * mask
-    return (error.sum((1, 2, 3)) / mask.sum((1, 2, 3)).clamp_min(1)).mean()
-
-
-def training_loss(unet: torch.nn.Module, batch: dict[str, torch.Tensor], prediction_type: str) -> torch.Tensor:
-    """Algorithm 1 of the paper on a batch of `PaletteDataset`."""
-    noisy = diffuse(batch["clean"], batch["noise"], batch["gamma"])
-    output = unet(noisy, batch["gamma"], batch["condition"], return_dict=False)[0]
-    target = training_target(batch["clean"], batch["noise"], batch["gamma"], prediction_type)
-    return masked_loss(output, target, batch["mask"])
+def regression_gamma() -> float:
+    """The level that the regression twin is told: that of sampling in a single step."""
+    return 1 / (1 + math.exp(-PaletteScheduler().config.logsnr_min))
 
 
 def learning_rate(settings: TrainSettings, step: int) -> float:
-    """Linear warm-up, constant (the paper), then an optional linear fall to 0."""
+    """Linear warm-up, then constant (the paper) with an optional linear fall to 0, or a half cosine to 0."""
     rate = settings.rate * min(1.0, (step + 1) / max(1, settings.warmup))
-    if settings.decay:
+    if settings.schedule == "cosine":
+        rate *= 0.5 * (1 + math.cos(math.pi * min(1.0, step / settings.steps)))
+    elif settings.decay:
         rate *= min(1.0, max(0.0, (settings.steps - step) / settings.decay))
     return rate
+
+
+# state
+
+
+def save_state(folder: Path, step: int, keep: int = 2, **parts: object) -> Path:
+    """Writes a checkpoint beside and renames it, once it is on the disk; then removes all but the newest `keep`."""
+    part, final = folder / f"step-{step:07d}.part", folder / f"step-{step:07d}.pt"
+    try:
+        with open(part, "wb") as stream:
+            torch.save({"step": step, **parts}, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, final)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    for old in sorted(folder.glob("step-*.pt"))[:-keep]:
+        old.unlink()
+    return final
+
+
+def last_state(folder: Path) -> dict | None:
+    """The newest checkpoint of a run that can be read, or None. A damaged one is named, and passed over."""
+    for path in sorted(folder.glob("step-*.pt"), reverse=True):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, OSError, ValueError) as error:
+            print(f"{path} is damaged and passed over: {str(error).splitlines()[0]}", file=sys.stderr)
+    return None
+
+
+def check_same(folder: Path, settings: TrainSettings) -> None:
+    """A run is continued by the settings that began it.
+
+    Raises:
+        ValueError: the message says which settings differ.
+    """
+    path = folder / "settings.json"
+    if not path.is_file():
+        return
+    before, now = json.loads(path.read_text()), json.loads(json.dumps(asdict(settings)))
+    changed = [name for name in now if name not in FREE and name in before and before[name] != now[name]]
+    if changed:
+        lines = ", ".join(f"{name} was {before[name]!r}, now {now[name]!r}" for name in changed)
+        raise ValueError(f"{folder} holds a run of other settings: {lines}")
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+# the parts of a run
+
+
+def _network(settings: TrainSettings) -> tuple[PaletteUNet2DModel, PaletteScheduler, int]:
+    """The network, the scheduler and the steps that are published: new ones, or those of `init`."""
+    from .pipeline import PalettePipeline
+
+    if not settings.init:
+        return PaletteUNet2DModel(**settings.unet), make_scheduler(settings), 1 if settings.regression else 20
+    pipe = PalettePipeline.from_pretrained(None if settings.init == "starter" else settings.init)
+    kind = pipe.scheduler.config.prediction_type
+    if kind != settings.prediction_type:
+        raise ValueError(f"{settings.init} predicts {kind}, the settings say {settings.prediction_type}")
+    return pipe.unet.float(), pipe.scheduler, pipe.config.default_steps
+
+
+def _adapt(unet: PaletteUNet2DModel, settings: TrainSettings) -> None:
+    from peft import LoraConfig
+
+    unet.requires_grad_(False)
+    unet.add_adapter(LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_rank, target_modules=LORA_TARGETS))
+
+
+def _optimizer(parameters: list[torch.nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
+    options: dict[str, Any] = dict(lr=settings.rate, weight_decay=settings.weight_decay)
+    if settings.optimizer == "adamw8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError:
+            raise ValueError("optimizer adamw8bit needs the package bitsandbytes, which is not installed") from None
+        return AdamW8bit(parameters, **options)
+    kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
+    return kind(parameters, fused=torch.cuda.is_available(), **options)
+
+
+def _dataset(settings: TrainSettings, scheduler: PaletteScheduler) -> Any:
+    from datasets import concatenate_datasets
+
+    from .data import PaletteDataset, load_images, load_sources, only_images
+
+    if not settings.data:
+        raise ValueError("data is empty: name a folder of parquet files or images, or a Hub id")
+    try:
+        weights = [float(part) for part in settings.task_weights.split(",") if part]
+    except ValueError:
+        raise ValueError(f"task_weights is {settings.task_weights!r}, expected numbers, comma-separated") from None
+    images, shares = load_sources(settings.data)
+    crops = [only_images(load_images(path)) for path in settings.crops.split(",") if path]
+    return PaletteDataset(
+        images,
+        scheduler,
+        settings.task_list,
+        weights=weights or None,
+        crops=concatenate_datasets(crops) if crops else None,
+        size=settings.size,
+        seed=settings.seed,
+        column=settings.column,
+        source_column=settings.source_column,
+        source_weights=shares,
+        condition_dropout=settings.condition_dropout,
+        strict=settings.strict,
+    )
 
 
 def _ignore_signals(worker: int) -> None:
@@ -123,71 +218,14 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def save_state(folder: Path, step: int, **parts: object) -> Path:
-    """Writes a checkpoint beside and renames it; then removes older ones."""
-    part, final = folder / f"step-{step:07d}.part", folder / f"step-{step:07d}.pt"
-    torch.save({"step": step, **parts}, part)
-    os.replace(part, final)
-    for old in sorted(folder.glob("step-*.pt"))[:-2]:
-        old.unlink()
-    return final
-
-
-def last_state(folder: Path) -> dict | None:
-    """The newest checkpoint of a run, or None."""
-    found = sorted(folder.glob("step-*.pt"))
-    return torch.load(found[-1], map_location="cpu", weights_only=True) if found else None
-
-
-def train(settings: TrainSettings) -> Path:
-    """Trains, saves and resumes; returns the folder of the finished pipeline (EMA weights).
-
-    SIGTERM and SIGINT save and stop. Losses that are not finite stop the run with the last good state kept.
-    """
-    from accelerate import Accelerator
-    from datasets import concatenate_datasets
-    from diffusers.training_utils import EMAModel
+def _loader(dataset: Any, settings: TrainSettings, start: int, processes: int) -> Any:
     from torch.utils.data import DataLoader
 
-    from .data import PaletteDataset, PositionSampler, load_images, only_images
-    from .pipeline import PalettePipeline
+    from .data import PositionSampler
 
-    if not settings.data:
-        raise ValueError("data is empty: name a folder of parquet files or images, or a Hub id")
-    accelerator = Accelerator(mixed_precision=settings.precision)
-    if settings.batch % accelerator.num_processes:
-        raise ValueError(f"batch is {settings.batch}, expected a multiple of {accelerator.num_processes} processes")
-    torch.manual_seed(settings.seed)
-    folder = Path(settings.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    tasks = settings.tasks.split(",")
-    scheduler = PaletteScheduler(prediction_type=settings.prediction_type)
-    crops = [load_images(path) for path in settings.crops.split(",") if path]
-    crops = [only_images(data) for data in crops]
-    dataset = PaletteDataset(
-        load_images(settings.data),
-        scheduler,
-        tasks,
-        crops=concatenate_datasets(crops) if crops else None,
-        size=settings.size,
-        seed=settings.seed,
-    )
-    if settings.init:
-        unet = PalettePipeline.from_pretrained(settings.init).unet.float()
-    else:
-        unet = PaletteUNet2DModel(**settings.unet)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=settings.rate, weight_decay=0.0)
-    ema = EMAModel(unet.parameters(), decay=settings.ema, use_ema_warmup=True, power=0.75)
-    start = 0
-    state = last_state(folder) if settings.resume else None
-    if state is not None:
-        unet.load_state_dict(state["unet"])
-        optimizer.load_state_dict(state["optimizer"])
-        ema.load_state_dict(state["ema"])
-        start = state["step"]
-    loader = DataLoader(
+    return DataLoader(
         dataset,
-        batch_size=settings.batch // accelerator.num_processes,
+        batch_size=settings.batch // settings.accumulate // processes,
         sampler=PositionSampler(start * settings.batch, settings.steps * settings.batch),
         num_workers=settings.workers,
         worker_init_fn=_ignore_signals,
@@ -195,61 +233,245 @@ def train(settings: TrainSettings) -> Path:
         persistent_workers=settings.workers > 0,
         prefetch_factor=4 if settings.workers else None,
     )
-    unet, optimizer, loader = accelerator.prepare(unet, optimizer, loader)
-    ema.to(accelerator.device)
-    if accelerator.is_main_process:
-        (folder / "settings.json").write_text(json.dumps(asdict(settings), indent=2) + "\n")
 
-    stop: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda n, _: stop.append(n))
 
-    def save(step: int) -> None:
-        if accelerator.is_main_process:
-            raw = accelerator.unwrap_model(unet)
-            save_state(folder, step, unet=raw.state_dict(), optimizer=optimizer.state_dict(), ema=ema.state_dict())
+def _accelerator(settings: TrainSettings) -> Any:
+    from accelerate import Accelerator
+    from accelerate.tracking import get_available_trackers
 
-    begin, step, total, window = time.time(), start, 0.0, time.time()
-    unet.train()
-    for batch in loader:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(settings, step)
-        with accelerator.autocast():
-            loss = training_loss(unet, batch, settings.prediction_type)
-        value = loss.item()
-        if value != value or value in (float("inf"), float("-inf")):
-            raise FloatingPointError(f"the loss is {value} at step {step}: the last good state is in {folder}")
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(unet.parameters(), settings.clip)
+    if settings.tracker and settings.tracker not in [str(t.value) for t in get_available_trackers()]:
+        raise ValueError(f"tracker {settings.tracker!r} needs the package of that name, which is not installed")
+    accelerator = Accelerator(
+        mixed_precision=settings.precision,
+        log_with=settings.tracker or None,
+        project_dir=settings.output if settings.tracker else None,
+    )
+    parts = accelerator.num_processes * settings.accumulate
+    if settings.batch % parts:
+        raise ValueError(
+            f"batch is {settings.batch}, expected a multiple of {parts}, processes times accumulated parts"
+        )
+    return accelerator
+
+
+def dry_run(settings: TrainSettings) -> None:
+    """What a run will take: size, memory and work of the network, speed by a short probe, hours, and a picture
+    of one degraded batch in the output folder."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    folder = Path(settings.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    unet, scheduler, _ = _network(settings)
+    dataset = _dataset(settings, scheduler)
+    loader = iter(_loader(dataset, settings, 0, 1))
+    batch = next(loader)
+    draw_batch(batch, settings.task_list, folder / "batch.png")
+    parameters = sum(p.numel() for p in unet.parameters())
+    one = {k: v[:1] for k, v in batch.items()}
+    with FlopCounterMode(display=False) as counter:
+        training_loss(unet, one, settings).backward()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    unet.to(device).train()
+    optimizer = _optimizer(list(unet.parameters()), settings)
+    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
+    times = []
+    for _ in range(4):
+        begin = time.perf_counter()
+        here = {k: v.to(device) for k, v in batch.items()}
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            loss = training_loss(unet, here, settings)
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        ema.step(unet.parameters())
-        step += 1
-        total += value
-        if step % settings.log_every == 0:
-            speed = settings.log_every * settings.batch / (time.time() - window)
-            line = {"step": step, "loss": round(total / settings.log_every, 5), "samples_per_second": round(speed, 1)}
-            if accelerator.is_main_process:
-                print(json.dumps(line), flush=True)
-                with open(folder / "log.jsonl", "a") as log:
-                    log.write(json.dumps(line) + "\n")
-            total, window = 0.0, time.time()
-        late = settings.max_hours and time.time() - begin > settings.max_hours * 3600
-        if stop or late:
-            break
-        if step % settings.save_every == 0:
-            save(step)
-    save(step)
+        loss.item()
+        times.append(time.perf_counter() - begin)
+    speed = len(batch["clean"]) / sorted(times[1:])[1]
+    hours = settings.steps * settings.batch / speed / 3600
+    print(
+        f"network: {parameters / 1e6:.1f}M parameters, {counter.get_total_flops() / 1e9:.1f} GFLOP a training sample\n"
+        f"memory: {parameters * 20 / 2**30:.2f} GiB for weights, gradients, optimiser and EMA, without activations\n"
+        f"data: {len(dataset):,} images, tasks {', '.join(settings.task_list)}; a batch in {folder / 'batch.png'}\n"
+        f"speed: {speed:.1f} samples a second on one {device}, {hours:.1f} hours to step {settings.steps:,}"
+    )
+
+
+def train(settings: TrainSettings) -> Path:
+    """Trains, saves and resumes; returns the folder of the finished pipeline (EMA weights).
+
+    SIGTERM and SIGINT save and stop, as `max_hours` does; the command to go on is printed. A loss that is not
+    finite stops the run, the last good state kept.
+
+    Raises:
+        ValueError: settings that don't fit each other, the data, or the run that is to be continued.
+        FileNotFoundError: data that is not there. FileExistsError: the folder holds a run, or one is going on.
+        FloatingPointError: the loss is not finite.
+    """
+    from filelock import FileLock, Timeout
+
+    if settings.dry_run:
+        dry_run(settings)
+        return Path(settings.output)
+    accelerator = _accelerator(settings)
+    folder = Path(settings.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not settings.resume and any(folder.glob("step-*.pt")):
+        raise FileExistsError(f"{folder} holds a run: continue it by resume, or name another output")
+    if settings.resume:
+        check_same(folder, settings)
+    lock = FileLock(folder / ".lock")
+    try:
+        if accelerator.is_main_process:
+            lock.acquire(timeout=0)
+        return _run(settings, accelerator, folder)
+    except Timeout:
+        raise FileExistsError(f"another process is training in {folder}") from None
+    finally:
+        lock.release()
+
+
+def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
+    from diffusers.training_utils import EMAModel
+    from tqdm.auto import tqdm
+
+    torch.manual_seed(settings.seed)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    unet, scheduler, default_steps = _network(settings)
+    dataset = _dataset(settings, scheduler)
+    if settings.lora_rank:
+        _adapt(unet, settings)
+    if settings.checkpointing:
+        unet.enable_gradient_checkpointing()
+    if settings.channels_last:
+        unet.to(memory_format=torch.channels_last)
+    if settings.compile:
+        unet.compile_repeated_blocks()
+    trained = [p for p in unet.parameters() if p.requires_grad]
+    optimizer = _optimizer(trained, settings)
+    ema = EMAModel(trained, decay=settings.ema, use_ema_warmup=True, power=0.75)
+    state = last_state(folder) if settings.resume else None
+    start = 0
+    if state is not None:
+        unet.load_state_dict(state["unet"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema.load_state_dict(state["ema"])
+        start = state["step"]
+    loader = _loader(dataset, settings, start, accelerator.num_processes)
+    raw = unet
+    unet, optimizer, loader = accelerator.prepare(unet, optimizer, loader)
+    if state is not None and accelerator.scaler is not None and state.get("scaler"):
+        accelerator.scaler.load_state_dict(state["scaler"])
+    ema.to(accelerator.device)
+    main = accelerator.is_main_process
+    if main:
+        _write(folder / "settings.json", json.dumps(asdict(settings), indent=2) + "\n")
+    if settings.tracker:
+        accelerator.init_trackers("palette", {k: v for k, v in asdict(settings).items() if k != "unet"})
+
+    stop: list[int] = []
+    before = {number: signal.signal(number, lambda n, _: stop.append(n)) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def save(step: int) -> None:
+        if main:
+            scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+            parts = dict(unet=raw.state_dict(), optimizer=optimizer.state_dict(), ema=ema.state_dict(), scaler=scaler)
+            save_state(folder, step, settings.keep, **parts)
+
+    def sheet(step: int) -> None:
+        ema.store(trained)
+        ema.copy_to(trained)
+        raw.eval()
+        steps = 1 if settings.regression else settings.validate_steps
+        draw_samples(raw, scheduler, dataset, steps, folder / "samples" / f"step-{step:07d}.png")
+        raw.train()
+        ema.restore(trained)
+
+    begin, step = time.time(), start
+    batches: Iterator = iter(loader)
+    tally = Tally(settings.task_list, folder / "log.jsonl")
+    unet.train()
+    bar = tqdm(total=settings.steps, initial=start, disable=not (main and sys.stderr.isatty()), unit="step")
+    try:
+        while step < settings.steps:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(settings, step)
+            for part in range(settings.accumulate):
+                with tally.waiting():
+                    batch = next(batches)
+                # dropout, too, is a function of the position; seeded here, since a loader's first batch draws numbers
+                place = step * settings.accumulate + part
+                torch.manual_seed((settings.seed * 1_000_003 + place) * 4096 + accelerator.process_index)
+                last = part == settings.accumulate - 1
+                with accelerator.no_sync(unet) if not last else nullcontext():
+                    with accelerator.autocast():
+                        losses = sample_losses(unet, batch, settings)
+                    accelerator.backward(losses.mean() / settings.accumulate)
+                tally.add(losses.detach(), batch)
+            if not tally.finite():
+                raise FloatingPointError(f"the loss is not finite at step {step}: the last good state is in {folder}")
+            if settings.clip:
+                accelerator.clip_grad_norm_(trained, settings.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.step(trained)
+            step += 1
+            bar.update()
+            if step % settings.log_every == 0:
+                line = tally.line(accelerator, step, settings.batch * settings.log_every)
+                bar.set_postfix({k: line[k] for k in ("loss", "samples_per_second", "waiting")})
+                if settings.tracker:
+                    accelerator.log({k: v for k, v in line.items() if isinstance(v, (int, float))}, step=step)
+                if main and bar.disable:
+                    print(
+                        json.dumps({k: line[k] for k in ("step", "loss", "samples_per_second", "waiting")}), flush=True
+                    )
+            if settings.validate_every and step % settings.validate_every == 0 and main:
+                sheet(step)
+            if stop or (settings.max_hours and time.time() - begin > settings.max_hours * 3600):
+                accelerator.set_trigger()
+            if accelerator.check_trigger():
+                break
+            if step % settings.save_every == 0:
+                save(step)
+        save(step)
+    finally:
+        bar.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
     final = folder / "pipeline"
-    if accelerator.is_main_process:
-        raw = accelerator.unwrap_model(unet)
-        ema.copy_to(raw.parameters())
-        pipe = PalettePipeline(unet=raw.eval(), scheduler=scheduler, tasks=tasks, default_task=tasks[0])
-        part = folder / "pipeline.part"
-        shutil.rmtree(part, ignore_errors=True)
-        pipe.save_pretrained(part)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(part, final)
-        print(f"step {step}: the pipeline is in {final}", flush=True)
+    if main:
+        ema.copy_to(trained)
+        _publish(raw.eval(), scheduler, default_steps, settings, final, step)
+        write_report(folder, settings)
+        if step < settings.steps:
+            again = shlex.join([*sys.argv, *([] if "--resume" in sys.argv else ["--resume"])])
+            print(f"stopped at step {step} of {settings.steps}; to go on: accelerate launch {again}", flush=True)
+        print(f"step {step}: the pipeline is in {final}, the report in {folder / 'report.html'}", flush=True)
     accelerator.end_training()
     return final
+
+
+def _publish(
+    unet: PaletteUNet2DModel, scheduler: PaletteScheduler, default_steps: int, settings: TrainSettings, final: Path,
+    step: int,
+) -> None:  # fmt: skip
+    """The pipeline with its card, written beside and renamed; adapters are merged, and kept on their own too."""
+    from .pipeline import PalettePipeline
+
+    part = final.with_name(final.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    if settings.lora_rank:
+        unet.save_lora_adapter(part / "lora")
+        unet.fuse_lora()
+        unet.unload_lora()
+    tasks = settings.task_list
+    pipe = PalettePipeline(unet, scheduler, tasks=tasks, default_task=tasks[0], default_steps=default_steps)
+    pipe.save_pretrained(part)
+    write_card(part / "README.md", settings, step, sum(p.numel() for p in unet.parameters()))
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(part, final)
+    if settings.push_to_hub:
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(settings.push_to_hub, exist_ok=True)
+        api.upload_folder(repo_id=settings.push_to_hub, folder_path=str(final), commit_message=f"Step {step}")

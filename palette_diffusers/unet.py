@@ -38,7 +38,7 @@ class PaletteAttnProcessor:
         x = hidden_states.reshape(batch, channels, height * width)
         if attn.group_norm is not None:
             x = attn.group_norm(x)
-        x = x.transpose(1, 2)  # (B, H*W, C)
+        x = x.transpose(1, 2).contiguous()  # (B, H*W, C), or each projection below copies it again
         query, key, value = (
             layer(x).unflatten(-1, (attn.heads, -1)) for layer in (attn.to_q, attn.to_k, attn.to_v)
         )  # (B, H*W, heads, C/heads)
@@ -92,7 +92,6 @@ class PaletteUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
     _no_split_modules = ["ResnetBlock2D", "Attention"]
     _repeated_blocks = ["ResnetBlock2D", "Attention"]
     _skip_layerwise_casting_patterns = ["norm"]
-    _keep_in_fp32_modules = None
 
     @register_to_config
     def __init__(

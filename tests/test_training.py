@@ -1,5 +1,9 @@
+import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,20 +14,34 @@ from conftest import toy_unet
 from PIL import Image
 
 from palette_diffusers import PalettePipeline, PaletteScheduler
-from palette_diffusers.data import PaletteDataset, load_images, random_crop
+from palette_diffusers.data import PaletteDataset, load_images, load_sources, random_crop
+from palette_diffusers.report import read_log
+from palette_diffusers.scheduler import training_target
 from palette_diffusers.training import (
     PRESETS,
     TrainSettings,
     last_state,
     learning_rate,
     masked_loss,
+    parse,
     preset,
+    save_state,
+    snr_weight,
     train,
     training_loss,
 )
 
 TRAIN = Path(__file__).parents[1] / "train" / "train_palette.py"
 TASKS = ["colorization", "inpainting", "uncropping", "jpeg_restoration"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate keeps one state a process, whose precision can't be changed."""
+    yield
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
@@ -45,7 +63,7 @@ def settings(folder, output, **changes) -> TrainSettings:
     unet = {k: list(v) if isinstance(v, tuple) else v for k, v in unet.items() if not k.startswith("_")}
     base = replace(
         preset("starter-64"), data=str(folder), output=str(output), size=32, batch=4, steps=4, workers=0,
-        save_every=2, log_every=1, unet=unet, warmup=1,
+        save_every=2, log_every=1, unet=unet, warmup=1, validate_every=0,
     )  # fmt: skip
     return replace(base, **changes)
 
@@ -86,7 +104,26 @@ def test_loss_counts_the_hole_only_and_per_sample():
     mask[0, :, 0, 0] = 1  # a small hole weighs as much as a large one
     mask[1, :, :, :2] = 1
     target[:, :, 3, 3] = 100  # outside both
-    assert masked_loss(output, target, mask).item() == pytest.approx((1 + 9) / 2)
+    assert masked_loss(output, target, mask).tolist() == pytest.approx([1, 9])
+    assert masked_loss(output, target, mask, "l1").tolist() == pytest.approx([1, 3])
+    small = masked_loss(output, target * 0.01, mask, "huber")
+    assert small.tolist() == pytest.approx([0.5 * 0.01**2 / 0.1, 0.5 * 0.03**2 / 0.1])
+    large = masked_loss(output, target, mask, "huber")
+    assert large.tolist() == pytest.approx([1 - 0.05, 3 - 0.05])
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_snr_weight_is_min_snr_in_terms_of_the_picture(kind):
+    """An error e in y0 costs min(SNR, 5) e^2, whatever the network predicts."""
+    gamma = torch.tensor([0.999, 0.9, 0.5, 0.01])
+    y0, eps = torch.randn(2, 4, 3, 8, 8).unbind()
+    y = gamma.sqrt()[:, None, None, None] * y0 + (1 - gamma).sqrt()[:, None, None, None] * eps
+    wrong = y0 + 0.1
+    wrong_eps = (y - gamma.sqrt()[:, None, None, None] * wrong) / (1 - gamma).sqrt()[:, None, None, None]
+    output = training_target(wrong, wrong_eps, gamma, kind)
+    loss = masked_loss(output, training_target(y0, eps, gamma, kind), torch.ones(4, 1, 8, 8))
+    snr = gamma / (1 - gamma)
+    torch.testing.assert_close(loss * snr_weight(gamma, 5, kind), snr.clamp(max=5) * 0.01, rtol=1e-3, atol=1e-7)
 
 
 def test_training_learns(dataset):
@@ -96,7 +133,7 @@ def test_training_learns(dataset):
     optimizer = torch.optim.Adam(unet.parameters(), 3e-3)
     losses = []
     for _ in range(60):
-        loss = training_loss(unet, batch, "epsilon")
+        loss = training_loss(unet, batch, TrainSettings())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -104,16 +141,312 @@ def test_training_learns(dataset):
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_resume_equals_an_uninterrupted_run(folder, tmp_path):
-    train(settings(folder, tmp_path / "a"))
-    train(settings(folder, tmp_path / "b", steps=2))
-    train(settings(folder, tmp_path / "b", resume=True))
-    a, b = last_state(tmp_path / "a"), last_state(tmp_path / "b")
-    assert a["step"] == b["step"] == 4
-    for part in ("unet",):
-        assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
-    for x, y in zip(a["ema"]["shadow_params"], b["ema"]["shadow_params"], strict=True):
-        assert torch.equal(x, y)
+def same(a, b):
+    """Weights, average and optimiser, to the bit."""
+    assert a["step"] == b["step"]
+    assert all(torch.equal(a["unet"][k], b["unet"][k]) for k in a["unet"])
+    pairs = list(zip(a["ema"]["shadow_params"], b["ema"]["shadow_params"], strict=True))
+    for k, moments in a["optimizer"]["state"].items():
+        pairs += [(moments[name], b["optimizer"]["state"][k][name]) for name in moments]
+    assert pairs and all(torch.equal(x, y) for x, y in pairs)
+
+
+@pytest.mark.parametrize(
+    ("cut", "changes"), [(1, {}), (3, dict(workers=2)), (2, dict(accumulate=2, schedule="cosine", precision="bf16"))]
+)
+def test_resume_equals_an_uninterrupted_run(folder, tmp_path, cut, changes):
+    unet = settings(folder, "").unet | dict(dropout=0.1)
+    changes = changes | dict(unet=unet)
+    train(settings(folder, tmp_path / "a", **changes))
+    _stopped_at(cut, settings(folder, tmp_path / "b", save_every=1, **changes))
+    train(settings(folder, tmp_path / "b", resume=True, **changes))
+    same(last_state(tmp_path / "a"), last_state(tmp_path / "b"))
+    assert [line["loss"] for line in read_log(tmp_path / "a" / "log.jsonl")] == [
+        line["loss"] for line in read_log(tmp_path / "b" / "log.jsonl")
+    ]
+
+
+def _stopped_at(step, chosen):
+    """A run that gets SIGTERM after `step` steps."""
+    import os
+    import signal
+
+    from palette_diffusers import training
+
+    original = training.Tally.line
+
+    def line(self, accelerator, now, samples):
+        if now == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, accelerator, now, samples)
+
+    training.Tally.line = line
+    try:
+        train(chosen)
+    finally:
+        training.Tally.line = original
+    assert last_state(Path(chosen.output))["step"] == step
+
+
+def launch(*arguments, processes=1, **more):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes),
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+    if processes > 1:
+        command += ["--main_process_port", "0"]
+    return subprocess.Popen([*command, str(TRAIN), *map(str, arguments)], text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True, **more)  # fmt: skip
+
+
+def options(folder, output, **changes) -> list[str]:
+    chosen = settings(folder, output, **changes)
+    names = ("data", "output", "size", "batch", "steps", "workers", "save_every", "log_every", "warmup",
+        "validate_every", "accumulate")  # fmt: skip
+    out = [f"--{n.replace('_', '-')}={getattr(chosen, n)}" for n in names]
+    return [*out, "--unet", json.dumps(chosen.unet)]
+
+
+def finish(process, code=0):
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == code, err[-3000:]
+    return out
+
+
+def test_kill_at_any_moment_and_go_on(folder, tmp_path):
+    """kill -9 of the whole process group, twice, and SIGTERM once; the end equals an uninterrupted run to the bit."""
+    arguments = options(folder, tmp_path / "b", steps=40, save_every=3, workers=1)
+    wait = 0
+    for number in (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM):
+        process = launch(*arguments, *(["--resume"] if wait else []))
+        goal = wait + 4
+        begin = time.time()
+        while wait < goal and process.poll() is None and time.time() - begin < 120:
+            time.sleep(0.02)
+            wait = max([int(p.stem[5:]) for p in (tmp_path / "b").glob("step-*.pt")], default=0)
+        os.killpg(process.pid, number)
+        out, err = process.communicate(timeout=60)
+        assert last_state(tmp_path / "b")["step"] >= 3
+        if number == signal.SIGTERM:
+            assert "to go on: accelerate launch" in out or process.returncode, out + err
+    finish(launch(*arguments, "--resume"))
+    assert not list((tmp_path / "b").glob("*.part"))
+    finish(launch(*options(folder, tmp_path / "a", steps=40, save_every=100, workers=0)))
+    same(last_state(tmp_path / "a"), last_state(tmp_path / "b"))
+
+
+def test_two_processes_equal_one(folder, tmp_path):
+    """gloo: the same global batch, the same losses, weights within rounding; no two ranks see one sample."""
+    two = launch(*options(folder, tmp_path / "two"), processes=2)
+    one = launch(*options(folder, tmp_path / "one"))
+    parts = launch(*options(folder, tmp_path / "parts", accumulate=2))
+    for process in (two, one, parts):
+        finish(process)
+    logs = {
+        name: [line["loss"] for line in read_log(tmp_path / name / "log.jsonl")] for name in ("two", "one", "parts")
+    }
+    states = {name: last_state(tmp_path / name) for name in logs}
+    for name in ("two", "parts"):
+        assert logs[name] == pytest.approx(logs["one"], abs=2e-5) and len(logs[name]) == 4
+        for k, v in states["one"]["optimizer"]["state"].items():  # the first moment holds the gradients
+            torch.testing.assert_close(
+                v["exp_avg"], states[name]["optimizer"]["state"][k]["exp_avg"], atol=1e-5, rtol=1e-3
+            )
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys):
+    for step in (1, 2, 3):
+        save_state(tmp_path, step, keep=2, value=step)
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-0000002.pt", "step-0000003.pt"]
+    newest = tmp_path / "step-0000003.pt"
+    newest.write_bytes(newest.read_bytes()[:100])
+    assert last_state(tmp_path)["value"] == 2
+    assert "step-0000003.pt is damaged" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_the_last_state(tmp_path, monkeypatch):
+    save_state(tmp_path, 1, value=torch.ones(3))
+
+    def full(value, stream):
+        stream.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_state(tmp_path, 2, value=torch.ones(3))
+    assert [p.name for p in tmp_path.iterdir()] == ["step-0000001.pt"]
+
+
+def test_a_run_is_continued_as_it_began(folder, tmp_path):
+    first = settings(folder, tmp_path / "run", steps=1)
+    train(first)
+    with pytest.raises(FileExistsError, match="holds a run"):
+        train(first)
+    with pytest.raises(ValueError, match="rate was 0.0008, now 0.5"):
+        train(replace(first, rate=0.5, resume=True, steps=2))
+    assert last_state(tmp_path / "run")["step"] == 1
+    train(replace(first, resume=True, steps=2, save_every=7, keep=1))
+
+
+def test_two_trainers_in_one_folder(folder, tmp_path):
+    from filelock import FileLock
+
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run" / ".lock"), pytest.raises(FileExistsError, match="another process"):
+        train(settings(folder, tmp_path / "run"))
+
+
+def test_losses_that_are_not_finite_stop_the_run(folder, tmp_path):
+    with pytest.raises(FloatingPointError, match="not finite at step"):
+        train(settings(folder, tmp_path / "run", rate=1e30, clip=0.0, steps=30, save_every=100))
+    assert not (tmp_path / "run" / "pipeline").exists()
+
+
+def test_hours_stop_the_run(folder, tmp_path, capsys):
+    train(settings(folder, tmp_path / "run", steps=1000, max_hours=1e-9, log_every=1000))
+    assert last_state(tmp_path / "run")["step"] == 1
+    assert "stopped at step 1 of 1000; to go on: accelerate launch" in capsys.readouterr().out
+
+
+def test_what_a_run_shows(folder, tmp_path):
+    """Log by task and log-SNR, a sheet for every task, a page and a card."""
+    final = train(settings(folder, tmp_path / "run", steps=6, validate_every=3, validate_steps=2))
+    lines = read_log(tmp_path / "run" / "log.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 7))
+    tasks = [value for line in lines for value in line["tasks"].values() if value is not None]
+    assert set(lines[0]["tasks"]) == set(TASKS) and len(tasks) > 8 and 0 <= lines[0]["waiting"] <= 1
+    sheets = sorted((tmp_path / "run" / "samples").iterdir())
+    assert [p.name for p in sheets] == ["step-0000003.png", "step-0000006.png"]
+    a, b = (np.asarray(Image.open(p)) for p in sheets)
+    assert a.shape == (3 * 4 * 34, 120 + 6 * 34, 3) and (a != b).any()
+    originals = slice(2 * 34, 2 * 34 + 32)
+    assert np.array_equal(a[originals], b[originals])  # the same images at every step
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "<polyline" in page and "samples/step-0000006.png" in page and "colorization" in page
+    card = (final / "README.md").read_text()
+    assert "library_name: diffusers" in card and "6 steps of 4 samples on images" in card and str(tmp_path) not in card
+
+
+def test_pairs(tmp_path, photo):
+    """A data set with a column of sources: the condition is the source, cropped and flipped as the target."""
+    import datasets
+
+    targets = [Image.fromarray(photo[i : i + 60, i : i + 80]) for i in range(8)]
+    sources = [Image.fromarray(255 - np.asarray(t)) for t in targets]
+    (tmp_path / "pairs").mkdir()
+    features = datasets.Features(target=datasets.Image(), source=datasets.Image(), label=datasets.Value("int64"))
+    data = datasets.Dataset.from_dict(dict(target=targets, source=sources, label=[0] * 8), features=features)
+    data.to_parquet(tmp_path / "pairs" / "train-0.parquet")
+    images = load_images(str(tmp_path / "pairs"))
+    pairs = PaletteDataset(images, PaletteScheduler(), ["paired"], size=32, column="target", source_column="source")
+    for i in range(10):
+        assert (pairs[i]["condition"] + pairs[i]["clean"]).abs().max() < 0.02
+    for wrong in ("label", "none"):
+        with pytest.raises(ValueError, match="holds no images; those that do: target, source"):
+            PaletteDataset(images, PaletteScheduler(), ["paired"], size=32, column="target", source_column=wrong)
+    run = settings(tmp_path / "pairs", tmp_path / "run", column="target", source_column="source", validate_every=4)
+    pipe = PalettePipeline.from_pretrained(train(run))
+    assert pipe.config.tasks == ["paired"]
+    assert pipe(photo[:40, :50], num_inference_steps=2).images[0].size == (50, 40)
+
+
+def test_images_that_cannot_be_used_are_counted(tmp_path, photo, folder):
+    """Broken and small files are skipped and counted; gray ones only where colour is needed; strict stops."""
+    images = load_images(str(folder))
+    (folder / "broken.png").write_bytes((folder / "0.png").read_bytes()[:2000])
+    Image.fromarray(photo[:20, :20]).save(folder / "small.png")
+    Image.fromarray(photo[:80, :90]).convert("L").save(folder / "gray.png")
+    mixed = load_images(str(folder))
+    assert len(mixed) == len(images) + 3
+    dataset = PaletteDataset(mixed, PaletteScheduler(), ["colorization"], size=32)
+    samples = [dataset[i] for i in range(len(mixed))]  # one epoch
+    assert sum(int(s["skipped"]) for s in samples) >= 2 and sum(int(s["gray"]) for s in samples) >= 1
+    with pytest.raises(ValueError, match="below 32 pixels|can't be decoded"):
+        strict = PaletteDataset(mixed, PaletteScheduler(), ["colorization"], size=32, strict=True)
+        for i in range(len(mixed)):
+            strict[i]
+    with pytest.raises(ValueError, match="below 512 pixels .and 99 before"):
+        PaletteDataset(images, PaletteScheduler(), ["colorization"], size=512)[0]
+
+
+def test_sources_are_mixed_by_weight(tmp_path, photo):
+    for name, value in (("dark", 10), ("light", 240)):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (40, 40), (value, value + 9, value)).save(tmp_path / name / "0.png")
+    data, weights = load_sources(f"{tmp_path / 'dark'}@3,{tmp_path / 'light'}")
+    dataset = PaletteDataset(data, PaletteScheduler(), ["inpainting"], size=32, source_weights=weights)
+    dark = sum(bool(dataset[i]["clean"].mean() < 0) for i in range(200))
+    assert 120 < dark < 180
+    with pytest.raises(ValueError, match="PATH@WEIGHT"):
+        load_sources(f"{tmp_path / 'dark'}@much")
+
+
+def test_condition_dropout(folder):
+    images = load_images(str(folder))
+    dataset = PaletteDataset(images, PaletteScheduler(), ["jpeg_restoration"], size=32, condition_dropout=0.5)
+    dropped = sum(bool(dataset[i]["condition"].abs().max() > 1) for i in range(100))
+    assert 30 < dropped < 70
+
+
+def test_regression_twin(folder, tmp_path):
+    final = train(settings(folder, tmp_path / "run", regression=True, prediction_type="sample"))
+    pipe = PalettePipeline.from_pretrained(final)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.config.default_steps == 1
+    image = Image.open(folder / "0.png")
+    a, b = (pipe(image, generator=torch.Generator().manual_seed(seed), output_type="pt").images for seed in (0, 1))
+    assert torch.equal(a, b)  # no noise: one answer
+
+
+def test_low_rank_adapters(folder, tmp_path):
+    base = train(settings(folder, tmp_path / "base", steps=1))
+    tuned = train(settings(folder, tmp_path / "tuned", init=str(base), lora_rank=2, rate=1e-2, steps=4))
+    a, b = (PalettePipeline.from_pretrained(path).unet for path in (base, tuned))
+    assert a.state_dict().keys() == b.state_dict().keys()  # merged
+    changed = {k for k, v in a.state_dict().items() if not torch.equal(v, b.state_dict()[k])}
+    assert changed and all("conv" in k or "to_" in k for k in changed)
+    assert sum(f.stat().st_size for f in (tuned / "lora").iterdir()) < 200_000
+    train(settings(folder, tmp_path / "tuned", init=str(base), lora_rank=2, rate=1e-2, steps=6, resume=True))
+
+
+def test_dry_run(folder, tmp_path, capsys):
+    train(settings(folder, tmp_path / "run", dry_run=True, batch=8))
+    said = capsys.readouterr().out
+    assert "0.2M parameters" in said and "GFLOP" in said and "hours to step 4" in said
+    assert Image.open(tmp_path / "run" / "batch.png").width > 120 and not list((tmp_path / "run").glob("step-*"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(loss="l3"), "loss is 'l3', expected one of l2, l1, huber"),
+        (dict(steps=0), "steps is 0, expected at least 1"),
+        (dict(ema=1.0), "ema is 1.0"),
+        (dict(rate=-1.0), "rate is -1.0"),
+        (dict(lora_rank=4), "needs a checkpoint"),
+        (dict(regression=True), "prediction_type is 'v_prediction'"),
+        (dict(accumulate=3), "batch is 4, expected a multiple of 3"),
+        (dict(task_weights="1,x"), "task_weights is '1,x'"),
+        (dict(task_weights="1,2"), "expected 4 numbers"),
+        (dict(tasks="colorization,magic"), "task is 'magic'"),
+        (dict(tracker="wandb"), "not installed"),
+        (dict(init="./nowhere"), "nowhere"),
+    ],
+)
+def test_bad_settings(folder, tmp_path, changes, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        train(settings(folder, tmp_path / "run", **changes))
+    assert not list(tmp_path.glob("run/step-*"))
+
+
+def test_unknown_options_name_the_nearest(capsys):
+    for arguments, message in ((["--worker", "3"], "did you mean --workers?"), (["--batch", "x"], "--batch"),
+            (["--steps"], "--steps")):  # fmt: skip
+        with pytest.raises(SystemExit) as stop:
+            parse(arguments)
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+    with pytest.raises(ValueError, match="did you mean starter-64?"):
+        parse(["--preset", "starter64"])
+    chosen = parse(["--preset", "palette-64", "--no-compile", "--rate", "3e-4"], seed=7)
+    assert chosen.rate == 3e-4 and chosen.seed == 7 and chosen.batch == 256 and not chosen.compile
 
 
 def test_published_weights_are_the_average(folder, tmp_path):

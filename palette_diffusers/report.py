@@ -1,0 +1,244 @@
+"""What a training run shows of itself: its log, sheets of samples, a page with curves, and the card."""
+
+import html
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+
+from . import canvas
+from .settings import TrainSettings
+
+BINS = (-6.0, -3.0, 0.0, 3.0, 6.0)  # log-SNR; six bins
+
+
+class Tally:
+    """The losses between two lines of the log, by task and by log-SNR, and how long the data was waited for."""
+
+    def __init__(self, tasks: list[str], log: Path):
+        self.tasks, self.log = tasks, log
+        self.skipped = self.gray = 0
+        self._reset()
+
+    def _reset(self) -> None:
+        self._sums = torch.zeros(2, len(self.tasks) * (len(BINS) + 1), dtype=torch.float64)  # losses, counts
+        self._waited, self._begin, self._bad = 0.0, time.perf_counter(), False
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - begin
+
+    def add(self, losses: torch.Tensor, batch: dict[str, torch.Tensor]) -> None:
+        """losses (B,) of a batch of `PaletteDataset`."""
+        losses = losses.double().cpu()
+        self._bad |= not bool(torch.isfinite(losses).all())
+        logsnr = torch.logit(batch["gamma"].double().cpu())
+        cell = batch["task"].cpu() * (len(BINS) + 1) + torch.bucketize(logsnr, torch.tensor(BINS, dtype=torch.float64))
+        self._sums[0].index_add_(0, cell, losses)
+        self._sums[1].index_add_(0, cell, torch.ones_like(losses))
+        self.skipped += int(batch["skipped"].sum())
+        self.gray += int(batch["gray"].sum())
+
+    def finite(self) -> bool:
+        return not self._bad
+
+    def line(self, accelerator: Any, step: int, samples: int) -> dict[str, Any]:
+        """Closes a line: all processes together, written to the log by the main one."""
+        seconds = time.perf_counter() - self._begin
+        sums = self._sums if accelerator.num_processes == 1 else accelerator.reduce(self._sums.to(accelerator.device))
+        losses, counts = sums.cpu().reshape(2, len(self.tasks), -1)
+
+        def mean(dim: int) -> list[float | None]:
+            share = zip(losses.sum(dim).tolist(), counts.sum(dim).tolist(), strict=True)
+            return [round(a / b, 5) if b else None for a, b in share]
+
+        line = {
+            "step": step,
+            "loss": round((losses.sum() / counts.sum()).item(), 5),
+            "samples_per_second": round(samples / seconds, 1),
+            "waiting": round(self._waited / seconds, 3),
+            "tasks": dict(zip(self.tasks, mean(1), strict=True)),
+            "logsnr": mean(0),
+            "skipped": self.skipped,
+            "gray": self.gray,
+        }
+        if accelerator.is_main_process:
+            with open(self.log, "a") as log:
+                log.write(json.dumps(line) + "\n")
+        self._reset()
+        return line
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of a log, in order of steps; of a step that was done twice, the last. A half line is left out."""
+    lines: dict[int, dict] = {}
+    for text in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        lines[line["step"]] = line
+    return [lines[step] for step in sorted(lines)]
+
+
+def _grid(rows: list[tuple[str, torch.Tensor]], path: Path) -> None:
+    """Named rows of pictures (N, 3, H, W), in [-1, 1] => one PNG."""
+    height, width = rows[0][1].shape[-2:]
+    number = max(len(pictures) for _, pictures in rows)
+    sheet = Image.new("RGB", (120 + number * (width + 2), len(rows) * (height + 2)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (name, pictures) in enumerate(rows):
+        draw.text((4, i * (height + 2) + height // 2 - 6), name[:19], fill="black")
+        for k, picture in enumerate(pictures):
+            pixels = Image.fromarray(canvas.to_uint8(picture[None].clamp(-1, 1)))
+            sheet.paste(pixels, (120 + k * (width + 2), i * (height + 2)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.save(sheet, path)
+
+
+def draw_batch(batch: dict[str, torch.Tensor], tasks: list[str], path: Path) -> None:
+    """The sources and targets of a batch, by task, up to 8 of each."""
+    rows = []
+    for number, task in enumerate(tasks):
+        some = torch.nonzero(batch["task"] == number).flatten()[:8]
+        if len(some):
+            rows += [(task, batch["condition"][some]), ("", batch["clean"][some])]
+    _grid(rows, path)
+
+
+def draw_samples(unet: Any, scheduler: Any, dataset: Any, steps: int, path: Path, number: int = 6) -> None:
+    """Source, sample and original of fixed images with fixed noise, for every task that was trained."""
+    from .pipeline import PalettePipeline
+    from .tasks import Given, get_task
+
+    pipe = PalettePipeline(unet, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    rows = []
+    for name in dataset.tasks:
+        fixed = dataset.fixed(name, number)
+        given = Given(
+            known=torch.cat([g.known for _, g in fixed]),
+            condition=torch.cat([g.condition for _, g in fixed]),
+            mask=None if fixed[0][1].mask is None else torch.cat([g.mask for _, g in fixed]),
+        )
+        generators = [torch.Generator().manual_seed(k) for k in range(number)]
+        sample = pipe.denoise(given, generators, steps, task=get_task(name)).cpu()
+        out = get_task(name).compose(sample, given)
+        rows += [(name, given.known), ("sample", out), ("original", torch.cat([clean for clean, _ in fixed]))]
+    _grid(rows, path)
+
+
+# the page
+
+
+def _curve(points: list[tuple[float, float]], color: str, box: tuple[float, float, float, float]) -> str:
+    x0, x1, y0, y1 = box
+    path = " ".join(
+        f"{60 + 600 * (x - x0) / max(1e-9, x1 - x0):.1f},{230 - 200 * (y - y0) / max(1e-9, y1 - y0):.1f}"
+        for x, y in points
+    )
+    return f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.5"/>'
+
+
+def _chart(title: str, curves: dict[str, list[tuple[float, float]]]) -> str:
+    points = [p for curve in curves.values() for p in curve]
+    if not points:
+        return ""
+    xs, ys = [p[0] for p in points], sorted(p[1] for p in points)
+    high = ys[int(len(ys) * 0.98)]  # the first steps would flatten all others
+    box = (min(xs), max(xs), ys[0], max(high, ys[0] + 1e-9))
+    colors = ("#1b6ac9", "#c9501b", "#2a8f3c", "#8a3bb0", "#b08a10", "#107f8a")
+    lines, legend = [], []
+    for i, (name, curve) in enumerate(curves.items()):
+        lines.append(_curve([(x, min(y, box[3])) for x, y in curve], colors[i % 6], box))
+        place = f'x="{60 + 150 * (i % 4)}" y="{268 + 16 * (i // 4)}" fill="{colors[i % 6]}"'
+        legend.append(f"<text {place}>{html.escape(name)}</text>")
+    axes = (
+        f'<text x="2" y="34">{box[3]:.4g}</text><text x="2" y="230">{box[2]:.4g}</text>'
+        f'<text x="60" y="248">{box[0]:.0f}</text><text x="610" y="248">step {box[1]:.0f}</text>'
+        '<path d="M60 30V230H660" stroke="#888" fill="none"/>'
+    )
+    return (
+        f"<h2>{html.escape(title)}</h2>"
+        f'<svg viewBox="0 0 680 300" role="img" aria-label="{html.escape(title)}">{axes}{"".join(lines + legend)}</svg>'
+    )
+
+
+def write_report(folder: Path, settings: TrainSettings) -> Path:
+    """`report.html` of a run's folder: curves, the newest sheet of samples, and the settings; no script in it."""
+    lines = read_log(folder / "log.jsonl")
+
+    def curve(get: Any) -> list[tuple[float, float]]:
+        return [(line["step"], get(line)) for line in lines if get(line) is not None]
+
+    charts = [
+        _chart("Loss", {"all": curve(lambda line: line["loss"])}),
+        _chart("Loss by task", {t: curve(lambda line, t=t: line.get("tasks", {}).get(t)) for t in settings.task_list}),
+        _chart("Samples a second", {"speed": curve(lambda line: line["samples_per_second"])}),
+    ]
+    edges = ["-inf", *[f"{b:g}" for b in BINS], "inf"]
+    bins = ""
+    if lines and "logsnr" in lines[-1]:
+        cells = "".join(
+            f"<tr><td>{low} to {high}</td><td>{value}</td></tr>"
+            for low, high, value in zip(edges[:-1], edges[1:], lines[-1]["logsnr"], strict=True)
+        )
+        bins = f"<h2>Loss by log-SNR, last line</h2><table><tr><th>log-SNR</th><th>loss</th></tr>{cells}</table>"
+    sheets = sorted((folder / "samples").glob("step-*.png"))
+    pictures = "".join(
+        f'<h2>Samples, {sheet.stem}</h2><img src="samples/{sheet.name}" alt="source, sample, original by task">'
+        for sheet in ([sheets[0], sheets[-1]] if len(sheets) > 1 else sheets)
+    )
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(value))}</td></tr>"
+        for name, value in vars(settings).items()
+    )
+    page = (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        "<title>Training run</title><style>body{font:15px system-ui;max-width:760px;margin:2em auto;padding:0 1em}"
+        "svg,img{max-width:100%}svg text{font-size:12px}td,th{padding:2px 12px 2px 0;text-align:left}</style>"
+        f"<h1>Training run</h1>{''.join(charts)}{bins}{pictures}<h2>Settings</h2><table>{rows}</table></html>"
+    )
+    path = folder / "report.html"
+    part = path.with_name("report.html.part")
+    part.write_text(page)
+    os.replace(part, path)
+    return path
+
+
+def write_card(path: Path, settings: TrainSettings, step: int, parameters: int) -> None:
+    """The model card of a run: what was trained, on what, how long; no word of quality that nobody measured."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    name = os.path.basename(settings.data.split(",")[0].rpartition("@")[0] or settings.data.split(",")[0])
+    data = ModelCardData(
+        library_name="diffusers", pipeline_tag="image-to-image", tags=["palette", *settings.task_list],
+        base_model=settings.init if "/" in settings.init and not os.path.exists(settings.init) else None,
+    )  # fmt: skip
+    kind = "Low-rank adapters, merged" if settings.lora_rank else "All weights"
+    origin = f", from `{os.path.basename(settings.init)}`" if settings.init else ""
+    facts = {
+        "tasks": ", ".join(settings.task_list),
+        "trained": f"{kind}{origin}: {step:,} steps of {settings.batch} samples on {name or 'unnamed data'}",
+        "size": f"{settings.size} pixels, {parameters / 1e6:.1f}M parameters",
+        "objective": f"{settings.loss}, {'regression' if settings.regression else settings.prediction_type}",
+        "optimiser": f"{settings.optimizer}, rate {settings.rate:g}, {settings.schedule}; EMA {settings.ema:g}",
+        "precision": settings.precision,
+    }
+    text = "\n".join(f"- {name}: {value}" for name, value in facts.items())
+    usage = (
+        "```python\nfrom palette_diffusers import PalettePipeline\n\n"
+        'pipe = PalettePipeline.from_pretrained("PATH OR HUB ID")\n'
+        f'image = pipe("photo.jpg", task="{settings.task_list[0]}").images[0]\n```'
+    )
+    body = f"# Palette model\n\n{text}\n\nIts quality has not been measured here.\n\n{usage}\n"
+    card = f"---\n{data.to_yaml()}\n---\n\n{body}"
+    ModelCard(card).save(path)

@@ -1,0 +1,206 @@
+"""Everything that a training run depends on: one frozen dataclass, its presets, and its command line."""
+
+import argparse
+import difflib
+import json
+import sys
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NoReturn
+
+SMALL_BLOCKS = dict(
+    down_block_types=["DownBlock2D", "DownBlock2D", "AttnDownBlock2D"],
+    up_block_types=["AttnUpBlock2D", "UpBlock2D", "UpBlock2D"],
+    resample_type="conv",
+)
+ADM = "ResnetDownsampleBlock2D", "AttnDownBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"
+
+# what may differ between a run and its continuation: nothing that changes a sample, a gradient or the network
+FREE = (
+    "output", "resume", "steps", "decay", "workers", "save_every", "keep", "log_every", "validate_every",
+    "validate_steps", "max_hours", "tracker", "push_to_hub", "compile", "checkpointing", "channels_last", "dry_run",
+)  # fmt: skip
+
+
+def _adm(widths: list[int], attention: int) -> dict:
+    """ADM's blocks with attention in the last `attention` levels."""
+    plain = len(widths) - attention
+    return dict(
+        block_out_channels=widths,
+        down_block_types=[ADM[0]] * plain + [ADM[1]] * attention,
+        up_block_types=[ADM[2]] * attention + [ADM[3]] * plain,
+    )
+
+
+def _field(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Everything that a run depends on; `help` is in each field's metadata.
+
+    Raises:
+        ValueError: a value out of range; the message names it and what was expected.
+    """
+
+    # data
+    data: str = _field("", "images: folders of parquet files or images, or Hub ids; PATH@WEIGHT,PATH@WEIGHT mixes")
+    column: str = _field("", "column of the images (the targets, for pairs); default: the first that holds images")
+    source_column: str = _field("", "column of the source images: trains a translation of pairs, the task `paired`")
+    crops: str = _field("", "full-size photographs, for JPEG targets: folders or Hub ids, comma-separated")
+    strict: bool = _field(False, "stop at the first image that can't be decoded, instead of counting it")
+    size: int = _field(64, "pixels a side")
+    # tasks and objective
+    tasks: str = _field("colorization,inpainting,uncropping,jpeg_restoration", "task names, comma-separated")
+    task_weights: str = _field("", "how often each task is drawn, comma-separated; default: equally")
+    prediction_type: str = _field("epsilon", "what the network predicts", ("epsilon", "v_prediction", "sample"))
+    loss: str = _field("l2", "l2 (the paper), l1 or huber", ("l2", "l1", "huber"))
+    snr_gamma: float = _field(0.0, "min-SNR weighting's gamma (Hang et al. 2023), 5 is usual; 0 = off")
+    regression: bool = _field(False, "the regression twin: zeros as noisy image, the picture in one step")
+    condition_dropout: float = _field(0.0, "share of samples whose source is replaced by noise")
+    # optimiser
+    steps: int = _field(1_000_000, "optimiser steps in all")
+    batch: int = _field(1024, "samples an optimiser step, over all processes and accumulated parts")
+    accumulate: int = _field(1, "parts that an optimiser step's batch is computed in")
+    optimizer: str = _field("adamw", "adamw, adam, or adamw8bit (needs bitsandbytes)", ("adamw", "adam", "adamw8bit"))
+    rate: float = _field(1e-4, "learning rate")
+    weight_decay: float = _field(0.0, "decoupled weight decay")
+    warmup: int = _field(10_000, "steps of linear warm-up")
+    schedule: str = _field("constant", "after the warm-up: constant (the paper) or cosine", ("constant", "cosine"))
+    decay: int = _field(0, "last steps, over which a constant learning rate falls linearly to 0")
+    ema: float = _field(0.9999, "highest decay of the weights' moving average, per step")
+    clip: float = _field(1.0, "largest norm of the gradient")
+    # hardware
+    precision: str = _field("no", "no, bf16 or fp16", ("no", "bf16", "fp16"))
+    checkpointing: bool = _field(False, "recompute activations in the backward pass: less memory, more time")
+    channels_last: bool = _field(False, "channels-last memory layout")
+    compile: bool = _field(False, "torch.compile the repeated blocks")
+    workers: int = _field(1, "processes that prepare samples, for each training process")
+    # the run
+    output: str = _field("runs/palette", "folder of the run")
+    seed: int = _field(0, "of everything")
+    init: str = _field("", "start from the weights of this pipeline: a folder or Hub id")
+    lora_rank: int = _field(0, "train low-rank adapters of this rank only (needs peft and --init); 0 = all weights")
+    resume: bool = _field(False, "go on from the last checkpoint in the output folder")
+    save_every: int = _field(500, "steps between checkpoints")
+    keep: int = _field(2, "checkpoints that are kept")
+    log_every: int = _field(50, "steps between lines of the log")
+    validate_every: int = _field(1000, "steps between sheets of samples; 0 = none")
+    validate_steps: int = _field(20, "network evaluations of each of those samples")
+    max_hours: float = _field(0.0, "stop, saved, after this many hours; 0 = never")
+    tracker: str = _field(
+        "", "also log to this: tensorboard, wandb or trackio", ("", "tensorboard", "wandb", "trackio")
+    )
+    push_to_hub: str = _field("", "Hub id that the finished pipeline is uploaded to")
+    dry_run: bool = _field(False, "only say what the run will take, and draw one degraded batch")
+    unet: dict = field(default_factory=dict, metadata={"help": "the network's configuration, as JSON", "choices": ()})
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            value, choices = getattr(self, entry.name), entry.metadata["choices"]
+            if choices and value not in choices:
+                raise ValueError(f"{entry.name} is {value!r}, expected one of {', '.join(c for c in choices if c)}")
+        for name in ("size", "steps", "batch", "accumulate", "save_every", "keep", "log_every", "validate_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        for name in ("warmup", "decay", "workers", "validate_every", "lora_rank", "snr_gamma", "max_hours", "clip"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
+        for name in ("condition_dropout", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 to below 1")
+        if not self.rate > 0:
+            raise ValueError(f"rate is {self.rate}, expected above 0")
+        if self.regression and self.prediction_type != "sample":
+            raise ValueError(f"the regression twin predicts the picture: prediction_type is {self.prediction_type!r}")
+        if self.lora_rank and not self.init:
+            raise ValueError("lora_rank needs a checkpoint to adapt: name it by init")
+
+    @property
+    def task_list(self) -> list[str]:
+        return ["paired"] if self.source_column else [name.strip() for name in self.tasks.split(",") if name.strip()]
+
+
+_STARTER = dict(
+    sample_size=64, patch_size=2, condition_skip=0.2, block_out_channels=[48, 96, 192], layers_per_block=1,
+    norm_num_groups=16, attention_head_dim=64, **SMALL_BLOCKS,
+)  # fmt: skip
+_TINY = _STARTER | dict(block_out_channels=[32, 64, 128], attention_head_dim=32)
+
+# preset             size  batch  steps      rate  warmup  ema     prediction      network and the rest
+PRESETS: dict[str, tuple] = {
+    "starter-64":     (64,   32,    20_000, 8e-4,    150, 0.999,  "v_prediction", _STARTER, {}),
+    "tiny-64":        (64,   32,     6_000, 8e-4,    150, 0.999,  "v_prediction", _TINY, {}),
+    "tiny-64-l1":     (64,   32,     6_000, 8e-4,    150, 0.999,  "v_prediction", _TINY, dict(loss="l1")),
+    "tiny-64-regression":
+                      (64,   32,     6_000, 8e-4,    150, 0.999,  "sample", _TINY | dict(condition_skip=0.0),
+                       dict(regression=True)),
+    "tiny-64-no-attention":
+                      (64,   32,     6_000, 8e-4,    150, 0.999,  "v_prediction",
+                       _TINY | dict(down_block_types=["DownBlock2D"] * 3, up_block_types=["UpBlock2D"] * 3,
+                                    add_attention=False, block_out_channels=[32, 64, 136], norm_num_groups=8), {}),
+    "finetune-64":    (64,   16,       300, 2e-4,     20, 0.99,   "v_prediction", _STARTER,
+                       dict(init="starter", save_every=100, validate_every=100, log_every=10)),
+    "palette-64":     (64,  256,   300_000, 1e-4, 10_000, 0.9999, "epsilon",
+                       dict(sample_size=64, **_adm([128, 256, 384, 512], 3)), {}),
+    "palette-128":    (128, 256,   500_000, 1e-4, 10_000, 0.9999, "epsilon",
+                       dict(sample_size=128, **_adm([256, 256, 512, 768, 1024], 3)), {}),
+    "palette-256":    (256, 1024, 1_000_000, 1e-4, 10_000, 0.9999, "epsilon",
+                       dict(sample_size=256, **_adm([256, 256, 512, 512, 1024, 1024], 3)), {}),
+}  # fmt: skip
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, 1, 0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def preset(name: str) -> TrainSettings:
+    """The settings of a preset.
+
+    Raises:
+        ValueError: no preset has this name; the message lists them.
+
+    >>> preset("palette-256").batch
+    1024
+    """
+    if name not in PRESETS:
+        hint = _nearest(name, list(PRESETS))
+        raise ValueError(f"preset is {name!r}, expected one of {', '.join(PRESETS)}{hint}")
+    size, batch, steps, rate, warmup, ema, prediction_type, unet, rest = PRESETS[name]
+    return replace(
+        TrainSettings(),
+        size=size, batch=batch, steps=steps, rate=rate, warmup=warmup, ema=ema,
+        prediction_type=prediction_type, unet=unet, **rest,
+    )  # fmt: skip
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        unknown = [word for word in message.split() if word.startswith("--")]
+        hint = _nearest(unknown[0], list(self._option_string_actions)) if "unrecognized" in message and unknown else ""
+        print(f"error: {message}{hint} (--help lists all)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def parse(arguments: list[str] | None = None, description: str | None = None, **changes: Any) -> TrainSettings:
+    """Command line => settings: those of `--preset`, then `changes`, then each option that is given.
+
+    >>> parse(["--preset", "palette-64", "--batch", "8"]).batch
+    8
+    """
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--preset", default="starter-64", help=f"one of {', '.join(PRESETS)}")
+    for entry in fields(TrainSettings):
+        name = getattr(entry.type, "__name__", str(entry.type))
+        kind: Any = {"int": int, "float": float, "dict": json.loads}.get(name, str)
+        flag = "--" + entry.name.replace("_", "-")
+        text = entry.metadata["help"].replace("%", "%%")
+        if name == "bool":
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            parser.add_argument(flag, type=kind, default=None, help=text)
+    options = vars(parser.parse_args(arguments))
+    start = preset(options.pop("preset"))
+    given = {name: value for name, value in options.items() if value is not None}
+    return replace(start, **(changes | given))
