@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, Sampler
 
 from .masks import numpy_generator
 from .scheduler import PaletteScheduler
-from .tasks import Given, get_task
+from .tasks import Given, get_task, network_condition
 
 
 def load_images(path: str, split: str = "train"):
@@ -133,6 +133,7 @@ class PaletteDataset(Dataset):
         seed: of everything.
         column, source_column: of the images; of the sources, if the data set has pairs.
         condition_dropout: share of samples whose source is noise.
+        holes: whether the condition fills holes smoothly and has a channel for them (`tasks.network_condition`).
         strict: an image that can't be used is an error.
 
     Raises:
@@ -152,6 +153,7 @@ class PaletteDataset(Dataset):
     source_weights: Sequence[float] | None = None
     condition_dropout: float = 0.0
     strict: bool = False
+    holes: bool = False
 
     def __post_init__(self) -> None:
         self._sources = list(self.images) if isinstance(self.images, (list, tuple)) else [self.images]
@@ -235,9 +237,9 @@ class PaletteDataset(Dataset):
             pictures = [picture[:, ::-1] for picture in pictures]
         clean, *source = (torch.from_numpy(p.copy()).permute(2, 0, 1).float() / 127.5 - 1 for p in pictures)
         given = task.prepare(source[0][None]) if source else task.degrade(clean[None], generator)
-        condition = given.condition[0]
+        condition = network_condition(given, self.holes)[0]
         if self.condition_dropout and rng.random() < self.condition_dropout:
-            condition = torch.randn(condition.shape, generator=generator)
+            condition[:3] = torch.randn(clean.shape, generator=generator)
         return {
             "clean": clean,
             "condition": condition,

@@ -4,9 +4,11 @@ Every function takes a `torch.Generator`; the same seed gives the same mask on e
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 SIDES = ("left", "right", "top", "bottom")
@@ -151,3 +153,19 @@ def center_mask(height: int, width: int, share: float = 0.5) -> torch.Tensor:
     mask = torch.zeros(1, height, width)
     mask[:, top : top + h, left : left + w] = 1
     return mask
+
+
+def extend(values: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """Values (B, C, H, W), known where `known` (B, 1, H, W) is 1, continued smoothly over the rest.
+
+    Source: pull-push, Gortler et al. 1996, "The Lumigraph", section 3.4.
+
+    >>> extend(torch.tensor([[[[2.0, 0.0, 0.0, 4.0]]]]), torch.tensor([[[[1.0, 0, 0, 1]]]])).squeeze().tolist()
+    [2.0, 2.5, 3.5, 4.0]
+    """
+    if known.bool().all() or max(values.shape[-2:]) == 1:
+        return values
+    pool: Any = dict(kernel_size=2, ceil_mode=True, count_include_pad=False)
+    weight = F.avg_pool2d(known, **pool)
+    coarse = extend(F.avg_pool2d(values * known, **pool) / weight.clamp_min(1e-6), (weight > 0).to(known))
+    return torch.where(known > 0, values, F.interpolate(coarse, values.shape[-2:], mode="bilinear"))

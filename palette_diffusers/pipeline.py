@@ -23,7 +23,7 @@ from .canvas import ImageInput, Picture
 from .color import chroma
 from .masks import border_mask
 from .scheduler import PaletteScheduler, diffuse, noise_level, output_for, predicted_original
-from .tasks import Given, Task, get_task
+from .tasks import Given, Task, get_task, network_condition
 from .unet import PaletteUNet2DModel
 
 STARTER = Path(__file__).with_name("starter")
@@ -127,11 +127,13 @@ class PalettePipeline(DiffusionPipeline):
             raise ValueError(f"num_inference_steps is {steps}, expected a whole number of at least 1")
         predict = predict or self._predict
         self.scheduler.set_timesteps(int(steps), device=self._execution_device)
-        condition = given.condition.to(self._execution_device)
+        condition = network_condition(given, bool(self.unet.config.hole_skip), estimate).to(self._execution_device)
         if latents is None:
-            latents = randn_tensor(condition.shape, generator=generator, device=condition.device, dtype=torch.float32)
-        elif latents.shape != condition.shape:
-            raise ValueError(f"latents are {tuple(latents.shape)}, expected {tuple(condition.shape)}")
+            latents = randn_tensor(
+                given.condition.shape, generator=generator, device=condition.device, dtype=torch.float32
+            )
+        elif latents.shape != given.condition.shape:
+            raise ValueError(f"latents are {tuple(latents.shape)}, expected {tuple(given.condition.shape)}")
         timesteps, sample = self.scheduler.timesteps, latents.to(condition.device, torch.float32)
         if estimate is None:
             sample = sample * self.scheduler.init_noise_sigma

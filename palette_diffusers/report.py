@@ -110,7 +110,7 @@ def draw_batch(batch: dict[str, torch.Tensor], tasks: list[str], path: Path) -> 
     for number, task in enumerate(tasks):
         some = torch.nonzero(batch["task"] == number).flatten()[:8]
         if len(some):
-            rows += [(task, batch["condition"][some]), ("", batch["clean"][some])]
+            rows += [(task, batch["condition"][some, :3]), ("", batch["clean"][some])]
     _grid(rows, path)
 
 

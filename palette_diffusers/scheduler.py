@@ -81,9 +81,11 @@ def output_for(y0: torch.Tensor, y: torch.Tensor, gamma: torch.Tensor | float, p
     return training_target(y0, eps, gamma, prediction_type)
 
 
-def condition_velocity(y: torch.Tensor, x: torch.Tensor, gamma: torch.Tensor | float, error: float) -> torch.Tensor:
+def condition_velocity(
+    y: torch.Tensor, x: torch.Tensor, gamma: torch.Tensor | float, error: torch.Tensor | float
+) -> torch.Tensor:
     """The velocity of the best linear guess at y0 from y and from a source x that is y0 plus an error of this
-    standard deviation, in float32.
+    standard deviation (one number, or one for each pixel), in float32.
 
     y / sqrt(gamma) is y0 plus an error of variance (1 - gamma) / gamma; the two are weighted by their inverse
     variances. Bounded for every gamma. Source: Karras et al. 2022 (EDM), appendix B.6, with a second measurement.

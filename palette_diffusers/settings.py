@@ -122,8 +122,8 @@ class TrainSettings:
 
 
 _STARTER = dict(
-    sample_size=64, patch_size=2, condition_skip=0.2, block_out_channels=[48, 96, 192], layers_per_block=1,
-    norm_num_groups=16, attention_head_dim=64, **SMALL_BLOCKS,
+    sample_size=64, patch_size=2, condition_skip=0.2, hole_skip=0.5, block_out_channels=[48, 96, 192],
+    layers_per_block=1, norm_num_groups=16, attention_head_dim=64, **SMALL_BLOCKS,
 )  # fmt: skip
 _TINY = _STARTER | dict(block_out_channels=[32, 64, 128], attention_head_dim=32)
 
@@ -133,8 +133,8 @@ PRESETS: dict[str, tuple] = {
     "tiny-64":        (64,   32,     6_000, 8e-4,    150, 0.999,  "v_prediction", _TINY, {}),
     "tiny-64-l1":     (64,   32,     6_000, 8e-4,    150, 0.999,  "v_prediction", _TINY, dict(loss="l1")),
     "tiny-64-regression":
-                      (64,   32,     6_000, 8e-4,    150, 0.999,  "sample", _TINY | dict(condition_skip=0.0),
-                       dict(regression=True)),
+                      (64,   32,     6_000, 8e-4,    150, 0.999,  "sample",
+                       _TINY | dict(condition_skip=0.0, hole_skip=0.0), dict(regression=True)),
     "tiny-64-no-attention":
                       (64,   32,     6_000, 8e-4,    150, 0.999,  "v_prediction",
                        _TINY | dict(down_block_types=["DownBlock2D"] * 3, up_block_types=["UpBlock2D"] * 3,

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from .color import luma, with_luma
+from .masks import extend
 
 Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -177,22 +178,6 @@ def _at(image: torch.Tensor, position: torch.Tensor, dim: int) -> torch.Tensor:
     shape = [1] * image.ndim
     shape[dim] = -1
     return torch.lerp(image.index_select(dim, low), image.index_select(dim, high), (position - low).reshape(shape))
-
-
-def extend(values: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-    """Values (B, C, H, W), known where `known` (B, 1, H, W) is 1, continued smoothly over the rest.
-
-    Source: pull-push, Gortler et al. 1996, "The Lumigraph", section 3.4.
-
-    >>> extend(torch.tensor([[[[2.0, 0.0, 0.0, 4.0]]]]), torch.tensor([[[[1.0, 0, 0, 1]]]])).squeeze().tolist()
-    [2.0, 2.5, 3.5, 4.0]
-    """
-    if known.bool().all() or max(values.shape[-2:]) == 1:
-        return values
-    pool: Any = dict(kernel_size=2, ceil_mode=True, count_include_pad=False)
-    weight = F.avg_pool2d(known, **pool)
-    coarse = extend(F.avg_pool2d(values * known, **pool) / weight.clamp_min(1e-6), (weight > 0).to(known))
-    return torch.where(known > 0, values, F.interpolate(coarse, values.shape[-2:], mode="bilinear"))
 
 
 def seamless(sample: torch.Tensor, known: torch.Tensor, mask: torch.Tensor, radius: int = 1) -> torch.Tensor:

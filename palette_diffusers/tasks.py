@@ -13,7 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from .color import chroma, is_gray, luma, with_luma
-from .masks import free_form_mask, numpy_generator, rectangle_mask, uncropping_mask
+from .masks import extend, free_form_mask, numpy_generator, rectangle_mask, uncropping_mask
 
 Generators: TypeAlias = torch.Generator | list[torch.Generator] | None
 
@@ -29,6 +29,21 @@ class Given:
     known: torch.Tensor
     condition: torch.Tensor
     mask: torch.Tensor | None = None
+
+
+def network_condition(given: Given, holes: bool, fill: torch.Tensor | None = None) -> torch.Tensor:
+    """What the U-Net sees of the given: `condition` (the paper), or, for a network that is told its holes
+    (`hole_skip`), the picture with its holes filled smoothly, and the hole itself: (B, 4, H, W).
+
+    A better `fill` (B, 3, H, W) than the smooth one may be at hand.
+    """
+    if not holes:
+        return given.condition
+    if given.mask is None:
+        return torch.cat([given.condition, torch.zeros_like(given.condition[:, :1])], dim=1)
+    hole = given.mask
+    smooth = torch.where(hole > 0, extend(given.known, 1 - hole) if fill is None else fill, given.known)
+    return torch.cat([smooth, hole], dim=1)
 
 
 class Task:

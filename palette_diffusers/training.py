@@ -183,7 +183,7 @@ def _optimizer(parameters: list[torch.nn.Parameter], settings: TrainSettings) ->
     return kind(parameters, fused=torch.cuda.is_available(), **options)
 
 
-def _dataset(settings: TrainSettings, scheduler: PaletteScheduler) -> Any:
+def _dataset(settings: TrainSettings, scheduler: PaletteScheduler, holes: bool) -> Any:
     from datasets import concatenate_datasets
 
     from .data import PaletteDataset, load_images, load_sources, only_images
@@ -209,6 +209,7 @@ def _dataset(settings: TrainSettings, scheduler: PaletteScheduler) -> Any:
         source_weights=shares,
         condition_dropout=settings.condition_dropout,
         strict=settings.strict,
+        holes=holes,
     )
 
 
@@ -262,7 +263,7 @@ def dry_run(settings: TrainSettings) -> None:
     folder = Path(settings.output)
     folder.mkdir(parents=True, exist_ok=True)
     unet, scheduler, _ = _network(settings)
-    dataset = _dataset(settings, scheduler)
+    dataset = _dataset(settings, scheduler, bool(unet.config.hole_skip))
     loader = iter(_loader(dataset, settings, 0, 1))
     batch = next(loader)
     draw_batch(batch, settings.task_list, folder / "batch.png")
@@ -336,7 +337,7 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
     torch.manual_seed(settings.seed)
     torch.backends.cuda.matmul.allow_tf32 = True
     unet, scheduler, default_steps = _network(settings)
-    dataset = _dataset(settings, scheduler)
+    dataset = _dataset(settings, scheduler, bool(unet.config.hole_skip))
     if settings.lora_rank:
         _adapt(unet, settings)
     if settings.checkpointing:

@@ -70,8 +70,10 @@ class PaletteUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
         patch_size: space-to-depth at both ends; 2 runs the whole network at half the resolution.
         condition_skip: standard deviation of the error that the source image has where it shows anything, 0.2
             say; 0 is the paper's network. Above 0, the network corrects the best linear guess from the noisy
-            image and the source, and one more output gates that guess pixel by pixel (shut in a hole, whose
-            source is noise). Much faster to train; for `prediction_type="v_prediction"` only.
+            image and the source, and one more output gates that guess pixel by pixel. Much faster to train; for
+            `prediction_type="v_prediction"` only.
+        hole_skip: the same in a hole that was filled smoothly, 0.5 say; 0 is the paper's noise. Above 0, the
+            condition has one more channel, 1 in the hole (`tasks.network_condition`).
         noise_embedding_type: what of gamma is embedded: "logsnr" resolves levels near 0 and 1, "gamma" and
             "sqrt_gamma" are other implementations'.
         noise_embedding_scale: factor on it, before sines of frequencies 1 to 1e-4.
@@ -112,6 +114,7 @@ class PaletteUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
         dropout: float = 0.0,
         patch_size: int = 1,
         condition_skip: float = 0.0,
+        hole_skip: float = 0.0,
         noise_embedding_type: str = "logsnr",
         noise_embedding_scale: float = 40.0,
         logsnr_min: float = -10.0,
@@ -121,6 +124,8 @@ class PaletteUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
     ):
         super().__init__()
         levels = len(block_out_channels)
+        if hole_skip and not condition_skip:
+            raise ValueError(f"hole_skip is {hole_skip}, but condition_skip 0: expected both, or none")
         if len(down_block_types) != levels or len(up_block_types) != levels:
             raise ValueError(
                 f"block_out_channels has {levels} levels, down_block_types {len(down_block_types)} and "
@@ -142,7 +147,8 @@ class PaletteUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
         )
 
         # input
-        self.conv_in = nn.Conv2d((in_channels + condition_channels) * patch_size**2, channels, 3, padding=1)
+        inputs = in_channels + condition_channels + (1 if hole_skip else 0)
+        self.conv_in = nn.Conv2d(inputs * patch_size**2, channels, 3, padding=1)
 
         # noise level
         self.time_proj = Timesteps(channels, flip_sin_to_cos, freq_shift)
@@ -239,7 +245,7 @@ class PaletteUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
         Args:
             sample: the noisy image y, (B, C, H, W), in any dtype; the output has the same.
             noise_level: gamma in (0, 1], a float32 tensor (B,) or one number for all.
-            condition: the source image x, (B, C, H, W) of the same height and width.
+            condition: the source image x, (B, C, H, W) of the same height and width; C + 1 with `hole_skip`.
 
         Raises:
             ValueError: sizes that disagree, or that are no multiple of `size_multiple`.
@@ -287,7 +293,11 @@ class PaletteUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
         # source
         if self.config.condition_skip:
             hidden, gate = hidden.float().split([self.config.out_channels, 1], dim=1)
-            guess = condition_velocity(sample, condition, gamma, self.config.condition_skip)
+            source, hole = condition.float().tensor_split([self.config.condition_channels], dim=1)
+            error = self.config.condition_skip
+            if self.config.hole_skip:
+                error = error + (self.config.hole_skip - error) * hole
+            guess = condition_velocity(sample, source, gamma, error)
             hidden = hidden + gate.sigmoid() * guess
         hidden = hidden.to(sample.dtype)
         return UNet2DOutput(sample=hidden) if return_dict else (hidden,)

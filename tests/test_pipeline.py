@@ -251,6 +251,24 @@ def test_holes_are_refined_up_to_the_photographs_resolution(pipe):
     assert abs(ring.mean() - 100) < 4 and inside.std() > 1
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_a_network_that_is_told_its_holes(photo, task):
+    """The whole way, with the fill of each finer level as the coarser one's picture."""
+    unet = toy_unet(condition_skip=0.2, hole_skip=0.5)
+    pipe = PalettePipeline(unet, PaletteScheduler(prediction_type="v_prediction", sampling_spacing="logsnr"))
+    pipe.set_progress_bar_config(disable=True)
+    told, predict = [], pipe._predict
+
+    def watching(sample, gamma, condition):
+        told.append(condition)
+        return predict(sample, gamma, condition)
+
+    pipe._predict = watching
+    out = pipe(photo, task=task, num_inference_steps=4, num_images_per_input=2, **options(task, photo)).images
+    assert len(out) == 2 and all(x.shape[1] == 4 and x.abs().max() <= 1 for x in told)
+    assert any(x[:, 3].any() for x in told) == (task in ("inpainting", "uncropping"))
+
+
 def test_cpu_offload_needs_an_accelerator(pipe):
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="accelerator"):

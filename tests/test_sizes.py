@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palette_diffusers import sizes
+from palette_diffusers import masks, sizes
 from palette_diffusers.color import chroma, luma
 
 side = st.integers(1, 3000)
@@ -101,7 +101,7 @@ def test_extension_keeps_what_is_known_and_stays_in_range(height, width, seed):
     values = torch.rand(2, 3, height, width, generator=generator)
     known = (torch.rand(1, 1, height, width, generator=generator) < 0.3).float()
     known[..., 0, 0] = 1
-    out = sizes.extend(values, known)
+    out = masks.extend(values, known)
     assert torch.equal(torch.where(known > 0, out, 0), torch.where(known > 0, values, 0))
     low, high = (f(torch.where(known > 0, values, fill)) for f, fill in ((torch.amin, 9.0), (torch.amax, -9.0)))
     assert low - 1e-5 <= out.min() and out.max() <= high + 1e-5

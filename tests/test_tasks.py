@@ -8,7 +8,7 @@ from PIL import Image
 from palette_diffusers import Task, get_task, register_task
 from palette_diffusers.color import chroma, is_gray, luma, with_luma
 from palette_diffusers.masks import SIDES, border_mask, center_mask, free_form_mask, rectangle_mask, uncropping_mask
-from palette_diffusers.tasks import jpeg
+from palette_diffusers.tasks import jpeg, network_condition
 
 
 def generators(n):
@@ -177,3 +177,20 @@ def test_own_task():
         Task().degrade(image)
     with pytest.raises(ValueError, match="needs a mask"):
         get_task("inpainting").prepare(image)
+
+
+def test_what_the_network_is_told_of_holes():
+    """Noise in the hole (the paper), or a smooth fill and the hole as one more channel; without a hole, zeros."""
+    clean = torch.full((1, 3, 32, 32), 0.25)
+    given = get_task("inpainting").degrade(clean, torch.Generator().manual_seed(0))
+    assert network_condition(given, False) is given.condition
+    told = network_condition(given, True)
+    assert torch.equal(told[:, 3:], given.mask)
+    torch.testing.assert_close(told[:, :3], clean)  # a plain picture, continued
+    fill = torch.full((1, 3, 32, 32), -0.5)
+    told = network_condition(given, True, fill)
+    hole = given.mask.expand(-1, 3, -1, -1) > 0
+    assert (told[:, :3][hole] == -0.5).all() and (told[:, :3][~hole] == 0.25).all()
+    gray = get_task("colorization").degrade(clean)
+    assert torch.equal(network_condition(gray, True)[:, :3], gray.condition)
+    assert not network_condition(gray, True)[:, 3].any()

@@ -188,6 +188,26 @@ def test_condition_skip_starts_from_the_source():
     assert half(y, 0.5, x).sample.dtype == torch.float32  # the guess keeps the precision of the picture
 
 
+def test_hole_skip_trusts_a_fill_less_than_pixels():
+    unet = toy_unet(condition_skip=0.2, hole_skip=0.5)
+    assert unet.conv_in.in_channels == 7
+    x = torch.rand(1, 3, 32, 32)
+    hole = torch.zeros(1, 1, 32, 32)
+    hole[..., 16:] = 1
+    with torch.no_grad():
+        unet.conv_out.weight.zero_()
+        unet.conv_out.bias.copy_(torch.tensor([0.0, 0, 0, 20]))
+        y = diffuse(x * 0, torch.randn(x.shape), 0.5)  # of another picture: black
+        y0 = predicted_original(unet(y, 0.5, torch.cat([x, hole], 1)).sample, y, 0.5, "v_prediction")
+    noise = 1.0
+    for part, error in ((slice(0, 16), 0.2), (slice(16, 32), 0.5)):
+        share = noise / (noise + error**2)
+        expected = share * x[..., part] + (1 - share) * y[..., part] / 0.5**0.5
+        torch.testing.assert_close(y0[..., part], expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="hole_skip is 0.5, but condition_skip 0"):
+        toy_unet(hole_skip=0.5)
+
+
 @pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.bfloat16])
 def test_layerwise_casting(storage):
     unet, plain = toy_unet(), toy_unet()
