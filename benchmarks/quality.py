@@ -8,6 +8,7 @@ inpainting where it is installed, and the model.
 """
 
 import argparse
+import copy
 import json
 import time
 from pathlib import Path
@@ -93,6 +94,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--solver", default=None, help="a diffusers scheduler's class; default: the checkpoint's")
+    parser.add_argument("--start", type=float, default=None, help="log-SNR to start from the source at; an experiment")
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--output", type=Path, default=None, help="JSON file")
     args = parser.parse_args()
@@ -114,6 +116,9 @@ def main() -> None:
         original.add(model, clean, clean, labels[i : i + args.batch])
     result["originals"] = {"originals": original.row(original)}
     for task in args.tasks.split(","):
+        chosen = copy.copy(get_task(task))
+        if args.start is not None:
+            chosen.start = args.start
         rows = {"degraded": Measure(), "Telea": Measure(), "Palette": Measure()}
         begin = time.time()
         for i in range(0, len(images), args.batch):
@@ -130,8 +135,8 @@ def main() -> None:
                 if filled is not None:
                     rows["Telea"].add(model, filled, clean, label)
             generators = [torch.Generator().manual_seed(i + k) for k in range(len(clean))]
-            sample = pipe.denoise(given, generators, args.steps, task=get_task(task))
-            rows["Palette"].add(model, get_task(task).compose(sample, given), clean, label)
+            sample = pipe.denoise(given, generators, args.steps, task=chosen)
+            rows["Palette"].add(model, chosen.compose(sample, given), clean, label)
         result[task] = {name: m.row(original) for name, m in rows.items() if m.psnr}
         result[task]["seconds"] = round(time.time() - begin)
         print(task, json.dumps(result[task]), flush=True)

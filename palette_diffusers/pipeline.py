@@ -125,6 +125,8 @@ class PalettePipeline(DiffusionPipeline):
         steps = self.config.default_steps if num_inference_steps is None else num_inference_steps
         if int(steps) != steps or steps < 1:
             raise ValueError(f"num_inference_steps is {steps}, expected a whole number of at least 1")
+        if task is not None and estimate is None and task.start is not None:
+            estimate, start = given.condition, task.start
         predict = predict or self._predict
         self.scheduler.set_timesteps(int(steps), device=self._execution_device)
         condition = network_condition(given, bool(self.unet.config.hole_skip), estimate).to(self._execution_device)

@@ -56,6 +56,7 @@ class TrainSettings:
     prediction_type: str = _field("epsilon", "what the network predicts", ("epsilon", "v_prediction", "sample"))
     loss: str = _field("l2", "l2 (the paper), l1 or huber", ("l2", "l1", "huber"))
     snr_gamma: float = _field(0.0, "min-SNR weighting's gamma (Hang et al. 2023), 5 is usual; 0 = off")
+    weight_cap: float = _field(0.0, "cap on the weight of an error in the picture, SNR + 1 for v; 0 = none")
     regression: bool = _field(False, "the regression twin: zeros as noisy image, the picture in one step")
     condition_dropout: float = _field(0.0, "share of samples whose source is replaced by noise")
     # optimiser
@@ -103,7 +104,17 @@ class TrainSettings:
         for name in ("size", "steps", "batch", "accumulate", "save_every", "keep", "log_every", "validate_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        for name in ("warmup", "decay", "workers", "validate_every", "lora_rank", "snr_gamma", "max_hours", "clip"):
+        for name in (
+            "warmup",
+            "decay",
+            "workers",
+            "validate_every",
+            "lora_rank",
+            "snr_gamma",
+            "weight_cap",
+            "max_hours",
+            "clip",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
         for name in ("condition_dropout", "ema"):
@@ -126,27 +137,29 @@ _STARTER = dict(
     layers_per_block=1, norm_num_groups=16, attention_head_dim=64, **SMALL_BLOCKS,
 )  # fmt: skip
 _TINY = _STARTER | dict(block_out_channels=[32, 64, 128], attention_head_dim=32)
+_PLAIN = _TINY | dict(
+    block_out_channels=[32, 64, 136], norm_num_groups=8, add_attention=False,
+    down_block_types=["DownBlock2D"] * 3, up_block_types=["UpBlock2D"] * 3,
+)  # fmt: skip
+_CAP = dict(weight_cap=10.0)
+_TWIN = _TINY | dict(condition_skip=0.0, hole_skip=0.0)
+_TUNE = _CAP | dict(init="starter", save_every=100, validate_every=100, log_every=10)
+_V = "v_prediction"
 
-# preset             size  batch  steps      rate  warmup  ema     prediction      network and the rest
+# preset                  size batch      steps  rate  warmup  ema     prediction network and the rest
 PRESETS: dict[str, tuple] = {
-    "starter-64":     (64,   32,    20_000, 8e-4,    150, 0.999,  "v_prediction", _STARTER, {}),
-    "tiny-64":        (64,   32,     6_000, 8e-4,    150, 0.999,  "v_prediction", _TINY, {}),
-    "tiny-64-l1":     (64,   32,     6_000, 8e-4,    150, 0.999,  "v_prediction", _TINY, dict(loss="l1")),
-    "tiny-64-regression":
-                      (64,   32,     6_000, 8e-4,    150, 0.999,  "sample",
-                       _TINY | dict(condition_skip=0.0, hole_skip=0.0), dict(regression=True)),
-    "tiny-64-no-attention":
-                      (64,   32,     6_000, 8e-4,    150, 0.999,  "v_prediction",
-                       _TINY | dict(down_block_types=["DownBlock2D"] * 3, up_block_types=["UpBlock2D"] * 3,
-                                    add_attention=False, block_out_channels=[32, 64, 136], norm_num_groups=8), {}),
-    "finetune-64":    (64,   16,       300, 2e-4,     20, 0.99,   "v_prediction", _STARTER,
-                       dict(init="starter", save_every=100, validate_every=100, log_every=10)),
-    "palette-64":     (64,  256,   300_000, 1e-4, 10_000, 0.9999, "epsilon",
-                       dict(sample_size=64, **_adm([128, 256, 384, 512], 3)), {}),
-    "palette-128":    (128, 256,   500_000, 1e-4, 10_000, 0.9999, "epsilon",
-                       dict(sample_size=128, **_adm([256, 256, 512, 768, 1024], 3)), {}),
-    "palette-256":    (256, 1024, 1_000_000, 1e-4, 10_000, 0.9999, "epsilon",
-                       dict(sample_size=256, **_adm([256, 256, 512, 512, 1024, 1024], 3)), {}),
+    "starter-64":           (64,   32,    20_000, 8e-4,    150, 0.999,  _V,        _STARTER, _CAP),
+    "finetune-64":          (64,   16,       300, 2e-4,     20, 0.99,   _V,        _STARTER, _TUNE),
+    "tiny-64":              (64,   32,     6_000, 8e-4,    150, 0.999,  _V,        _TINY, _CAP),
+    "tiny-64-l1":           (64,   32,     6_000, 8e-4,    150, 0.999,  _V,        _TINY, _CAP | dict(loss="l1")),
+    "tiny-64-no-attention": (64,   32,     6_000, 8e-4,    150, 0.999,  _V,        _PLAIN, _CAP),
+    "tiny-64-regression":   (64,   32,     6_000, 8e-4,    150, 0.999,  "sample",  _TWIN, dict(regression=True)),
+    "palette-64":           (64,  256,   300_000, 1e-4, 10_000, 0.9999, "epsilon",
+                             dict(sample_size=64, **_adm([128, 256, 384, 512], 3)), {}),
+    "palette-128":          (128, 256,   500_000, 1e-4, 10_000, 0.9999, "epsilon",
+                             dict(sample_size=128, **_adm([256, 256, 512, 768, 1024], 3)), {}),
+    "palette-256":          (256, 1024, 1_000_000, 1e-4, 10_000, 0.9999, "epsilon",
+                             dict(sample_size=256, **_adm([256, 256, 512, 512, 1024, 1024], 3)), {}),
 }  # fmt: skip
 
 

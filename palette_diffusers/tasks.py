@@ -51,12 +51,14 @@ class Task:
     input is not itself the condition, or where pixels must be kept.
 
     name: as users write it. takes_mask: whether a mask is needed. strategy: how photographs of any size
-    are met (`sizes.py`).
+    are met (`sizes.py`). start: the log-SNR at which sampling starts from the source, where that is already
+    close to the picture; None starts from noise.
     """
 
     name = ""
     takes_mask = False
     strategy = "whole"
+    start: float | None = None
 
     def degrade(self, clean: torch.Tensor, generator: torch.Generator | None = None) -> Given:
         """One clean image (1, 3, H, W) => its source, as in training and evaluation."""

@@ -43,11 +43,23 @@ def masked_loss(output: torch.Tensor, target: torch.Tensor, mask: torch.Tensor, 
     return error.sum((1, 2, 3)) / mask.sum((1, 2, 3)).clamp_min(1)
 
 
+def picture_weight(gamma: torch.Tensor, prediction_type: str) -> torch.Tensor:
+    """How much an error in y0 weighs in the plain loss of each prediction type, (B,)."""
+    snr = gamma / (1 - gamma)
+    return {"sample": torch.ones_like(snr), "epsilon": snr, "v_prediction": snr + 1}[prediction_type]
+
+
 def snr_weight(gamma: torch.Tensor, limit: float, prediction_type: str) -> torch.Tensor:
     """Min-SNR weighting (Hang et al. 2023, equation 8 and appendix), (B,): in terms of y0, min(SNR, limit)."""
-    snr = gamma / (1 - gamma)
-    per_unit = {"sample": torch.ones_like(snr), "epsilon": snr, "v_prediction": snr + 1}[prediction_type]
-    return snr.clamp(max=limit) / per_unit
+    return (gamma / (1 - gamma)).clamp(max=limit) / picture_weight(gamma, prediction_type)
+
+
+def capped_weight(gamma: torch.Tensor, cap: float, prediction_type: str) -> torch.Tensor:
+    """Leaves the plain weighting as it is up to `cap` in terms of y0, (B,).
+
+    Min-SNR also takes the noisiest levels down, which is where colours are decided; this does not.
+    """
+    return (cap / picture_weight(gamma, prediction_type)).clamp(max=1)
 
 
 def sample_losses(unet: torch.nn.Module, batch: dict[str, torch.Tensor], settings: TrainSettings) -> torch.Tensor:
@@ -63,6 +75,8 @@ def sample_losses(unet: torch.nn.Module, batch: dict[str, torch.Tensor], setting
     losses = masked_loss(output, target, batch["mask"], settings.loss)
     if settings.snr_gamma:
         losses = losses * snr_weight(gamma, settings.snr_gamma, settings.prediction_type)
+    if settings.weight_cap:
+        losses = losses * capped_weight(gamma, settings.weight_cap, settings.prediction_type)
     return losses
 
 
