@@ -4,7 +4,7 @@ unet: one forward and one training step at equal configuration, ours against the
 (Janspiry/Palette-Image-to-Image-Diffusion-Models, whose checkout --peer names; nothing of it is in this project).
 Interleaved A/B; medians over the rounds, and ratios from the same run.
 sample: one 64-pixel sample of the starter at its default steps, once it is loaded.
-large: colorization of a 12-megapixel photograph, and its peak memory, in a process of its own.
+large: whole photographs of 1 to 48 megapixels, time and peak memory, each in a process of its own.
 cold: `palette colorize` from the shell to the file, without anything loaded.
 """
 
@@ -111,8 +111,14 @@ def unet(peer: Path | None, rounds: int) -> list[dict]:
 
             return call
 
+        last = PaletteUNet2DModel.from_config(ours.config).to(memory_format=torch.channels_last)
         half = PaletteUNet2DModel.from_config(ours.config).to(torch.bfloat16)
         calls = {"forward, ours float32": forward(ours, torch.float32)}
+        calls["forward, ours float32 channels_last"] = forward(last, torch.float32)
+        calls["forward, ours bfloat16 channels_last"] = forward(
+            PaletteUNet2DModel.from_config(ours.config).to(torch.bfloat16, memory_format=torch.channels_last),
+            torch.bfloat16,
+        )
         calls["forward, ours bfloat16"] = forward(half, torch.bfloat16)
         calls["training, ours float32"] = training(ours, False)
         calls["training, ours bfloat16"] = training(ours, True)
@@ -125,9 +131,9 @@ def unet(peer: Path | None, rounds: int) -> list[dict]:
         if theirs is not None:
             row["peer's parameters"] = sum(p.numel() for p in theirs.parameters())
             row["times as fast"] = {
-                f"{kind}, {dtype}": round(seconds[f"{kind}, peer float32"] / seconds[f"{kind}, ours {dtype}"], 2)
-                for kind in ("forward", "training")
-                for dtype in ("float32", "bfloat16")
+                name: round(seconds[f"{name.split(',')[0]}, peer float32"] / value, 2)
+                for name, value in seconds.items()
+                if "ours" in name
             }
         rows.append(row)
         print(json.dumps(row, indent=2), flush=True)
@@ -155,25 +161,39 @@ def sample(rounds: int) -> dict:
     return row
 
 
-def large() -> dict:
-    """In a process of its own, since peak memory is a process's."""
+LARGE = (("colorization", 12), ("colorization", 48), ("inpainting", 12), ("uncropping", 1), ("jpeg_restoration", 1))
+
+
+def large() -> list[dict]:
+    """Each in a process of its own, since peak memory is a process's. The hole is 10% of one megapixel."""
     code = """
-import resource, time, torch, numpy as np
+import resource, sys, time, torch, numpy as np
 from PIL import Image
 from skimage import data
 from palette_diffusers import PalettePipeline
-photo = Image.fromarray(data.astronaut()).convert("L").resize((4000, 3000), Image.Resampling.BICUBIC)
+task, megapixels = sys.argv[1], float(sys.argv[2])
+width, height = round((megapixels * 4 / 3 * 1e6) ** 0.5), round((megapixels * 3 / 4 * 1e6) ** 0.5)
+photo = Image.fromarray(data.astronaut()).resize((width, height), Image.Resampling.BICUBIC)
+extra = {}
+if task == "inpainting":
+    mask = np.zeros((height, width), np.uint8)
+    mask[400:600, 300:800] = 255
+    extra = {"mask_image": mask}
+elif task == "uncropping":
+    extra = {"right": 0.25}
 pipe = PalettePipeline.from_pretrained(dtype=torch.bfloat16)
 pipe.set_progress_bar_config(disable=True)
 pipe(photo.resize((64, 64)))
 begin = time.perf_counter()
-pipe(photo)
+pipe(photo, task=task, **extra)
 print(time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """
-    seconds, peak = map(float, _run([sys.executable, "-c", code]).split()[-2:])
-    row = {"megapixels": 12, "seconds": round(seconds, 2), "peak GiB": round(peak, 2)}
-    print(json.dumps(row), flush=True)
-    return row
+    rows = []
+    for task, megapixels in LARGE:
+        seconds, peak = map(float, _run([sys.executable, "-c", code, task, str(megapixels)]).split()[-2:])
+        rows.append({"task": task, "megapixels": megapixels, "seconds": round(seconds, 1), "peak GiB": round(peak, 2)})
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
 
 
 def cold(rounds: int) -> dict:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from palette_diffusers import PalettePipeline, canvas
+from palette_diffusers.machine import best_device, best_dtype
 
 
 def photographs() -> dict[str, Image.Image]:
@@ -66,7 +67,8 @@ def main() -> None:
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
 
-    pipe = PalettePipeline.from_pretrained(args.model)
+    device = best_device()
+    pipe = PalettePipeline.from_pretrained(args.model, dtype=best_dtype(device)).to(device)
     pipe.set_progress_bar_config(disable=True)
     rows: list[tuple[str, list[Image.Image]]] = []
     pairs: dict[str, list[Image.Image]] = {}

@@ -29,31 +29,16 @@ def _fail(message: object) -> None:
 def _load(model: str | None, device: str, dtype: str) -> Any:
     import torch
 
+    from .machine import best_device, best_dtype
     from .pipeline import PalettePipeline
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if dtype == "auto":
-        fast = device == "cuda" or (device == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512")
-        dtype = "bfloat16" if fast and _has_bf16() else "float32"
+    device = best_device() if device == "auto" else device
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in known:
+    if dtype not in ("auto", *known):
         raise ValueError(f"dtype is {dtype!r}, expected auto, {', '.join(known)}")
-    pipe = PalettePipeline.from_pretrained(model, dtype=known[dtype])
+    pipe = PalettePipeline.from_pretrained(model, dtype=best_dtype(device) if dtype == "auto" else known[dtype])
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
     return pipe.to(device)
-
-
-def _has_bf16() -> bool:
-    """Whether this machine multiplies in bfloat16 natively; emulated, it is slower than float32."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    try:
-        return "bf16" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
 
 
 def _run(
@@ -156,6 +141,7 @@ def info(model: Model = None) -> None:
         import torch
 
         from . import __version__
+        from .machine import best_dtype
 
         pipe = _load(model, "cpu", "float32")
     except (ValueError, TypeError, OSError) as error:
@@ -165,7 +151,9 @@ def info(model: Model = None) -> None:
     print(f"model: {model or 'starter'}, {parameters / 1e6:.1f}M parameters, {pipe.unet.config.sample_size} pixels")
     print(f"tasks: {', '.join(pipe.config.tasks)} (default {pipe.config.default_task})")
     print(f"solver: {type(pipe.scheduler).__name__}, {pipe.config.default_steps} steps")
-    print(f"devices: cpu{', cuda' if torch.cuda.is_available() else ''}; bfloat16 {'yes' if _has_bf16() else 'no'}")
+    print(
+        f"devices: cpu{', cuda' if torch.cuda.is_available() else ''}; bfloat16 {'yes' if best_dtype('cpu') == torch.bfloat16 else 'no'}"
+    )
 
 
 def main() -> None:

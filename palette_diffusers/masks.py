@@ -1,6 +1,6 @@
-"""Masks for inpainting and uncropping: float32 (1, H, W), 1 = generate, 0 = keep.
+"""Masks for inpainting and uncropping: float32 (1, H, W), 1 = generate, 0 = keep; and what borders a hole.
 
-Every function takes a `torch.Generator`; the same seed gives the same mask on every machine.
+What draws takes a `torch.Generator`; the same seed gives the same mask on every machine.
 """
 
 import math
@@ -169,3 +169,25 @@ def extend(values: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
     weight = F.avg_pool2d(known, **pool)
     coarse = extend(F.avg_pool2d(values * known, **pool) / weight.clamp_min(1e-6), (weight > 0).to(known))
     return torch.where(known > 0, values, F.interpolate(coarse, values.shape[-2:], mode="bilinear"))
+
+
+def box_mean(image: torch.Tensor, radius: int) -> torch.Tensor:
+    """Means over squares of 2 radius + 1 pixels, the border repeated: (B, C, H, W)."""
+    return F.avg_pool2d(F.pad(image, [radius] * 4, mode="replicate"), 2 * radius + 1, stride=1)
+
+
+def seamless(sample: torch.Tensor, known: torch.Tensor, mask: torch.Tensor, radius: int = 1) -> torch.Tensor:
+    """Shifts what was generated so that its colours meet those around it: all (B, C, H, W), the mask (B, 1, H, W).
+
+    Along the border, the difference between the means outside and inside is continued over the hole, as a
+    membrane would be. Source: Perez et al. 2003, "Poisson Image Editing", with pull-push as the solver.
+    """
+    near: Any = dict(kernel_size=2 * radius + 1, stride=1, padding=radius)
+    keep = 1 - mask
+
+    def mean(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return box_mean(values * weight, radius) / box_mean(weight, radius).clamp_min(1e-6)
+
+    ring = mask * F.max_pool2d(keep, **near) + keep * F.max_pool2d(mask, **near)
+    step = mean(known, keep) - mean(sample, mask)
+    return torch.where(mask > 0, sample + extend(step, ring), known)

@@ -161,7 +161,7 @@ class PalettePipeline(DiffusionPipeline):
             # Euler and Heun carry y / sqrt(gamma): what the network saw is not what they step from
             original = predicted_original(output, scaled, gamma, kind).clamp(-1, 1)
             if task is not None:
-                original = task.compose(original, given)
+                original = task.guide(original, given)
                 output = output_for(original, scaled, gamma, kind)
             sample = self.scheduler.step(output, t, sample, return_dict=True, **extra).prev_sample
             if not torch.isfinite(sample).all():
@@ -321,7 +321,6 @@ class PalettePipeline(DiffusionPipeline):
             else:
                 args = (given, generators, steps, latents, predict, callback, estimate, REFINE_FROM, task)
                 sample = self.denoise(*args).cpu()
-            sample = sizes.seamless(sample.clamp(-1, 1), given.known, hole)
             estimate = task.compose(sample.clamp(-1, 1), given)[..., : view.inner[0], : view.inner[1]]
             latents, coarse = None, view
         assert estimate is not None

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from .color import luma, with_luma
-from .masks import extend
+from .masks import box_mean
 
 Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -144,11 +144,11 @@ def merge_chroma(gray: torch.Tensor, color: torch.Tensor, view: View) -> torch.T
     if (height, width) != tuple(light.shape[-2:]):
         small = resize(light, view.inner)
         radius, softness = 2, 0.02
-        mean_light, mean_color = _box(small, radius), _box(color, radius)
-        slope = (_box(small * color, radius) - mean_light * mean_color) / (
-            _box(small * small, radius) - mean_light * mean_light + softness
+        mean_light, mean_color = box_mean(small, radius), box_mean(color, radius)
+        slope = (box_mean(small * color, radius) - mean_light * mean_color) / (
+            box_mean(small * small, radius) - mean_light * mean_light + softness
         )
-        slope, offset = _box(slope, radius), _box(mean_color - slope * mean_light, radius)
+        slope, offset = box_mean(slope, radius), box_mean(mean_color - slope * mean_light, radius)
     else:
         slope, offset = torch.zeros_like(color), color
     out = torch.empty_like(gray)
@@ -159,11 +159,6 @@ def merge_chroma(gray: torch.Tensor, color: torch.Tensor, view: View) -> torch.T
         a, b = (_at(_at(x, rows[band], -2), columns, -1) for x in (slope, offset))
         out[..., band[0] : band[-1] + 1, :] = with_luma(here, a * here + b)
     return out
-
-
-def _box(image: torch.Tensor, radius: int) -> torch.Tensor:
-    """Means over squares of 2 radius + 1 pixels."""
-    return F.avg_pool2d(F.pad(image, [radius] * 4, mode="replicate"), 2 * radius + 1, stride=1)
 
 
 def _lines(long: int, short: int) -> torch.Tensor:
@@ -178,23 +173,6 @@ def _at(image: torch.Tensor, position: torch.Tensor, dim: int) -> torch.Tensor:
     shape = [1] * image.ndim
     shape[dim] = -1
     return torch.lerp(image.index_select(dim, low), image.index_select(dim, high), (position - low).reshape(shape))
-
-
-def seamless(sample: torch.Tensor, known: torch.Tensor, mask: torch.Tensor, radius: int = 1) -> torch.Tensor:
-    """Shifts what was generated so that its colours meet those around it: all (B, C, H, W), the mask (B, 1, H, W).
-
-    Along the border, the difference between the means outside and inside is continued over the hole, as a
-    membrane would be. Source: Perez et al. 2003, "Poisson Image Editing", with pull-push as the solver.
-    """
-    near: Any = dict(kernel_size=2 * radius + 1, stride=1, padding=radius)
-    keep = 1 - mask
-
-    def mean(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return _box(values * weight, radius) / _box(weight, radius).clamp_min(1e-6)
-
-    ring = mask * F.max_pool2d(keep, **near) + keep * F.max_pool2d(mask, **near)
-    step = mean(known, keep) - mean(sample, mask)
-    return torch.where(mask > 0, sample + extend(step, ring), known)
 
 
 def tiled(predict: Predict, tile: int, overlap: int, where: torch.Tensor | None = None, batch: int = 32) -> Predict:

@@ -13,7 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from .color import chroma, is_gray, luma, with_luma
-from .masks import extend, free_form_mask, numpy_generator, rectangle_mask, uncropping_mask
+from .masks import extend, free_form_mask, numpy_generator, rectangle_mask, seamless, uncropping_mask
 
 Generators: TypeAlias = torch.Generator | list[torch.Generator] | None
 
@@ -47,8 +47,8 @@ def network_condition(given: Given, holes: bool, fill: torch.Tensor | None = Non
 
 
 class Task:
-    """A task has three verbs. `degrade` alone is enough to train; override the others where the user's
-    input is not itself the condition, or where pixels must be kept.
+    """A task has three verbs, and `guide` for sampling. `degrade` alone is enough to train; override the others
+    where the user's input is not itself the condition, or where pixels must be kept.
 
     name: as users write it. takes_mask: whether a mask is needed. strategy: how photographs of any size
     are met (`sizes.py`). start: the log-SNR at which sampling starts from the source, where that is already
@@ -72,6 +72,10 @@ class Task:
         """The model's sample (B, 3, H, W) => the picture returned; gray input stays gray."""
         gray = is_gray(given.known)[:, None, None, None]
         return torch.where(gray, luma(sample), sample).clamp(-1, 1)
+
+    def guide(self, original: torch.Tensor, given: Given) -> torch.Tensor:
+        """The picture that is predicted at a step (B, 3, H, W) => the same, with what is known put into it."""
+        return self.compose(original, given)
 
 
 class Colorization(Task):
@@ -120,7 +124,12 @@ class Inpainting(Task):
 
     def compose(self, sample: torch.Tensor, given: Given) -> torch.Tensor:
         assert given.mask is not None
-        return torch.where(given.mask > 0.5, super().compose(sample, given), given.known)
+        filled = seamless(sample.clamp(-1, 1), given.known, given.mask)
+        return torch.where(given.mask > 0.5, Task.compose(self, filled, given), given.known)
+
+    def guide(self, original: torch.Tensor, given: Given) -> torch.Tensor:
+        assert given.mask is not None
+        return torch.where(given.mask > 0.5, Task.compose(self, original, given), given.known)
 
 
 class Uncropping(Inpainting):

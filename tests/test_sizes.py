@@ -113,7 +113,7 @@ def test_seamless_meets_the_colours_around():
     mask = torch.zeros(1, 1, 64, 64)
     mask[..., 16:48, 16:48] = 1
     wrong = slope - 0.4 * torch.linspace(1, 0, 64)[:, None]
-    out = sizes.seamless(wrong, slope, mask)
+    out = masks.seamless(wrong, slope, mask)
     assert torch.equal(out * (1 - mask), slope * (1 - mask))
     before, after = ((x - slope)[..., 16:48, 16:48].abs() for x in (wrong, out))
     assert before.max() > 0.25 and after.max() < 0.05

@@ -1,0 +1,22 @@
+"""What this machine computes fastest with."""
+
+from pathlib import Path
+
+import torch
+
+
+def best_device() -> str:
+    """ "cuda", "mps" or "cpu", the first that is there."""
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def best_dtype(device: str) -> torch.dtype:
+    """bfloat16 where the device multiplies in it natively; emulated, it is slower than float32."""
+    if device.startswith("cuda"):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        try:
+            return torch.bfloat16 if "bf16" in Path("/proc/cpuinfo").read_text() else torch.float32
+        except OSError:
+            pass
+    return torch.float32
