@@ -13,7 +13,7 @@ def best_device() -> str:
 def best_dtype(device: str) -> torch.dtype:
     """bfloat16 where the device multiplies in it natively; emulated, it is slower than float32."""
     if device.startswith("cuda"):
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
     if device == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512":
         try:
             return torch.bfloat16 if "bf16" in Path("/proc/cpuinfo").read_text() else torch.float32

@@ -17,7 +17,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("paper", "logsnr")
-VARIANCES = ("fixed_large", "fixed_small")
+VARIANCES = ("fixed_large", "fixed_small", "zero")
 
 
 @dataclass
@@ -132,8 +132,9 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
         sampling_spacing: "paper" follows the sampling schedule, in any number of steps; "logsnr" places the
             steps evenly in log-SNR between `logsnr_min` and `logsnr_max`, inside the trained range (few steps).
         sampling_variance: "fixed_large", 1 - alpha_t, is the paper's; "fixed_small", the posterior variance,
-            leaves no residual noise when steps are few.
-        initial_noise: factor on the noise that sampling starts from; 0 for a regression, which starts from none.
+            leaves no residual noise when steps are few; "zero" is deterministic (DDIM, Song et al. 2021).
+        initial_noise: factor on the noise that sampling starts from. Below 1, samples are calmer and less diverse;
+            0 for a regression, which starts from none.
         timestep_spacing, thresholding, dynamic_thresholding_ratio, sample_max_value: not used here, but by a
             solver built from this configuration: steps from the noisiest level on, and y0 clamped to [-1, 1].
 
@@ -270,8 +271,12 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
         y0 = predicted_original(model_output, y, gamma, self.config.prediction_type)
         if self.config.clip_sample:
             y0 = y0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
-        mean = (gamma_prev**0.5 * (1 - alpha) * y0 + alpha**0.5 * (1 - gamma_prev) * y) / (1 - gamma)
-        if t > 0:
+        if self.config.sampling_variance == "zero":
+            eps = (y - gamma**0.5 * y0) / (1 - gamma) ** 0.5
+            mean = gamma_prev**0.5 * y0 + (1 - gamma_prev) ** 0.5 * eps
+        else:
+            mean = (gamma_prev**0.5 * (1 - alpha) * y0 + alpha**0.5 * (1 - gamma_prev) * y) / (1 - gamma)
+        if t > 0 and self.config.sampling_variance != "zero":
             variance = 1 - alpha
             if self.config.sampling_variance == "fixed_small":
                 variance *= (1 - gamma_prev) / (1 - gamma)

@@ -198,3 +198,21 @@ def test_condition_velocity_is_the_best_linear_guess(seeded):
         assert error[0] < error[1] * 1.01
     for gamma in (1e-9, 1 - 2**-24):  # bounded at both ends
         assert condition_velocity(y, x, gamma, 0.2).abs().max() < 50
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_zero_variance_is_ddim(kind, seeded):
+    """Step by step against the library's DDIM, at the levels of its own schedule."""
+    ours = PaletteScheduler(prediction_type=kind, sampling_variance="zero", initial_noise=0.5)
+    assert ours.init_noise_sigma == 0.5
+    library = diffusers.DDIMScheduler.from_config(ours.config)
+    library.set_timesteps(10)
+    levels = [library.alphas_cumprod[t].item() for t in library.timesteps.flip(0)]
+    ours.set_timesteps(10)
+    ours._gammas = np.asarray([1.0, *levels])  # the same levels
+    a = b = torch.randn(1, 3, 8, 8, generator=seeded())
+    for i, t in enumerate(library.timesteps[:-1]):
+        output = torch.randn(a.shape, generator=seeded(i)) * 0.1
+        a = ours.step(output, 9 - i, a).prev_sample
+        b = library.step(output, t, b, use_clipped_model_output=True).prev_sample
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
