@@ -145,7 +145,7 @@ class PaletteDataset(Dataset):
     tasks: Sequence[str]
     weights: Sequence[float] | None = None
     crops: Any = None
-    crop_share: float = 0.15
+    crop_share: float = 0.3
     size: int = 64
     seed: int = 0
     column: str = ""

@@ -149,9 +149,10 @@ class PalettePipeline(DiffusionPipeline):
             timesteps = timesteps[first:]
             if hasattr(self.scheduler, "set_begin_index"):
                 self.scheduler.set_begin_index(first)
-            sample = diffuse(estimate.to(sample.device), sample, gammas[first])
-            if float(self.scheduler.init_noise_sigma) > 1.5:  # Euler and Heun carry y / sqrt(gamma)
-                sample = sample / gammas[first].sqrt()
+            exploding = float(self.scheduler.init_noise_sigma) > 1.5  # Euler and Heun carry y / sqrt(gamma)
+            noise = sample if exploding else sample * self.scheduler.init_noise_sigma
+            sample = diffuse(estimate.to(sample.device), noise, gammas[first])
+            sample = sample / gammas[first].sqrt() if exploding else sample
         extra = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
         kind = self.scheduler.config.prediction_type
         for i, t in enumerate(self.progress_bar(timesteps)):

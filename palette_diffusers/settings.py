@@ -48,6 +48,7 @@ class TrainSettings:
     column: str = _field("", "column of the images (the targets, for pairs); default: the first that holds images")
     source_column: str = _field("", "column of the source images: trains a translation of pairs, the task `paired`")
     crops: str = _field("", "full-size photographs, for JPEG targets: folders or Hub ids, comma-separated")
+    crop_share: float = _field(0.3, "share of crops of those photographs in the other tasks")
     strict: bool = _field(False, "stop at the first image that can't be decoded, instead of counting it")
     size: int = _field(64, "pixels a side")
     # tasks and objective
@@ -117,7 +118,7 @@ class TrainSettings:
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
-        for name in ("condition_dropout", "ema"):
+        for name in ("condition_dropout", "crop_share", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 to below 1")
         if not self.rate > 0:

@@ -216,6 +216,7 @@ def _dataset(settings: TrainSettings, scheduler: PaletteScheduler, holes: bool) 
         settings.task_list,
         weights=weights or None,
         crops=concatenate_datasets(crops) if crops else None,
+        crop_share=settings.crop_share,
         size=settings.size,
         seed=settings.seed,
         column=settings.column,

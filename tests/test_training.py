@@ -193,10 +193,17 @@ def _stopped_at(step, chosen):
 
 
 def launch(*arguments, processes=1, **more):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes),
-        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
     if processes > 1:
-        command += ["--main_process_port", "0"]
+        command += [
+            "--config_file",
+            str(TRAIN.parent / "configs" / "two_cpu_processes.yaml"),
+            "--main_process_port",
+            "0",
+        ]
+    else:
+        command += ["--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
+            "--dynamo_backend", "no"]  # fmt: skip
     return subprocess.Popen([*command, str(TRAIN), *map(str, arguments)], text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True, **more)  # fmt: skip
 
