@@ -53,7 +53,8 @@ class TrainSettings:
     size: int = _field(64, "pixels a side")
     # tasks and objective
     tasks: str = _field("colorization,inpainting,uncropping,jpeg_restoration", "task names, comma-separated")
-    task_weights: str = _field("", "how often each task is drawn, comma-separated; default: equally")
+    task_weights: str = _field("", "how often tasks are drawn, TASK=NUMBER,TASK=NUMBER; 1 for the others")
+    loss_weights: str = _field("", "factors on the tasks' losses, TASK=NUMBER,TASK=NUMBER; 1 for the others")
     prediction_type: str = _field("epsilon", "what the network predicts", ("epsilon", "v_prediction", "sample"))
     loss: str = _field("l2", "l2 (the paper), l1 or huber", ("l2", "l1", "huber"))
     snr_gamma: float = _field(0.0, "min-SNR weighting's gamma (Hang et al. 2023), 5 is usual; 0 = off")
@@ -123,10 +124,24 @@ class TrainSettings:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 to below 1")
         if not self.rate > 0:
             raise ValueError(f"rate is {self.rate}, expected above 0")
+        self.numbers("task_weights"), self.numbers("loss_weights")
         if self.regression and self.prediction_type != "sample":
             raise ValueError(f"the regression twin predicts the picture: prediction_type is {self.prediction_type!r}")
         if self.lora_rank and not self.init:
             raise ValueError("lora_rank needs a checkpoint to adapt: name it by init")
+
+    def numbers(self, name: str) -> dict[str, float]:
+        """A setting "task=2,other=0.5" => a number for each task of the run; 1 where none is given."""
+        given = {}
+        for part in filter(None, (part.strip() for part in getattr(self, name).split(","))):
+            task, _, value = part.partition("=")
+            try:
+                given[task.strip()] = float(value)
+            except ValueError:
+                raise ValueError(f"{name} has {part!r}, expected TASK=NUMBER") from None
+            if not given[task.strip()] >= 0:
+                raise ValueError(f"{name} has {part!r}, expected a number of at least 0")
+        return given
 
     @property
     def task_list(self) -> list[str]:
@@ -142,9 +157,10 @@ _PLAIN = _TINY | dict(
     block_out_channels=[32, 64, 136], norm_num_groups=8, add_attention=False,
     down_block_types=["DownBlock2D"] * 3, up_block_types=["UpBlock2D"] * 3,
 )  # fmt: skip
-_CAP = dict(weight_cap=10.0)
+# a task whose source says almost all has small losses, and would be learnt last
+_CAP = dict(weight_cap=10.0, loss_weights="colorization=2,uncropping=0.7,jpeg_restoration=3")
 _TWIN = _TINY | dict(condition_skip=0.0, hole_skip=0.0)
-_TUNE = _CAP | dict(init="starter", save_every=100, validate_every=100, log_every=10)
+_TUNE = dict(weight_cap=10.0, init="starter", save_every=100, validate_every=100, log_every=10)
 _V = "v_prediction"
 
 # preset                  size batch      steps  rate  warmup  ema     prediction network and the rest

@@ -197,6 +197,16 @@ def _optimizer(parameters: list[torch.nn.Parameter], settings: TrainSettings) ->
     return kind(parameters, fused=torch.cuda.is_available(), **options)
 
 
+def _by_task(settings: TrainSettings, name: str) -> list[float]:
+    """A setting's number for each task of the run; a name that is no task is an error."""
+    from .tasks import get_task
+
+    given = settings.numbers(name)
+    for task in given:
+        get_task(task)
+    return [given.get(task, 1.0) for task in settings.task_list]
+
+
 def _dataset(settings: TrainSettings, scheduler: PaletteScheduler, holes: bool) -> Any:
     from datasets import concatenate_datasets
 
@@ -204,17 +214,13 @@ def _dataset(settings: TrainSettings, scheduler: PaletteScheduler, holes: bool) 
 
     if not settings.data:
         raise ValueError("data is empty: name a folder of parquet files or images, or a Hub id")
-    try:
-        weights = [float(part) for part in settings.task_weights.split(",") if part]
-    except ValueError:
-        raise ValueError(f"task_weights is {settings.task_weights!r}, expected numbers, comma-separated") from None
     images, shares = load_sources(settings.data)
     crops = [only_images(load_images(path)) for path in settings.crops.split(",") if path]
     return PaletteDataset(
         images,
         scheduler,
         settings.task_list,
-        weights=weights or None,
+        weights=_by_task(settings, "task_weights"),
         crops=concatenate_datasets(crops) if crops else None,
         crop_share=settings.crop_share,
         size=settings.size,
@@ -403,6 +409,7 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
 
     begin, step = time.time(), start
     batches: Iterator = iter(loader)
+    shares = torch.tensor(_by_task(settings, "loss_weights"), device=accelerator.device)
     tally = Tally(settings.task_list, folder / "log.jsonl")
     unet.train()
     bar = tqdm(total=settings.steps, initial=start, disable=not (main and sys.stderr.isatty()), unit="step")
@@ -420,7 +427,7 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
                 with accelerator.no_sync(unet) if not last else nullcontext():
                     with accelerator.autocast():
                         losses = sample_losses(unet, batch, settings)
-                    accelerator.backward(losses.mean() / settings.accumulate)
+                    accelerator.backward((losses * shares[batch["task"]]).mean() / settings.accumulate)
                 tally.add(losses.detach(), batch)
             if not tally.finite():
                 raise FloatingPointError(f"the loss is not finite at step {step}: the last good state is in {folder}")

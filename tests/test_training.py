@@ -390,6 +390,15 @@ def test_sources_are_mixed_by_weight(tmp_path, photo):
         load_sources(f"{tmp_path / 'dark'}@much")
 
 
+def test_losses_are_weighted_by_task(folder, tmp_path):
+    """A task of weight 0 is drawn and logged, but teaches nothing."""
+    both = settings(folder, tmp_path / "a", tasks="colorization,inpainting", loss_weights="colorization=0,inpainting=0")
+    train(both)
+    state = last_state(tmp_path / "a")
+    assert not any(v["exp_avg"].any() for v in state["optimizer"]["state"].values())
+    assert all(line["loss"] > 0 for line in read_log(tmp_path / "a" / "log.jsonl"))
+
+
 def test_condition_dropout(folder):
     images = load_images(str(folder))
     dataset = PaletteDataset(images, PaletteScheduler(), ["jpeg_restoration"], size=32, condition_dropout=0.5)
@@ -435,8 +444,10 @@ def test_dry_run(folder, tmp_path, capsys):
         (dict(lora_rank=4), "needs a checkpoint"),
         (dict(regression=True), "prediction_type is 'v_prediction'"),
         (dict(accumulate=3), "batch is 4, expected a multiple of 3"),
-        (dict(task_weights="1,x"), "task_weights is '1,x'"),
-        (dict(task_weights="1,2"), "expected 4 numbers"),
+        (dict(task_weights="colorization=x"), "task_weights has 'colorization=x', expected TASK=NUMBER"),
+        (dict(loss_weights="inpainting=-1"), "expected a number of at least 0"),
+        (dict(task_weights="magic=2"), "task is 'magic'"),
+        (dict(task_weights="colorization=0", tasks="colorization"), "not all 0"),
         (dict(tasks="colorization,magic"), "task is 'magic'"),
         (dict(tracker="wandb"), "not installed"),
         (dict(init="./nowhere"), "nowhere"),
