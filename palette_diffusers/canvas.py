@@ -182,7 +182,7 @@ def read_mask(source: ImageInput, size: tuple[int, int]) -> torch.Tensor:
         _check_range(tensor, 0.0, "mask")
         mask = (tensor > 0.5).float()
     else:
-        picture = read(source)
+        picture = read(source, max(MAX_PIXELS, size[0] * size[1]))  # as large as its picture was allowed to be
         mask = (picture.image.mean(1, keepdim=True) > 0).float()
     if tuple(mask.shape[-2:]) != tuple(size):
         raise ValueError(

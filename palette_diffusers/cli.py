@@ -18,6 +18,7 @@ Samples = Annotated[int, typer.Option(help="variations to write (OUT-1, OUT-2, .
 Model = Annotated[str | None, typer.Option(help="folder or Hub id; default: the starter checkpoint")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps")]
 DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
+Limit = Annotated[float, typer.Option(help="larger files are refused before they are decoded")]
 
 
 def _fail(message: object) -> None:
@@ -43,7 +44,7 @@ def _load(model: str | None, device: str, dtype: str) -> Any:
 
 def _run(
     task: str, source: Path, output: Path | None, steps: int | None, seed: int, samples: int, model: str | None,
-    device: str, dtype: str, **options: Any,
+    device: str, dtype: str, max_megapixels: float, **options: Any,
 ) -> None:  # fmt: skip
     import logging
     import warnings
@@ -62,7 +63,9 @@ def _run(
             raise ValueError(f"{target} is the input: name another output")
         from . import canvas
 
-        picture = canvas.read(source)  # before the model is loaded: bad input answers at once
+        picture = canvas.read(
+            source, round(max_megapixels * 1e6)
+        )  # before the model is loaded: bad input answers at once
         import torch
 
         pipe = _load(model, device, dtype)
@@ -72,6 +75,7 @@ def _run(
             num_inference_steps=steps,
             num_images_per_input=samples,
             generator=torch.Generator().manual_seed(seed),
+            max_pixels=round(max_megapixels * 1e6),
             **options,
         ).images
         for i, image in enumerate(images):
@@ -85,10 +89,10 @@ def _run(
 @app.command()
 def colorize(
     source: Source, output: Output = None, steps: Steps = None, seed: Seed = 0, samples: Samples = 1,
-    model: Model = None, device: Device = "auto", dtype: DType = "auto",
+    model: Model = None, device: Device = "auto", dtype: DType = "auto", max_megapixels: Limit = 50,
 ) -> None:  # fmt: skip
     """Colour for a grayscale photograph; its own luma is kept."""
-    _run("colorization", source, output, steps, seed, samples, model, device, dtype)
+    _run("colorization", source, output, steps, seed, samples, model, device, dtype, max_megapixels)
 
 
 @app.command()
@@ -96,10 +100,10 @@ def inpaint(
     source: Source,
     mask: Annotated[Path, typer.Option(help="picture of the same size, white = generate")],
     output: Output = None, steps: Steps = None, seed: Seed = 0, samples: Samples = 1,
-    model: Model = None, device: Device = "auto", dtype: DType = "auto",
+    model: Model = None, device: Device = "auto", dtype: DType = "auto", max_megapixels: Limit = 50,
 ) -> None:  # fmt: skip
     """Fill a hole; every other pixel is kept bit for bit."""
-    _run("inpainting", source, output, steps, seed, samples, model, device, dtype, mask_image=mask)
+    _run("inpainting", source, output, steps, seed, samples, model, device, dtype, max_megapixels, mask_image=mask)
 
 
 def _amount(value: str) -> int | float:
@@ -117,20 +121,20 @@ Side = Annotated[str, typer.Option(help="pixels (64) or a fraction of the side (
 def uncrop(
     source: Source, left: Side = "0", right: Side = "0", top: Side = "0", bottom: Side = "0",
     output: Output = None, steps: Steps = None, seed: Seed = 0, samples: Samples = 1,
-    model: Model = None, device: Device = "auto", dtype: DType = "auto",
+    model: Model = None, device: Device = "auto", dtype: DType = "auto", max_megapixels: Limit = 50,
 ) -> None:  # fmt: skip
     """Extend a photograph beyond its border; the given pixels are kept bit for bit."""
     sides = {k: _amount(v) for k, v in (("left", left), ("right", right), ("top", top), ("bottom", bottom))}
-    _run("uncropping", source, output, steps, seed, samples, model, device, dtype, **sides)
+    _run("uncropping", source, output, steps, seed, samples, model, device, dtype, max_megapixels, **sides)
 
 
 @app.command()
 def restore(
     source: Source, output: Output = None, steps: Steps = None, seed: Seed = 0, samples: Samples = 1,
-    model: Model = None, device: Device = "auto", dtype: DType = "auto",
+    model: Model = None, device: Device = "auto", dtype: DType = "auto", max_megapixels: Limit = 50,
 ) -> None:  # fmt: skip
     """Take the blocks and ringing out of a JPEG."""
-    _run("jpeg_restoration", source, output, steps, seed, samples, model, device, dtype)
+    _run("jpeg_restoration", source, output, steps, seed, samples, model, device, dtype, max_megapixels)
 
 
 @app.command()

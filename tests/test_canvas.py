@@ -132,3 +132,12 @@ def test_nothing_half_written(tmp_path, photo, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"] and (tmp_path / "a.png").read_bytes() == b"old"
     with pytest.raises(ValueError, match="suffix"):
         canvas.save(Image.fromarray(photo), tmp_path / "a.xyz")
+
+
+def test_a_mask_may_be_as_large_as_its_picture(monkeypatch):
+    monkeypatch.setattr(canvas, "MAX_PIXELS", 100)
+    pixels = np.zeros((20, 30), np.uint8)
+    pixels[3, 4] = 255
+    assert canvas.read_mask(Image.fromarray(pixels), (20, 30)).sum() == 1
+    with pytest.raises(ValueError, match="30x20, 600 pixels: the limit is 100"):
+        canvas.read_mask(Image.fromarray(pixels), (5, 5))

@@ -66,6 +66,7 @@ def test_info(files):
         ["colorize", "in.png", "--model", "nothing"],
         ["colorize", "in.png", "--steps", "0", "--model", "model"],
         ["colorize", "in.png", "--dtype", "int3"],
+        ["colorize", "in.png", "--max-megapixels", "0.01", "--model", "model"],
         ["uncrop", "in.png", "--model", "model"],
         ["inpaint", "in.png", "--mask", "none.png", "--model", "model"],
         ["uncrop", "in.png", "--left", "wide"],
