@@ -276,7 +276,13 @@ class PalettePipeline(DiffusionPipeline):
         """One photograph (1, 3, H, W) => its variations (N, 3, H, W)."""
         if task.strategy == "hole":
             assert mask is not None
-            return self._fill(image, mask, task, generators, steps, latents, callback)
+            result, holes = image.expand(len(generators), -1, -1, -1), sizes.separate(mask)
+            if latents is not None and len(holes) > 1:
+                raise ValueError(f"latents came, but the mask has {len(holes)} holes apart, each sampled on its own")
+            for hole in holes:
+                result = self._fill(result, hole, mask, task, generators, steps, latents, callback)
+                mask = mask - hole
+            return result
         native, multiple = self.unet.config.sample_size, self.unet.size_multiple
         height, width = image.shape[-2:]
         number = len(generators)
@@ -298,6 +304,7 @@ class PalettePipeline(DiffusionPipeline):
     def _fill(
         self,
         image: torch.Tensor,
+        part: torch.Tensor,
         mask: torch.Tensor,
         task: Task,
         generators: list[torch.Generator],
@@ -305,14 +312,15 @@ class PalettePipeline(DiffusionPipeline):
         latents: torch.Tensor | None,
         callback: Callable | None,
     ) -> torch.Tensor:
-        """One photograph with a hole => its variations (N, 3, H, W), coarse to fine: what the model made of the
-        whole is refined at twice the resolution, tile by tile, up to the photograph's own."""
+        """One hole, `part`, of all that is unknown, `mask`: (N, 3, H, W) => the same with the hole filled, coarse to
+        fine: what the model made of the whole is refined at twice the resolution, tile by tile, up to the
+        photograph's own."""
         native, multiple = self.unet.config.sample_size, self.unet.size_multiple
         number, predict, coarse = len(generators), None, None
         estimate: Any = None
-        for view in sizes.hole_view(mask, native, multiple).levels(multiple):
+        for view in sizes.hole_view(part, native, multiple).levels(multiple):
             small, hole = view.look_known(image, mask)
-            given = task.prepare(small.expand(number, -1, -1, -1), hole.expand(number, -1, -1, -1), generators)
+            given = task.prepare(small, hole.expand(number, -1, -1, -1), generators)
             if estimate is not None:
                 up = sizes.pad_to(sizes.resize(estimate, view.inner), view.outer).clamp(-1, 1)
                 estimate = torch.where(hole > 0, up, given.known)
@@ -325,8 +333,8 @@ class PalettePipeline(DiffusionPipeline):
             estimate = task.compose(sample.clamp(-1, 1), given)[..., : view.inner[0], : view.inner[1]]
             latents, coarse = None, view
         assert estimate is not None
-        result = image.repeat(number, 1, 1, 1)
-        view.crop(result)[:] = estimate
+        result = image.clone()
+        view.crop(result)[:] = torch.where(view.crop(part) > 0, estimate, view.crop(result))
         return result
 
 

@@ -125,6 +125,28 @@ def hole_view(mask: torch.Tensor, native: int, multiple: int) -> View:
     return fit(crop_height, crop_width, native, multiple, top, left)
 
 
+def separate(mask: torch.Tensor, grid: int = 128) -> list[torch.Tensor]:
+    """The holes of a mask (1, 1, H, W) that lie apart, each a mask, so that each gets a view of its own.
+
+    Holes that touch on a grid of at most `grid` cells a side stay together. Sizes fall; together they are the mask.
+    """
+    size = tuple(mask.shape[-2:])
+    cells = F.adaptive_max_pool2d(mask, tuple(min(side, grid) for side in size))
+    numbers = torch.arange(1, cells.numel() + 1, dtype=torch.float32).reshape(cells.shape)
+    labels = numbers * cells
+    while True:
+        spread = F.max_pool2d(labels, 3, 1, 1) * cells
+        if torch.equal(spread, labels):
+            break
+        labels = spread
+    found = labels.unique()
+    if len(found) <= 2:
+        return [mask]
+    near = F.interpolate(labels, size, mode="nearest")
+    holes = [mask * (near == label) for label in found if label]
+    return sorted(holes, key=lambda hole: -hole.sum().item())
+
+
 def full(height: int, width: int, multiple: int) -> View:
     """The whole photograph at its own resolution, padded to the network's multiple."""
     return View(0, 0, height, width, (height, width), (_up(height, multiple), _up(width, multiple)))

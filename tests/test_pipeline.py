@@ -251,6 +251,25 @@ def test_holes_are_refined_up_to_the_photographs_resolution(pipe):
     assert abs(ring.mean() - 100) < 4 and inside.std() > 1
 
 
+def test_holes_apart_have_views_of_their_own(pipe):
+    """Two small holes in the corners of a large picture are seen at their own resolution."""
+    image = np.random.default_rng(0).integers(0, 255, (600, 800, 3), np.uint8)
+    mask = np.zeros((600, 800), np.uint8)
+    mask[20:32, 30:45] = mask[560:570, 760:780] = 255
+    seen = []
+
+    def callback(pipe, step, timestep, tensors):
+        seen.append(tuple(tensors["sample"].shape[-2:]))
+        return tensors
+
+    arguments = dict(task="inpainting", mask_image=mask, num_inference_steps=2)
+    out = np.asarray(pipe(image, callback_on_step_end=callback, **arguments).images[0])
+    assert np.array_equal(out[mask == 0], image[mask == 0]) and (out[mask > 0] != image[mask > 0]).any()
+    assert len(seen) >= 4 and max(max(s) for s in seen) <= 48
+    with pytest.raises(ValueError, match="2 holes apart"):
+        pipe(image, latents=torch.zeros(1, 3, 32, 32), **arguments)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_a_network_that_is_told_its_holes(photo, task):
     """The whole way, with the fill of each finer level as the coarser one's picture."""

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -154,3 +155,26 @@ def test_tiles_outside_the_hole_are_left_out():
     out = sizes.tiled(predict, 64, 16, where=where)(x, torch.tensor(0.5), x)
     assert sum(places) <= 4
     torch.testing.assert_close(out[..., 100:110, 100:110], x[..., 100:110, 100:110])
+
+
+@settings(max_examples=60, deadline=None)
+@given(height=st.integers(1, 400), width=st.integers(1, 400), seed=st.integers(0, 99))
+def test_separate_holes_are_together_the_mask(height, width, seed):
+    rng = np.random.default_rng(seed)
+    mask = torch.zeros(1, 1, height, width)
+    for _ in range(rng.integers(1, 5)):
+        y, x = rng.integers(0, height), rng.integers(0, width)
+        mask[..., y : y + rng.integers(1, 30), x : x + rng.integers(1, 30)] = 1
+    holes = sizes.separate(mask)
+    assert torch.equal(sum(holes), mask) and all(hole.any() for hole in holes)
+
+
+def test_holes_apart_are_separated_and_a_winding_one_is_not():
+    mask = torch.zeros(1, 1, 1000, 1200)
+    mask[..., 10:60, 20:40] = 1
+    mask[..., 800:900, 1000:1100] = 1
+    large, small = sizes.separate(mask)
+    assert large.sum() == 100 * 100 and small.sum() == 50 * 20
+    spiral = torch.zeros(1, 1, 64, 64)
+    spiral[..., 8, 8:56] = spiral[..., 8:56, 55] = spiral[..., 55, 20:56] = spiral[..., 20:56, 20] = 1
+    assert len(sizes.separate(spiral)) == 1
