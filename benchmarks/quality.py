@@ -39,7 +39,7 @@ def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def degrade(task: str, clean: torch.Tensor, index: int) -> Given:
     """The benchmark's source of photograph `index`: free-form holes of 20-30%, JPEG at quality 10."""
-    generator = torch.Generator().manual_seed(index)
+    generator = torch.Generator().manual_seed(1_000_003 + index)  # not that of sampling
     if task == "inpainting":
         mask = free_form_mask(*clean.shape[-2:], generator, area=(0.2, 0.3))[None]
         return get_task(task).prepare(clean, mask, generator)

@@ -3,7 +3,7 @@
 unet: one forward and one training step at equal configuration, ours against the public Palette implementation
 (Janspiry/Palette-Image-to-Image-Diffusion-Models, whose checkout --peer names; nothing of it is in this project).
 Interleaved A/B; medians over the rounds, and ratios from the same run.
-sample: one 64-pixel sample of the starter at its default steps, once it is loaded.
+sample: a 64-pixel picture by the starter at its default steps, once it is loaded (uncropping: to 96x64).
 large: whole photographs of 1 to 48 megapixels, time and peak memory, each in a process of its own.
 cold: `palette colorize` from the shell to the file, without anything loaded.
 """

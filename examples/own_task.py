@@ -12,6 +12,7 @@ from palette_diffusers.training import parse, train
 @register_task
 class SuperResolution(Task):
     name = "super_resolution"
+    strategy = "tiles"  # at the photograph's own resolution
 
     def degrade(self, clean, generator=None):
         small = F.interpolate(clean, scale_factor=0.25, mode="bicubic", antialias=True)

@@ -3,6 +3,7 @@
 Images are (3, H, W), RGB, [-1, 1]; masks (1, H, W), 1 = generate.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,11 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset, Sampler
 
-from .masks import numpy_generator
 from .scheduler import PaletteScheduler
 from .tasks import Given, get_task, network_condition
+
+CACHE = 2**30  # bytes of decoded full-size photographs, for each worker
+UNREADABLE = (OSError, SyntaxError, AttributeError, UnidentifiedImageError, Image.DecompressionBombError)
 
 
 def load_images(path: str, split: str = "train"):
@@ -167,7 +170,8 @@ class PaletteDataset(Dataset):
             for source in self._sources:
                 image_column(source, self.source_column)
         self._crop_column = image_column(self.crops) if self.crops is not None else ""
-        self._cache: dict[int, np.ndarray] = {}
+        self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._cached = 0
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
 
     @staticmethod
@@ -180,10 +184,27 @@ class PaletteDataset(Dataset):
     def __len__(self) -> int:
         return sum(len(source) for source in self._sources)
 
-    def _crop_photo(self, index: int) -> np.ndarray:
-        if index not in self._cache:
-            self._cache[index] = np.asarray(self.crops[index][self._crop_column].convert("RGB"))
-        return self._cache[index]
+    def _crop_photo(self, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+        """A full-size photograph, and how many were unusable; the latest CACHE bytes of them stay decoded."""
+        for skipped in range(100):
+            index = int(rng.integers(len(self.crops)))
+            if index in self._cache:
+                self._cache.move_to_end(index)
+                return self._cache[index], skipped
+            try:
+                photo = np.asarray(self.crops[index][self._crop_column].convert("RGB"))
+                why = f"is {photo.shape[1]}x{photo.shape[0]}, below {self.size} pixels"
+            except UNREADABLE as error:
+                photo, why = np.zeros((0, 0, 3), np.uint8), f"can't be decoded: {error}"
+            if min(photo.shape[:2]) >= self.size:
+                self._cache[index] = photo
+                self._cached += photo.nbytes
+                while self._cached > CACHE and len(self._cache) > 1:
+                    self._cached -= self._cache.popitem(last=False)[1].nbytes
+                return photo, skipped
+            if self.strict:
+                break
+        raise ValueError(f"photograph {index} of the crops {why}")
 
     def _index(self, number: int, position: int) -> int:
         """The image of source `number` at a position: each epoch its own permutation."""
@@ -204,10 +225,13 @@ class PaletteDataset(Dataset):
             try:
                 row = self._sources[number][index]
                 photos = [np.asarray(row[column].convert("RGB")) for column in columns]
+                shapes = [photo.shape[1] / photo.shape[0] for photo in photos]
+                if max(shapes) > 1.02 * min(shapes):
+                    raise ValueError(f"row {index}: target and source have shapes {[p.shape[:2] for p in photos]}")
                 if min(min(photo.shape[:2]) for photo in photos) >= self.size:
                     return photos, skipped
                 why = f"is {photos[0].shape[1]}x{photos[0].shape[0]}, below {self.size} pixels"
-            except (OSError, SyntaxError, AttributeError, UnidentifiedImageError) as error:
+            except UNREADABLE as error:
                 why = f"can't be decoded: {error}"
             skipped += 1
             if self.strict or skipped >= 100:
@@ -216,15 +240,15 @@ class PaletteDataset(Dataset):
             position = int(rng.integers(len(self._sources[number])))
 
     def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
-        seed = np.random.SeedSequence((self.seed, 0, position)).generate_state(1, np.uint64)[0] >> np.uint64(2)
-        generator = torch.Generator().manual_seed(int(seed))
-        rng = numpy_generator(generator)
+        # torch's generator has 32 bits of seed, so that two of many samples would share their noise: numpy draws it
+        rng = np.random.default_rng((self.seed, 0, position))
+        generator = torch.Generator().manual_seed(int(rng.integers(2**32)))
         number = int(rng.choice(len(self._tasks), p=self._shares))
         task = self._tasks[number]
         share = 1.0 if task.name == "jpeg_restoration" else self.crop_share
         skipped = gray = 0
         if self.crops is not None and not self.source_column and rng.random() < share:
-            photo = self._crop_photo(int(rng.integers(len(self.crops))))
+            photo, skipped = self._crop_photo(rng)
             pictures = [random_crop(photo, self.size, rng)]
         else:
             photos, skipped = self._photos(position, rng)
@@ -244,7 +268,7 @@ class PaletteDataset(Dataset):
             "clean": clean,
             "condition": condition,
             "mask": torch.ones(1, *clean.shape[1:]) if given.mask is None else given.mask[0],
-            "noise": torch.randn(clean.shape, generator=generator),
+            "noise": torch.from_numpy(rng.standard_normal(clean.shape, np.float32)),
             "gamma": self.scheduler.sample_gamma(1, generator)[0],
             "task": torch.tensor(number),
             "skipped": torch.tensor(skipped),

@@ -128,8 +128,10 @@ class PalettePipeline(DiffusionPipeline):
         if task is not None and estimate is None and task.start is not None:
             estimate, start = given.condition, task.start
         predict = predict or self._predict
+        given = given.to(self._execution_device)
+        estimate = None if estimate is None else estimate.to(self._execution_device)
         self.scheduler.set_timesteps(int(steps), device=self._execution_device)
-        condition = network_condition(given, bool(self.unet.config.hole_skip), estimate).to(self._execution_device)
+        condition = network_condition(given, bool(self.unet.config.hole_skip), estimate)
         if latents is None:
             latents = randn_tensor(
                 given.condition.shape, generator=generator, device=condition.device, dtype=torch.float32
@@ -141,7 +143,7 @@ class PalettePipeline(DiffusionPipeline):
             sample = sample * self.scheduler.init_noise_sigma
         else:
             gammas = torch.stack([noise_level(self.scheduler, t) for t in timesteps])
-            late = torch.nonzero(torch.logit(gammas.double()) >= start).flatten().tolist()
+            late = torch.nonzero(torch.logit(gammas.cpu().double()) >= start).flatten().tolist()
             order = self.scheduler.order
             first = math.ceil(late[0] / order) * order if late else len(timesteps)
             if first >= len(timesteps):
@@ -151,7 +153,7 @@ class PalettePipeline(DiffusionPipeline):
                 self.scheduler.set_begin_index(first)
             exploding = float(self.scheduler.init_noise_sigma) > 1.5  # Euler and Heun carry y / sqrt(gamma)
             noise = sample if exploding else sample * self.scheduler.init_noise_sigma
-            sample = diffuse(estimate.to(sample.device), noise, gammas[first])
+            sample = diffuse(estimate, noise, gammas[first])
             sample = sample / gammas[first].sqrt() if exploding else sample
         extra = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
         kind = self.scheduler.config.prediction_type
@@ -219,7 +221,7 @@ class PalettePipeline(DiffusionPipeline):
         if chosen.name == "uncropping":
             if mask_image is not None:
                 raise ValueError("task 'uncropping' takes left, right, top and bottom, no mask_image")
-            grown = [_grow(picture, *borders) for picture in pictures]
+            grown = [_grow(picture, *borders, max_pixels) for picture in pictures]
             pictures, masks = [g[0] for g in grown], [g[1] for g in grown]
         elif any(borders):
             raise ValueError(f"left, right, top and bottom belong to 'uncropping', the task is {chosen.name!r}")
@@ -321,6 +323,9 @@ class PalettePipeline(DiffusionPipeline):
         for view in sizes.hole_view(part, native, multiple).levels(multiple):
             small, hole = view.look_known(image, mask)
             given = task.prepare(small, hole.expand(number, -1, -1, -1), generators)
+            if not hole.any():  # too thin to be seen at this scale
+                estimate, coarse = small[..., : view.inner[0], : view.inner[1]], view
+                continue
             if estimate is not None:
                 up = sizes.pad_to(sizes.resize(estimate, view.inner), view.outer).clamp(-1, 1)
                 estimate = torch.where(hole > 0, up, given.known)
@@ -338,7 +343,9 @@ class PalettePipeline(DiffusionPipeline):
         return result
 
 
-def _grow(picture: Picture, left: float, right: float, top: float, bottom: float) -> tuple[Picture, torch.Tensor]:
+def _grow(
+    picture: Picture, left: float, right: float, top: float, bottom: float, max_pixels: int
+) -> tuple[Picture, torch.Tensor]:
     """The picture on a larger canvas, and the border as a mask."""
     height, width = picture.size
     pixels = {}
@@ -351,6 +358,8 @@ def _grow(picture: Picture, left: float, right: float, top: float, bottom: float
     if not any(pixels.values()):
         raise ValueError("left, right, top and bottom are all zero, expected at least one side to extend")
     new = (height + pixels["top"] + pixels["bottom"], width + pixels["left"] + pixels["right"])
+    if new[0] * new[1] > max_pixels:
+        raise ValueError(f"the extended picture is {new[1]}x{new[0]}, the limit is {max_pixels} pixels (max_pixels)")
     inside = (..., slice(pixels["top"], pixels["top"] + height), slice(pixels["left"], pixels["left"] + width))
     image = torch.zeros(1, 3, *new)
     image[inside] = picture.image

@@ -23,7 +23,7 @@ class Tally:
 
     def __init__(self, tasks: list[str], log: Path):
         self.tasks, self.log = tasks, log
-        self.skipped = self.gray = 0
+        self._unused = torch.zeros(2, dtype=torch.float32)  # skipped, gray; of all lines
         self._reset()
 
     def _reset(self) -> None:
@@ -38,23 +38,24 @@ class Tally:
 
     def add(self, losses: torch.Tensor, batch: dict[str, torch.Tensor]) -> None:
         """losses (B,) of a batch of `PaletteDataset`."""
-        losses = losses.double().cpu()
+        losses = losses.cpu().double()
         self._bad |= not bool(torch.isfinite(losses).all())
-        logsnr = torch.logit(batch["gamma"].double().cpu())
+        logsnr = torch.logit(batch["gamma"].cpu().double())
         cell = batch["task"].cpu() * (len(BINS) + 1) + torch.bucketize(logsnr, torch.tensor(BINS, dtype=torch.float64))
         self._sums[0].index_add_(0, cell, losses)
         self._sums[1].index_add_(0, cell, torch.ones_like(losses))
-        self.skipped += int(batch["skipped"].sum())
-        self.gray += int(batch["gray"].sum())
+        self._unused += torch.tensor([float(batch["skipped"].sum()), float(batch["gray"].sum())])
 
     def finite(self) -> bool:
         return not self._bad
 
-    def line(self, accelerator: Any, step: int, samples: int) -> dict[str, Any]:
+    def line(self, accelerator: Any, step: int) -> dict[str, Any]:
         """Closes a line: all processes together, written to the log by the main one."""
         seconds = time.perf_counter() - self._begin
-        sums = self._sums if accelerator.num_processes == 1 else accelerator.reduce(self._sums.to(accelerator.device))
-        losses, counts = sums.cpu().reshape(2, len(self.tasks), -1)
+        sums, unused = self._sums, self._unused
+        if accelerator.num_processes > 1:
+            sums, unused = (accelerator.reduce(x.float().to(accelerator.device)).cpu() for x in (sums, unused))
+        losses, counts = sums.reshape(2, len(self.tasks), -1)
 
         def mean(dim: int) -> list[float | None]:
             share = zip(losses.sum(dim).tolist(), counts.sum(dim).tolist(), strict=True)
@@ -63,16 +64,17 @@ class Tally:
         line = {
             "step": step,
             "loss": round((losses.sum() / counts.sum()).item(), 5),
-            "samples_per_second": round(samples / seconds, 1),
+            "samples_per_second": round(counts.sum().item() / seconds, 1),
             "waiting": round(self._waited / seconds, 3),
             "tasks": dict(zip(self.tasks, mean(1), strict=True)),
             "logsnr": mean(0),
-            "skipped": self.skipped,
-            "gray": self.gray,
+            "skipped": int(unused[0]),
+            "gray": int(unused[1]),
         }
         if accelerator.is_main_process:
+            half = self.log.is_file() and self.log.read_bytes()[-1:] not in (b"", b"\n")  # left by a kill
             with open(self.log, "a") as log:
-                log.write(json.dumps(line) + "\n")
+                log.write("\n" * half + json.dumps(line) + "\n")
         self._reset()
         return line
 
@@ -129,7 +131,7 @@ def draw_samples(unet: Any, scheduler: Any, dataset: Any, steps: int, path: Path
             condition=torch.cat([g.condition for _, g in fixed]),
             mask=None if fixed[0][1].mask is None else torch.cat([g.mask for _, g in fixed]),
         )
-        generators = [torch.Generator().manual_seed(k) for k in range(number)]
+        generators = [torch.Generator().manual_seed(10_000 + k) for k in range(number)]
         sample = pipe.denoise(given, generators, steps, task=get_task(name)).cpu()
         out = get_task(name).compose(sample, given)
         rows += [(name, given.known), ("sample", out), ("original", torch.cat([clean for clean, _ in fixed]))]
@@ -231,13 +233,14 @@ def write_card(path: Path, settings: TrainSettings, step: int, parameters: int) 
         "size": f"{settings.size} pixels, {parameters / 1e6:.1f}M parameters",
         "objective": f"{settings.loss}, {'regression' if settings.regression else settings.prediction_type}",
         "optimiser": f"{settings.optimizer}, rate {settings.rate:g}, {settings.schedule}; EMA {settings.ema:g}",
-        "precision": settings.precision,
+        "precision": settings.precision or "as Accelerate was configured",
     }
     text = "\n".join(f"- {name}: {value}" for name, value in facts.items())
+    extra = {"inpainting": ', mask_image="mask.png"', "uncropping": ", right=0.25"}.get(settings.task_list[0], "")
     usage = (
         "```python\nfrom palette_diffusers import PalettePipeline\n\n"
         'pipe = PalettePipeline.from_pretrained("PATH OR HUB ID")\n'
-        f'image = pipe("photo.jpg", task="{settings.task_list[0]}").images[0]\n```'
+        f'image = pipe("photo.jpg", task="{settings.task_list[0]}"{extra}).images[0]\n```'
     )
     body = f"# Palette model\n\n{text}\n\nIts quality has not been measured here.\n\n{usage}\n"
     card = f"---\n{data.to_yaml()}\n---\n\n{body}"

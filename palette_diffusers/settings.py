@@ -74,7 +74,7 @@ class TrainSettings:
     ema: float = _field(0.9999, "highest decay of the weights' moving average, per step")
     clip: float = _field(1.0, "largest norm of the gradient")
     # hardware
-    precision: str = _field("no", "no, bf16 or fp16", ("no", "bf16", "fp16"))
+    precision: str = _field("", "no, bf16 or fp16; default: as Accelerate is configured", ("", "no", "bf16", "fp16"))
     checkpointing: bool = _field(False, "recompute activations in the backward pass: less memory, more time")
     channels_last: bool = _field(False, "channels-last memory layout")
     compile: bool = _field(False, "torch.compile the repeated blocks")
@@ -107,6 +107,7 @@ class TrainSettings:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         for name in (
+            "seed",
             "warmup",
             "decay",
             "workers",
@@ -127,6 +128,13 @@ class TrainSettings:
         self.numbers("task_weights"), self.numbers("loss_weights")
         if self.regression and self.prediction_type != "sample":
             raise ValueError(f"the regression twin predicts the picture: prediction_type is {self.prediction_type!r}")
+        if self.prediction_type != "v_prediction" and self.unet.get("condition_skip") and not self.init:
+            raise ValueError(
+                f"prediction_type is {self.prediction_type!r}, but the network's condition_skip needs v_prediction: "
+                'give another preset, or unet with "condition_skip": 0, "hole_skip": 0'
+            )
+        if not self.task_list:
+            raise ValueError("tasks is empty, expected at least one name")
         if self.lora_rank and not self.init:
             raise ValueError("lora_rank needs a checkpoint to adapt: name it by init")
 

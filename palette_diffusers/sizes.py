@@ -40,10 +40,11 @@ class View:
     def look_known(self, image: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The photograph and its hole => both as the model sees them, (B, C, *outer) and (B, 1, *outer).
 
-        A small pixel is known only if every pixel under it is; nothing of what lies in the hole leaks out.
+        A small pixel is known if at least half of what lies under it is, so that thin scratches don't hide the
+        picture; its colour is a mean of known pixels alone, so that nothing of what lies in the hole leaks out.
         """
         keep = 1 - self.crop(mask)
-        hole = F.adaptive_max_pool2d(1 - keep, self.inner)
+        hole = (F.adaptive_avg_pool2d(keep, self.inner) < 0.5).to(keep)
         if self.inner == (self.height, self.width):
             small = self.crop(image) * keep
         else:
@@ -142,7 +143,9 @@ def separate(mask: torch.Tensor, grid: int = 128) -> list[torch.Tensor]:
     found = labels.unique()
     if len(found) <= 2:
         return [mask]
-    near = F.interpolate(labels, size, mode="nearest")
+    # by whole numbers: interpolation rounds, and would leave pixels out
+    rows, columns = (torch.arange(n) * c // n for n, c in zip(size, labels.shape[-2:], strict=True))
+    near = labels[..., rows, :][..., columns]
     holes = [mask * (near == label) for label in found if label]
     return sorted(holes, key=lambda hole: -hole.sum().item())
 

@@ -30,6 +30,11 @@ class Given:
     condition: torch.Tensor
     mask: torch.Tensor | None = None
 
+    def to(self, device: torch.device | str) -> "Given":
+        """The same on another device."""
+        mask = None if self.mask is None else self.mask.to(device)
+        return Given(self.known.to(device), self.condition.to(device), mask)
+
 
 def network_condition(given: Given, holes: bool, fill: torch.Tensor | None = None) -> torch.Tensor:
     """What the U-Net sees of the given: `condition` (the paper), or, for a network that is told its holes
@@ -52,13 +57,15 @@ class Task:
 
     name: as users write it. takes_mask: whether a mask is needed. strategy: how photographs of any size
     are met (`sizes.py`). start: the log-SNR at which sampling starts from the source, where that is already
-    close to the picture; None starts from noise.
+    close to the picture; None starts from noise. keeps_gray: whether gray input stays gray; a task whose gray
+    sources have coloured targets says False.
     """
 
     name = ""
     takes_mask = False
     strategy = "whole"
     start: float | None = None
+    keeps_gray = True
 
     def degrade(self, clean: torch.Tensor, generator: torch.Generator | None = None) -> Given:
         """One clean image (1, 3, H, W) => its source, as in training and evaluation."""
@@ -70,6 +77,8 @@ class Task:
 
     def compose(self, sample: torch.Tensor, given: Given) -> torch.Tensor:
         """The model's sample (B, 3, H, W) => the picture returned; gray input stays gray."""
+        if not self.keeps_gray:
+            return sample.clamp(-1, 1)
         gray = is_gray(given.known)[:, None, None, None]
         return torch.where(gray, luma(sample), sample).clamp(-1, 1)
 
@@ -168,6 +177,8 @@ class Paired(Task):
     """A translation learnt from pairs: the data set has a column of sources beside the one of targets."""
 
     name = "paired"
+    strategy = "tiles"
+    keeps_gray = False
 
     def degrade(self, clean: torch.Tensor, generator: torch.Generator | None = None) -> Given:
         raise ValueError("task 'paired' makes no source: name the data set's source_column")
@@ -177,7 +188,8 @@ _TASKS: dict[str, Task] = {}
 
 
 def register_task(task: Task | type[Task]) -> Task | type[Task]:
-    """Makes a task known by its name, to training, pipeline and command line; also a class decorator.
+    """Makes a task known by its name, to training and pipeline; also a class decorator. A checkpoint of it needs
+    the same registration where it is loaded.
 
     >>> @register_task
     ... class Negative(Task):
@@ -203,7 +215,9 @@ def get_task(task: str | Task) -> Task:
     if isinstance(task, Task):
         return task
     if task not in _TASKS:
-        raise ValueError(f"task is {task!r}, expected one of {', '.join(sorted(_TASKS))}")
+        raise ValueError(
+            f"task is {task!r}, expected one of {', '.join(sorted(_TASKS))}, or one that is registered first"
+        )
     return _TASKS[task]
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickle
 import shlex
 import shutil
 import signal
@@ -14,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -125,18 +127,28 @@ def save_state(folder: Path, step: int, keep: int = 2, **parts: object) -> Path:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    for old in sorted(folder.glob("step-*.pt"))[:-keep]:
+    for old in sorted(path for path in folder.glob("step-*.pt") if path < final)[: 1 - keep or None]:
         old.unlink()
     return final
 
 
 def last_state(folder: Path) -> dict | None:
-    """The newest checkpoint of a run that can be read, or None. A damaged one is named, and passed over."""
-    for path in sorted(folder.glob("step-*.pt"), reverse=True):
+    """The newest checkpoint of a run that can be read, or None where there is none. A damaged one is passed over,
+    and named `.damaged`.
+
+    Raises:
+        ValueError: there are checkpoints, and none can be read.
+    """
+    paths = sorted(folder.glob("step-*.pt"), reverse=True)
+    for path in paths:
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError, ValueError) as error:
-            print(f"{path} is damaged and passed over: {str(error).splitlines()[0]}", file=sys.stderr)
+        except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            print(f"{path} is damaged and passed over: {why}", file=sys.stderr)
+            path.rename(path.with_suffix(".damaged"))
+    if paths:
+        raise ValueError(f"none of the {len(paths)} checkpoints in {folder} can be read; they are named .damaged now")
     return None
 
 
@@ -170,17 +182,29 @@ def _network(settings: TrainSettings) -> tuple[PaletteUNet2DModel, PaletteSchedu
     from .pipeline import PalettePipeline
 
     if not settings.init:
-        return PaletteUNet2DModel(**settings.unet), make_scheduler(settings), 1 if settings.regression else 20
+        return (
+            PaletteUNet2DModel(**settings.unet | {"sample_size": settings.size}),
+            make_scheduler(settings),
+            1 if settings.regression else 20,
+        )
     pipe = PalettePipeline.from_pretrained(None if settings.init == "starter" else settings.init)
     kind = pipe.scheduler.config.prediction_type
     if kind != settings.prediction_type:
         raise ValueError(f"{settings.init} predicts {kind}, the settings say {settings.prediction_type}")
+    if pipe.unet.config.sample_size != settings.size:
+        raise ValueError(
+            f"{settings.init} is of {pipe.unet.config.sample_size} pixels, the settings say {settings.size}"
+        )
+    if settings.regression:
+        return pipe.unet.float(), make_scheduler(settings), 1
     return pipe.unet.float(), pipe.scheduler, pipe.config.default_steps
 
 
 def _adapt(unet: PaletteUNet2DModel, settings: TrainSettings) -> None:
-    from peft import LoraConfig
-
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise ValueError("lora_rank needs the package peft, which is not installed") from None
     unet.requires_grad_(False)
     unet.add_adapter(LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_rank, target_modules=LORA_TARGETS))
 
@@ -215,7 +239,7 @@ def _dataset(settings: TrainSettings, scheduler: PaletteScheduler, holes: bool) 
     if not settings.data:
         raise ValueError("data is empty: name a folder of parquet files or images, or a Hub id")
     images, shares = load_sources(settings.data)
-    crops = [only_images(load_images(path)) for path in settings.crops.split(",") if path]
+    crops = [only_images(load_images(path)) for path in map(str.strip, settings.crops.split(",")) if path]
     return PaletteDataset(
         images,
         scheduler,
@@ -264,7 +288,7 @@ def _accelerator(settings: TrainSettings) -> Any:
     if settings.tracker and settings.tracker not in [str(t.value) for t in get_available_trackers()]:
         raise ValueError(f"tracker {settings.tracker!r} needs the package of that name, which is not installed")
     accelerator = Accelerator(
-        mixed_precision=settings.precision,
+        mixed_precision=settings.precision or None,
         log_with=settings.tracker or None,
         project_dir=settings.output if settings.tracker else None,
     )
@@ -290,16 +314,21 @@ def dry_run(settings: TrainSettings) -> None:
     draw_batch(batch, settings.task_list, folder / "batch.png")
     parameters = sum(p.numel() for p in unet.parameters())
     one = {k: v[:1] for k, v in batch.items()}
+    if settings.lora_rank:
+        _adapt(unet, settings)
     with FlopCounterMode(display=False) as counter:
         training_loss(unet, one, settings).backward()
+    if settings.checkpointing:
+        unet.enable_gradient_checkpointing()
+    trained = [p for p in unet.parameters() if p.requires_grad]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     unet.to(device).train()
-    optimizer = _optimizer(list(unet.parameters()), settings)
-    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
+    optimizer = _optimizer(trained, settings)
+    dtype = {"": torch.float32, "no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
     times = []
     for _ in range(4):
         begin = time.perf_counter()
-        here = {k: v.to(device) for k, v in batch.items()}
+        here = {k: v[:16].to(device) for k, v in batch.items()}
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             loss = training_loss(unet, here, settings)
         loss.backward()
@@ -307,11 +336,12 @@ def dry_run(settings: TrainSettings) -> None:
         optimizer.zero_grad()
         loss.item()
         times.append(time.perf_counter() - begin)
-    speed = len(batch["clean"]) / sorted(times[1:])[1]
+    speed = min(16, len(batch["clean"])) / sorted(times[1:])[1]
     hours = settings.steps * settings.batch / speed / 3600
+    memory = (parameters * 4 + sum(p.numel() for p in trained) * 16) / 2**30
     print(
         f"network: {parameters / 1e6:.1f}M parameters, {counter.get_total_flops() / 1e9:.1f} GFLOP a training sample\n"
-        f"memory: {parameters * 20 / 2**30:.2f} GiB for weights, gradients, optimiser and EMA, without activations\n"
+        f"memory: {memory:.2f} GiB for weights, gradients, optimiser and EMA; activations add to it\n"
         f"data: {len(dataset):,} images, tasks {', '.join(settings.task_list)}; a batch in {folder / 'batch.png'}\n"
         f"speed: {speed:.1f} samples a second on one {device}, {hours:.1f} hours to step {settings.steps:,}"
     )
@@ -378,6 +408,9 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
         ema.load_state_dict(state["ema"])
         start = state["step"]
     loader = _loader(dataset, settings, start, accelerator.num_processes)
+    starts = accelerator.gather(torch.tensor([start], device=accelerator.device)).tolist()
+    if len(set(starts)) > 1:
+        raise ValueError(f"the processes would go on from steps {starts}: they must see one output folder")
     raw = unet
     unet, optimizer, loader = accelerator.prepare(unet, optimizer, loader)
     if state is not None and accelerator.scaler is not None and state.get("scaler"):
@@ -422,7 +455,8 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
                     batch = next(batches)
                 # dropout, too, is a function of the position; seeded here, since a loader's first batch draws numbers
                 place = step * settings.accumulate + part
-                torch.manual_seed((settings.seed * 1_000_003 + place) * 4096 + accelerator.process_index)
+                key = np.random.SeedSequence((settings.seed, 3, place, accelerator.process_index))
+                torch.manual_seed(int(key.generate_state(1)[0]))
                 last = part == settings.accumulate - 1
                 with accelerator.no_sync(unet) if not last else nullcontext():
                     with accelerator.autocast():
@@ -430,16 +464,18 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
                     accelerator.backward((losses * shares[batch["task"]]).mean() / settings.accumulate)
                 tally.add(losses.detach(), batch)
             if not tally.finite():
-                raise FloatingPointError(f"the loss is not finite at step {step}: the last good state is in {folder}")
-            if settings.clip:
-                accelerator.clip_grad_norm_(trained, settings.clip)
+                raise FloatingPointError(f"the loss is not finite at step {step}: the last state is in {folder}")
+            norm = accelerator.clip_grad_norm_(trained, settings.clip or math.inf)
+            # the same on every process; fp16's scaler expects some that are not finite, and skips those steps
+            if accelerator.scaler is None and not torch.isfinite(torch.as_tensor(norm)):
+                raise FloatingPointError(f"the gradient is not finite at step {step}: the last state is in {folder}")
             optimizer.step()
             optimizer.zero_grad()
             ema.step(trained)
             step += 1
             bar.update()
             if step % settings.log_every == 0:
-                line = tally.line(accelerator, step, settings.batch * settings.log_every)
+                line = tally.line(accelerator, step)
                 bar.set_postfix({k: line[k] for k in ("loss", "samples_per_second", "waiting")})
                 if settings.tracker:
                     accelerator.log({k: v for k, v in line.items() if isinstance(v, (int, float))}, step=step)

@@ -270,6 +270,17 @@ def test_holes_apart_have_views_of_their_own(pipe):
         pipe(image, latents=torch.zeros(1, 3, 32, 32), **arguments)
 
 
+def test_scratches_on_a_large_picture(pipe):
+    """Too thin for the coarse view, they are filled at the finer ones, from the picture around."""
+    pipe.scheduler = PaletteScheduler(sampling_spacing="logsnr")
+    image = np.full((200, 240, 3), (90, 120, 150), np.uint8)
+    mask = np.zeros((200, 240), np.uint8)
+    mask[20:180:9, 30:200] = 255
+    out = np.asarray(pipe(image, task="inpainting", mask_image=mask, num_inference_steps=4).images[0]).astype(int)
+    assert np.array_equal(out[mask == 0], image[mask == 0])
+    assert (out[mask > 0] != image[mask > 0]).any() and np.abs(out[mask > 0].mean(0) - image[0, 0]).max() < 12
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_a_network_that_is_told_its_holes(photo, task):
     """The whole way, with the fill of each finer level as the coarser one's picture."""
@@ -312,6 +323,7 @@ def test_nan_never_leaves(pipe, photo):
         ({"task": "uncropping"}, "all zero"),
         ({"task": "uncropping", "left": -1}, "at least 0"),
         ({"task": "uncropping", "left": float("nan")}, "left is nan"),
+        ({"task": "uncropping", "left": 4000.0}, "the limit is 50000000 pixels"),
         ({"left": 4}, "belong to 'uncropping'"),
         ({"num_images_per_input": 0}, "at least 1"),
         ({"output_type": "jpg"}, "expected 'pil'"),

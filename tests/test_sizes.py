@@ -169,6 +169,22 @@ def test_separate_holes_are_together_the_mask(height, width, seed):
     assert torch.equal(sum(holes), mask) and all(hole.any() for hole in holes)
 
 
+@pytest.mark.parametrize("side", [129, 164, 1700, 3024, 3900])
+def test_no_pixel_of_separate_holes_is_lost(side):
+    mask = torch.zeros(1, 1, side, 40)
+    mask[..., ::7, 3:9] = 1
+    mask[..., side // 2 :, :] = 0
+    mask[..., side - 5 :, 30:] = 1
+    assert torch.equal(sum(sizes.separate(mask)), mask)
+
+
+def test_thin_scratches_do_not_hide_the_picture():
+    mask = (torch.rand(1, 1, 1500, 2000, generator=torch.Generator().manual_seed(0)) < 0.01).float()
+    image = torch.full((1, 3, 1500, 2000), 0.3)
+    small, hole = sizes.fit(1500, 2000, 64, 8).look_known(torch.where(mask > 0, -1.0, image), mask)
+    assert not hole.any() and (small - 0.3).abs().max() < 1e-5
+
+
 def test_holes_apart_are_separated_and_a_winding_one_is_not():
     mask = torch.zeros(1, 1, 1000, 1200)
     mask[..., 10:60, 20:40] = 1

@@ -179,6 +179,24 @@ def test_own_task():
         get_task("inpainting").prepare(image)
 
 
+@pytest.mark.parametrize("name", ["colorization", "inpainting", "uncropping", "jpeg_restoration", "paired"])
+def test_tasks_stay_on_the_device(name):
+    """On the meta device, as on an accelerator, a tensor of another device is an error."""
+    clean = torch.rand(1, 3, 32, 32)
+    task = get_task(name)
+    given = task.prepare(clean) if name == "paired" else task.degrade(clean, torch.Generator().manual_seed(0))
+    sample = torch.rand(1, 3, 32, 32, device="meta")
+    with pytest.raises(RuntimeError):
+        sample + given.known
+    assert task.guide(sample, given.to("meta")).device.type == "meta"
+
+
+def test_gray_sources_may_have_coloured_targets():
+    gray = torch.full((1, 3, 8, 8), 0.1)
+    sample = torch.rand(1, 3, 8, 8)
+    assert torch.equal(get_task("paired").compose(sample, get_task("paired").prepare(gray)), sample)
+
+
 def test_what_the_network_is_told_of_holes():
     """Noise in the hole (the paper), or a smooth fill and the hole as one more channel; without a hole, zeros."""
     clean = torch.full((1, 3, 32, 32), 0.25)
