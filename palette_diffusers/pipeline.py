@@ -27,7 +27,7 @@ from .tasks import Given, Task, get_task, network_condition
 from .unet import PaletteUNet2DModel
 
 STARTER = Path(__file__).with_name("starter")
-REFINE_FROM = 0.0  # log-SNR at which finer levels start: the coarser one's picture, half noise
+REFINE_FROM = 2.5  # log-SNR at which finer levels start from the coarser picture
 
 
 @dataclass

@@ -164,6 +164,7 @@ class JPEGRestoration(Task):
 
     name = "jpeg_restoration"
     strategy = "tiles"
+    start = 0.0  # as good as from noise, in half of the steps
     qualities = np.arange(5, 31)
 
     def degrade(self, clean: torch.Tensor, generator: torch.Generator | None = None) -> Given:
