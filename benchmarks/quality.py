@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--solver", default=None, help="a diffusers scheduler's class; default: the checkpoint's")
+    parser.add_argument("--config", type=json.loads, default={}, help="JSON: changes of the scheduler's configuration")
     parser.add_argument("--start", type=float, default=None, help="log-SNR to start from the source at; an experiment")
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--output", type=Path, default=None, help="JSON file")
@@ -104,8 +105,8 @@ def main() -> None:
     pipe = PalettePipeline.from_pretrained(args.model)
     pipe.unet.to(torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
-    if args.solver:
-        pipe.scheduler = getattr(diffusers, args.solver).from_config(pipe.scheduler.config)
+    solver = getattr(diffusers, args.solver) if args.solver else type(pipe.scheduler)
+    pipe.scheduler = solver.from_config(pipe.scheduler.config, **args.config)
     model = load_classifier()
     images, labels = read(args.data, "validation")
     images, labels = images[: args.count], labels[: args.count]
