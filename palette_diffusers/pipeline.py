@@ -98,6 +98,13 @@ class PalettePipeline(DiffusionPipeline):
         """The network computes in its own dtype; in and out is float32."""
         return self.unet(sample, gamma, condition, return_dict=False)[0]
 
+    def _first_step(self, start: float) -> int:
+        """The index of the first timestep at a log-SNR of at least `start`; their number where there is none."""
+        gammas = torch.stack([noise_level(self.scheduler, t) for t in self.scheduler.timesteps]).cpu().double()
+        late = torch.nonzero(torch.logit(gammas) >= start).flatten().tolist()
+        order = self.scheduler.order  # a solver of second order takes its steps in pairs
+        return min(math.ceil(late[0] / order) * order, len(gammas)) if late else len(gammas)
+
     @torch.no_grad()
     def denoise(
         self,
@@ -125,8 +132,6 @@ class PalettePipeline(DiffusionPipeline):
         steps = self.config.default_steps if num_inference_steps is None else num_inference_steps
         if int(steps) != steps or steps < 1:
             raise ValueError(f"num_inference_steps is {steps}, expected a whole number of at least 1")
-        if task is not None and estimate is None and task.start is not None:
-            estimate, start = given.condition, task.start
         predict = predict or self._predict
         given = given.to(self._execution_device)
         estimate = None if estimate is None else estimate.to(self._execution_device)
@@ -139,22 +144,25 @@ class PalettePipeline(DiffusionPipeline):
         elif latents.shape != given.condition.shape:
             raise ValueError(f"latents are {tuple(latents.shape)}, expected {tuple(given.condition.shape)}")
         timesteps, sample = self.scheduler.timesteps, latents.to(condition.device, torch.float32)
+        first = 0
+        if estimate is not None:
+            first = self._first_step(start)
+            if first == len(timesteps):
+                return estimate
+        elif task is not None and task.start is not None and self._first_step(task.start) < len(timesteps):
+            # too few steps for a start from the source are taken from noise
+            estimate, first = given.condition, self._first_step(task.start)
         if estimate is None:
             sample = sample * self.scheduler.init_noise_sigma
         else:
-            gammas = torch.stack([noise_level(self.scheduler, t) for t in timesteps])
-            late = torch.nonzero(torch.logit(gammas.cpu().double()) >= start).flatten().tolist()
-            order = self.scheduler.order
-            first = math.ceil(late[0] / order) * order if late else len(timesteps)
-            if first >= len(timesteps):
-                return estimate
+            gamma = noise_level(self.scheduler, timesteps[first])
             timesteps = timesteps[first:]
             if hasattr(self.scheduler, "set_begin_index"):
                 self.scheduler.set_begin_index(first)
             exploding = float(self.scheduler.init_noise_sigma) > 1.5  # Euler and Heun carry y / sqrt(gamma)
             noise = sample if exploding else sample * self.scheduler.init_noise_sigma
-            sample = diffuse(estimate, noise, gammas[first])
-            sample = sample / gammas[first].sqrt() if exploding else sample
+            sample = diffuse(estimate, noise, gamma)
+            sample = sample / gamma.sqrt() if exploding else sample
         extra = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
         kind = self.scheduler.config.prediction_type
         for i, t in enumerate(self.progress_bar(timesteps)):

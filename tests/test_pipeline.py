@@ -223,6 +223,24 @@ def test_sampling_can_start_from_an_estimate(solver):
     assert torch.equal(again, picture)
 
 
+def test_a_task_may_start_from_its_source(pipe, photo):
+    """JPEG restoration takes the later half of the steps; with too few of them, all, from noise."""
+    pipe.scheduler = PaletteScheduler(sampling_spacing="logsnr")
+    taken = []
+
+    def callback(pipe, step, timestep, tensors):
+        taken.append(int(timestep))
+        return tensors
+
+    for steps, expected in ((10, [4, 3, 2, 1, 0]), (1, [0])):
+        taken.clear()
+        pipe(photo[:32, :32], task="jpeg_restoration", num_inference_steps=steps, callback_on_step_end=callback)
+        assert taken == expected
+    taken.clear()
+    pipe(photo[:32, :32], task="colorization", num_inference_steps=10, callback_on_step_end=callback)
+    assert len(taken) == 10
+
+
 def test_holes_are_refined_up_to_the_photographs_resolution(pipe):
     """A hole across a large picture: every level up to its own resolution is seen, and no border shows."""
     sizes_seen, predict = [], pipe._predict
