@@ -125,11 +125,7 @@ def main() -> None:
         for i in range(0, len(images), args.batch):
             clean, label = images[i : i + args.batch].float() / 127.5 - 1, labels[i : i + args.batch]
             single = [degrade(task, one[None], i + k) for k, one in enumerate(clean)]
-            given = Given(
-                known=torch.cat([g.known for g in single]),
-                condition=torch.cat([g.condition for g in single]),
-                mask=None if single[0].mask is None else torch.cat([g.mask for g in single]),
-            )
+            given = Given.cat(single)
             rows["degraded"].add(model, given.known, clean, label)
             if given.mask is not None:
                 filled = telea(given.known, given.mask)

@@ -63,9 +63,8 @@ def _run(
             raise ValueError(f"{target} is the input: name another output")
         from . import canvas
 
-        picture = canvas.read(
-            source, round(max_megapixels * 1e6)
-        )  # before the model is loaded: bad input answers at once
+        limit = round(max_megapixels * 1e6)
+        picture = canvas.read(source, limit)  # before the model is loaded: bad input answers at once
         import torch
 
         pipe = _load(model, device, dtype)
@@ -75,7 +74,7 @@ def _run(
             num_inference_steps=steps,
             num_images_per_input=samples,
             generator=torch.Generator().manual_seed(seed),
-            max_pixels=round(max_megapixels * 1e6),
+            max_pixels=limit,
             **options,
         ).images
         for i, image in enumerate(images):

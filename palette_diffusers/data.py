@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset, Sampler
 
 from .scheduler import PaletteScheduler
-from .tasks import Given, get_task, network_condition
+from .tasks import Given, Task, get_task, network_condition
 
 CACHE = 2**30  # bytes of decoded full-size photographs, for each worker
 UNREADABLE = (OSError, SyntaxError, AttributeError, UnidentifiedImageError, Image.DecompressionBombError)
@@ -115,6 +115,17 @@ def _resize(picture: np.ndarray, size: int) -> np.ndarray:
     if picture.shape[:2] == (size, size):
         return picture
     return np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.LANCZOS))
+
+
+def _tensors(pictures: list[np.ndarray]) -> list[torch.Tensor]:
+    """uint8 (H, W, 3) => (1, 3, H, W) in [-1, 1], each."""
+    return [torch.from_numpy(p.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1 for p in pictures]
+
+
+def _given(task: Task, pictures: list[np.ndarray], generator: torch.Generator) -> tuple[torch.Tensor, Given]:
+    """The original (1, 3, H, W), and its source: the second picture of a pair, or what the task makes."""
+    clean, *source = _tensors(pictures)
+    return clean, task.prepare(source[0]) if source else task.degrade(clean, generator)
 
 
 @dataclass
@@ -259,8 +270,8 @@ class PaletteDataset(Dataset):
                 pictures, gray, skipped = largest_square(photos, self.size, rng), gray + 1, skipped + more
         if rng.random() < 0.5:
             pictures = [picture[:, ::-1] for picture in pictures]
-        clean, *source = (torch.from_numpy(p.copy()).permute(2, 0, 1).float() / 127.5 - 1 for p in pictures)
-        given = task.prepare(source[0][None]) if source else task.degrade(clean[None], generator)
+        original, given = _given(task, pictures, generator)
+        clean = original[0]
         condition = network_condition(given, self.holes)[0]
         if self.condition_dropout and rng.random() < self.condition_dropout:
             condition[:3] = torch.randn(clean.shape, generator=generator)
@@ -281,10 +292,7 @@ class PaletteDataset(Dataset):
         for k in range(number):
             rng, generator = np.random.default_rng((self.seed, 2, k)), torch.Generator().manual_seed(k)
             photos, _ = self._photos(int(rng.integers(len(self))), rng)
-            pictures = largest_square(photos, self.size, rng)
-            clean, *source = (torch.from_numpy(p.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1 for p in pictures)
-            chosen = get_task(task)
-            out.append((clean, chosen.prepare(source[0]) if source else chosen.degrade(clean, generator)))
+            out.append(_given(get_task(task), largest_square(photos, self.size, rng), generator))
         return out
 
 

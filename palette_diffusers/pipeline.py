@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from . import canvas, sizes
 from .canvas import ImageInput, Picture
 from .color import chroma
 from .masks import border_mask
-from .scheduler import PaletteScheduler, diffuse, noise_level, output_for, predicted_original
+from .scheduler import PaletteScheduler, diffuse, noise_level, output_for, predicted_original, variance_exploding
 from .tasks import Given, Task, get_task, network_condition
 from .unet import PaletteUNet2DModel
 
@@ -149,9 +150,10 @@ class PalettePipeline(DiffusionPipeline):
             first = self._first_step(start)
             if first == len(timesteps):
                 return estimate
-        elif task is not None and task.start is not None and self._first_step(task.start) < len(timesteps):
-            # too few steps for a start from the source are taken from noise
-            estimate, first = given.condition, self._first_step(task.start)
+        elif task is not None and task.start is not None:
+            first = self._first_step(task.start)
+            if first < len(timesteps):  # too few steps for a start from the source are taken from noise
+                estimate = given.condition
         if estimate is None:
             sample = sample * self.scheduler.init_noise_sigma
         else:
@@ -159,7 +161,7 @@ class PalettePipeline(DiffusionPipeline):
             timesteps = timesteps[first:]
             if hasattr(self.scheduler, "set_begin_index"):
                 self.scheduler.set_begin_index(first)
-            exploding = float(self.scheduler.init_noise_sigma) > 1.5  # Euler and Heun carry y / sqrt(gamma)
+            exploding = variance_exploding(self.scheduler)
             noise = sample if exploding else sample * self.scheduler.init_noise_sigma
             sample = diffuse(estimate, noise, gamma)
             sample = sample / gamma.sqrt() if exploding else sample
@@ -284,13 +286,14 @@ class PalettePipeline(DiffusionPipeline):
         callback: Callable | None,
     ) -> torch.Tensor:
         """One photograph (1, 3, H, W) => its variations (N, 3, H, W)."""
+        denoise = partial(self.denoise, generator=generators, num_inference_steps=steps, callback=callback, task=task)
         if task.strategy == "hole":
             assert mask is not None
             result, holes = image.expand(len(generators), -1, -1, -1), sizes.separate(mask)
             if latents is not None and len(holes) > 1:
                 raise ValueError(f"latents came, but the mask has {len(holes)} holes apart, each sampled on its own")
             for hole in holes:
-                result = self._fill(result, hole, mask, task, generators, steps, latents, callback)
+                result = self._fill(result, hole, mask, task, generators, latents, denoise)
                 mask = mask - hole
             return result
         native, multiple = self.unet.config.sample_size, self.unet.size_multiple
@@ -302,11 +305,9 @@ class PalettePipeline(DiffusionPipeline):
         else:
             view, predict = sizes.fit(height, width, native, multiple), None
         given = task.prepare(view.look(image).expand(number, -1, -1, -1), None, generators)
-        sample = self.denoise(given, generators, steps, latents, predict, callback, task=task).cpu().clamp(-1, 1)
+        sample = denoise(given, latents=latents, predict=predict).cpu().clamp(-1, 1)
         if task.strategy == "chroma":
-            color = chroma(task.compose(sample, given))
-            merged = [sizes.merge_chroma(image, one, view) for one in color.split(1)]
-            return torch.cat(merged) if number > 1 else merged[0]
+            return sizes.merge_chroma(image, chroma(task.compose(sample, given)), view)
         # the task composes at the photograph's own resolution
         known = image.expand(number, -1, -1, -1)
         return task.compose(view.back(sample), Given(known=known, condition=known))
@@ -318,9 +319,8 @@ class PalettePipeline(DiffusionPipeline):
         mask: torch.Tensor,
         task: Task,
         generators: list[torch.Generator],
-        steps: int | None,
         latents: torch.Tensor | None,
-        callback: Callable | None,
+        denoise: Callable[..., torch.Tensor],
     ) -> torch.Tensor:
         """One hole, `part`, of all that is unknown, `mask`: (N, 3, H, W) => the same with the hole filled, coarse to
         fine: what the model made of the whole is refined at twice the resolution, tile by tile, up to the
@@ -341,8 +341,7 @@ class PalettePipeline(DiffusionPipeline):
             if coarse is not None and view.inner <= coarse.inner:  # a photograph below the model's size
                 sample = estimate
             else:
-                args = (given, generators, steps, latents, predict, callback, estimate, REFINE_FROM, task)
-                sample = self.denoise(*args).cpu()
+                sample = denoise(given, latents=latents, predict=predict, estimate=estimate, start=REFINE_FROM).cpu()
             estimate = task.compose(sample.clamp(-1, 1), given)[..., : view.inner[0], : view.inner[1]]
             latents, coarse = None, view
         assert estimate is not None

@@ -79,6 +79,13 @@ class Tally:
         return line
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes beside and renames, so that no half-written file stays behind."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
 def read_log(path: Path) -> list[dict]:
     """The lines of a log, in order of steps; of a step that was done twice, the last. A half line is left out."""
     lines: dict[int, dict] = {}
@@ -126,11 +133,7 @@ def draw_samples(unet: Any, scheduler: Any, dataset: Any, steps: int, path: Path
     rows = []
     for name in dataset.tasks:
         fixed = dataset.fixed(name, number)
-        given = Given(
-            known=torch.cat([g.known for _, g in fixed]),
-            condition=torch.cat([g.condition for _, g in fixed]),
-            mask=None if fixed[0][1].mask is None else torch.cat([g.mask for _, g in fixed]),
-        )
+        given = Given.cat([given for _, given in fixed])
         generators = [torch.Generator().manual_seed(10_000 + k) for k in range(number)]
         sample = pipe.denoise(given, generators, steps, task=get_task(name)).cpu()
         out = get_task(name).compose(sample, given)
@@ -210,9 +213,7 @@ def write_report(folder: Path, settings: TrainSettings) -> Path:
         f"<h1>Training run</h1>{''.join(charts)}{bins}{pictures}<h2>Settings</h2><table>{rows}</table></html>"
     )
     path = folder / "report.html"
-    part = path.with_name("report.html.part")
-    part.write_text(page)
-    os.replace(part, path)
+    write_text(path, page)
     return path
 
 

@@ -97,6 +97,11 @@ def condition_velocity(
     return (gamma.sqrt() * y - y0) / noise.clamp_min(1e-12).sqrt()
 
 
+def variance_exploding(scheduler: Any) -> bool:
+    """Whether a solver carries y / sqrt(gamma) instead of y, as Euler and Heun do."""
+    return float(scheduler.init_noise_sigma) > 1.5
+
+
 def noise_level(scheduler: Any, timestep: torch.Tensor | float) -> torch.Tensor:
     """gamma at a timestep of any diffusers scheduler: a float32 scalar tensor.
 
@@ -105,7 +110,7 @@ def noise_level(scheduler: Any, timestep: torch.Tensor | float) -> torch.Tensor:
     """
     if isinstance(scheduler, PaletteScheduler):
         return scheduler.gamma(timestep)
-    if float(scheduler.init_noise_sigma) > 1.5:  # variance-exploding parametrisation
+    if variance_exploding(scheduler):
         index = scheduler.step_index
         if index is None:
             index = scheduler.index_for_timestep(timestep)

@@ -139,7 +139,7 @@ class TrainSettings:
             raise ValueError("lora_rank needs a checkpoint to adapt: name it by init")
 
     def numbers(self, name: str) -> dict[str, float]:
-        """A setting "task=2,other=0.5" => a number for each task of the run; 1 where none is given."""
+        """A setting "task=2,other=0.5" => the numbers by task, those that are given."""
         given = {}
         for part in filter(None, (part.strip() for part in getattr(self, name).split(","))):
             task, _, value = part.partition("=")

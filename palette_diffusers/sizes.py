@@ -156,7 +156,7 @@ def full(height: int, width: int, multiple: int) -> View:
 
 
 def merge_chroma(gray: torch.Tensor, color: torch.Tensor, view: View) -> torch.Tensor:
-    """The photograph's own luma (1, 3, H, W) with chroma of working size (1, 3, *outer): (1, 3, H, W).
+    """The photograph's own luma (1, 3, H, W) with chroma of working size (B, 3, *outer): (B, 3, H, W).
 
     The chroma comes up by a fast guided filter: locally linear in luma, so that it changes where the
     photograph does and does not bleed over edges. It works in bands, so that memory stays bounded.
@@ -176,7 +176,7 @@ def merge_chroma(gray: torch.Tensor, color: torch.Tensor, view: View) -> torch.T
         slope, offset = box_mean(slope, radius), box_mean(mean_color - slope * mean_light, radius)
     else:
         slope, offset = torch.zeros_like(color), color
-    out = torch.empty_like(gray)
+    out = gray.new_empty(len(color), *gray.shape[1:])
     columns = _lines(light.shape[-1], width)
     rows = _lines(light.shape[-2], height)
     for band in torch.arange(light.shape[-2]).split(256):

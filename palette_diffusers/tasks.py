@@ -30,6 +30,16 @@ class Given:
     condition: torch.Tensor
     mask: torch.Tensor | None = None
 
+    @staticmethod
+    def cat(several: "list[Given]") -> "Given":
+        """Those of one task, as one batch."""
+        masks = [given.mask for given in several if given.mask is not None]
+        return Given(
+            known=torch.cat([given.known for given in several]),
+            condition=torch.cat([given.condition for given in several]),
+            mask=torch.cat(masks) if masks else None,
+        )
+
     def to(self, device: torch.device | str) -> "Given":
         """The same on another device."""
         mask = None if self.mask is None else self.mask.to(device)
@@ -133,8 +143,7 @@ class Inpainting(Task):
 
     def compose(self, sample: torch.Tensor, given: Given) -> torch.Tensor:
         assert given.mask is not None
-        filled = seamless(sample.clamp(-1, 1), given.known, given.mask)
-        return torch.where(given.mask > 0.5, Task.compose(self, filled, given), given.known)
+        return self.guide(seamless(sample.clamp(-1, 1), given.known, given.mask), given)
 
     def guide(self, original: torch.Tensor, given: Given) -> torch.Tensor:
         assert given.mask is not None

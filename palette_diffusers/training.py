@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .report import Tally, draw_batch, draw_samples, write_card, write_report
+from .report import Tally, draw_batch, draw_samples, write_card, write_report, write_text
 from .scheduler import PaletteScheduler, diffuse, training_target
 from .settings import FREE, PRESETS, TrainSettings, parse, preset
 from .unet import PaletteUNet2DModel
@@ -166,12 +166,6 @@ def check_same(folder: Path, settings: TrainSettings) -> None:
     if changed:
         lines = ", ".join(f"{name} was {before[name]!r}, now {now[name]!r}" for name in changed)
         raise ValueError(f"{folder} holds a run of other settings: {lines}")
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
 
 
 # the parts of a run
@@ -418,7 +412,7 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
     ema.to(accelerator.device)
     main = accelerator.is_main_process
     if main:
-        _write(folder / "settings.json", json.dumps(asdict(settings), indent=2) + "\n")
+        write_text(folder / "settings.json", json.dumps(asdict(settings), indent=2) + "\n")
     if settings.tracker:
         accelerator.init_trackers("palette", {k: v for k, v in asdict(settings).items() if k != "unet"})
 
