@@ -274,7 +274,7 @@ class PaletteDataset(Dataset):
         clean = original[0]
         condition = network_condition(given, self.holes)[0]
         if self.condition_dropout and rng.random() < self.condition_dropout:
-            condition[:3] = torch.randn(clean.shape, generator=generator)
+            condition = torch.cat([torch.randn(clean.shape, generator=generator), condition[3:]])  # may be the original
         return {
             "clean": clean,
             "condition": condition,

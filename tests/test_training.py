@@ -13,7 +13,7 @@ import torch
 from conftest import toy_unet
 from PIL import Image
 
-from palette_diffusers import PalettePipeline, PaletteScheduler
+from palette_diffusers import Given, PalettePipeline, PaletteScheduler, Task, register_task, tasks
 from palette_diffusers.data import PaletteDataset, load_images, load_sources, random_crop
 from palette_diffusers.report import read_log
 from palette_diffusers.scheduler import training_target
@@ -448,6 +448,19 @@ def test_condition_dropout(folder):
     dataset = PaletteDataset(images, PaletteScheduler(), ["jpeg_restoration"], size=32, condition_dropout=0.5)
     dropped = sum(bool(dataset[i]["condition"].abs().max() > 1) for i in range(100))
     assert 30 < dropped < 70
+
+    class Same(Task):
+        name = "same"
+
+        def degrade(self, clean, generator=None):
+            return Given(known=clean, condition=clean)
+
+    register_task(Same)
+    try:
+        same_task = PaletteDataset(images, PaletteScheduler(), ["same"], size=32, condition_dropout=0.5)
+        assert all(same_task[i]["clean"].abs().max() <= 1 for i in range(20))  # the original is not overwritten
+    finally:
+        tasks._TASKS.pop("same")
 
 
 def test_regression_twin(folder, tmp_path):
