@@ -97,7 +97,8 @@ def only_images(data):
 
 
 def _is_gray(picture: np.ndarray) -> bool:
-    return bool((picture.max(-1).astype(int) - picture.min(-1)).max() < 8)
+    red, green, blue = (picture[..., k].astype(np.int16) for k in range(3))  # faster than a reduction over three
+    return all(int(np.abs(a - b).max()) < 8 for a, b in ((red, green), (green, blue), (blue, red)))
 
 
 def random_crop(picture: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:

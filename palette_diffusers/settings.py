@@ -94,7 +94,7 @@ class TrainSettings:
     validate_steps: int = _field(20, "network evaluations of each of those samples")
     max_hours: float = _field(0.0, "stop, saved, after this many hours; 0 = never")
     tracker: str = _field(
-        "", "also log to this: tensorboard, wandb or trackio", ("", "tensorboard", "wandb", "trackio")
+        "auto", "log to this too; auto: tensorboard if installed", ("auto", "none", "tensorboard", "wandb", "trackio")
     )
     push_to_hub: str = _field("", "Hub id that the finished pipeline is uploaded to")
     dry_run: bool = _field(False, "only say what the run will take, and draw one degraded batch")

@@ -306,12 +306,16 @@ def _accelerator(settings: TrainSettings) -> Any:
     from accelerate import Accelerator
     from accelerate.tracking import get_available_trackers
 
-    if settings.tracker and settings.tracker not in [str(t.value) for t in get_available_trackers()]:
-        raise ValueError(f"tracker {settings.tracker!r} needs the package of that name, which is not installed")
+    installed = [str(tracker.value) for tracker in get_available_trackers()]
+    tracker = settings.tracker
+    if tracker == "auto":
+        tracker = "tensorboard" if "tensorboard" in installed else "none"
+    if tracker not in ("none", *installed):
+        raise ValueError(f"tracker {tracker!r} needs the package of that name, which is not installed")
     accelerator = Accelerator(
         mixed_precision=settings.precision or None,
-        log_with=settings.tracker or None,
-        project_dir=settings.output if settings.tracker else None,
+        log_with=None if tracker == "none" else tracker,
+        project_dir=settings.output,
     )
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     if kind in SHARDED:
@@ -457,8 +461,7 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
     main = accelerator.is_main_process
     if main:
         write_text(folder / "settings.json", json.dumps(asdict(settings), indent=2) + "\n")
-    if settings.tracker:
-        accelerator.init_trackers("palette", {k: v for k, v in asdict(settings).items() if k != "unet"})
+    accelerator.init_trackers("palette", {k: v for k, v in asdict(settings).items() if k != "unet"})
 
     stop: list[int] = []
     before = {number: signal.signal(number, lambda n, _: stop.append(n)) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -520,8 +523,7 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
             if step % settings.log_every == 0:
                 line = tally.line(accelerator, step)
                 bar.set_postfix({k: line[k] for k in ("loss", "samples_per_second", "waiting")})
-                if settings.tracker:
-                    accelerator.log({k: v for k, v in line.items() if isinstance(v, (int, float))}, step=step)
+                accelerator.log({k: v for k, v in line.items() if isinstance(v, (int, float))}, step=step)
                 if main and bar.disable:
                     print(
                         json.dumps({k: line[k] for k in ("step", "loss", "samples_per_second", "waiting")}), flush=True

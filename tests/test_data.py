@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_training import _stopped_at, fresh_accelerator, same, settings  # noqa: F401
+from test_training import _stopped_at, finish, fresh_accelerator, launch, options, same, settings  # noqa: F401
 from torch.utils.data import DataLoader
 
 from palette_diffusers import PaletteScheduler
@@ -120,6 +120,21 @@ def test_a_streamed_run_equals_an_uninterrupted_one(shards, tmp_path, cut, chang
     same(last_state(tmp_path / "a"), last_state(tmp_path / "b"))
     logs = [[line["loss"] for line in read_log(tmp_path / name / "log.jsonl")] for name in "ab"]
     assert logs[0] == logs[1] and len(logs[0]) == 4
+
+
+def test_two_processes_stream_and_go_on(shards, tmp_path):
+    """gloo: stopped after half of the steps and continued, against a run that was not."""
+
+    def arguments(name, steps):
+        return [*options(shards, tmp_path / name, steps=steps), "--streaming", "--tasks", "inpainting,uncropping"]
+
+    whole = launch(*arguments("a", 4), processes=2)
+    finish(launch(*arguments("b", 2), processes=2))
+    finish(launch(*arguments("b", 4), "--resume", processes=2))
+    finish(whole)
+    state = last_state(tmp_path / "a")
+    same(state, last_state(tmp_path / "b"))
+    assert state["read"].shape == (2, 1, 2) and (state["read"][..., 1] > 0).any()
 
 
 def test_a_stream_goes_on_only_as_it_was_divided(shards, tmp_path):
