@@ -473,7 +473,8 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
             parts = dict(unet=raw.state_dict(), optimizer=optimizer.state_dict(), ema=ema.state_dict(), scaler=scaler)
             if settings.streaming:
                 parts["read"] = everywhere
-            save_state(folder, step, settings.keep, precision=accelerator.mixed_precision, **parts)
+            world = dict(precision=accelerator.mixed_precision, processes=accelerator.num_processes)
+            save_state(folder, step, settings.keep, **world, **parts)
 
     def sheet(step: int) -> None:
         ema.store(trained)

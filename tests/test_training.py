@@ -204,8 +204,9 @@ def launch(*arguments, processes=1, **more):
     else:
         command += ["--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
             "--dynamo_backend", "no"]  # fmt: skip
+    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
     return subprocess.Popen([*command, str(TRAIN), *map(str, arguments)], text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True, **more)  # fmt: skip
+        stderr=subprocess.PIPE, env=env, start_new_session=True, **more)  # fmt: skip
 
 
 def options(folder, output, **changes) -> list[str]:
@@ -255,6 +256,7 @@ def test_two_processes_equal_one(folder, tmp_path):
         name: [line["loss"] for line in read_log(tmp_path / name / "log.jsonl")] for name in ("two", "one", "parts")
     }
     states = {name: last_state(tmp_path / name) for name in logs}
+    assert [states[name]["processes"] for name in ("two", "one", "parts")] == [2, 1, 1]
     for name in ("two", "parts"):
         assert logs[name] == pytest.approx(logs["one"], abs=2e-5) and len(logs[name]) == 4
         for k, v in states["one"]["optimizer"]["state"].items():  # the first moment holds the gradients
