@@ -158,6 +158,34 @@ def info(model: Model = None) -> None:
     print(f"devices: cpu{', cuda' if torch.cuda.is_available() else ''}; bfloat16 {half}")
 
 
+@app.command()
+def publish(
+    source: Annotated[str, typer.Argument(help="a pipeline's or a training run's folder, or starter")],
+    repo_id: Annotated[str, typer.Argument(help="USER/NAME on the Hub; created if it doesn't exist")],
+    private: Annotated[bool, typer.Option("--private", help="a created repository is private")] = False,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="propose the commit as a pull request")] = False,
+    dry_run: Annotated[Path | None, typer.Option(help="write the files to this folder, upload nothing")] = None,
+    license: Annotated[str | None, typer.Option(help="as the Hub names it; default: the card's")] = None,
+    dataset: Annotated[list[str] | None, typer.Option(help="Hub id of a data set it was trained on; repeatable")] = None,
+    base_model: Annotated[str | None, typer.Option(help="Hub id of the model that this one was tuned from")] = None,
+    evaluation: Annotated[Path | None, typer.Option(help="JSON of an evaluation, for the card's figures")] = None,
+    photo: Annotated[list[Path] | None, typer.Option(help="picture that samples are made of; repeatable")] = None,
+    overwrite_card: Annotated[bool, typer.Option("--overwrite-card", help="even if edited on the Hub")] = False,
+) -> None:  # fmt: skip
+    """Upload a pipeline that loads with this package and without it."""
+    try:
+        from .hub import publish as upload
+
+        url = upload(
+            source, repo_id, private=private, create_pr=create_pr, dry_run=dry_run, license=license,
+            datasets=dataset or (), base_model=base_model, evaluation=evaluation, photos=photo or (),
+            overwrite_card=overwrite_card,
+        )  # fmt: skip
+    except (ValueError, TypeError, OSError) as error:
+        _fail(error)
+    print(url)
+
+
 def main() -> None:
     app()
 

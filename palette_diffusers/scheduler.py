@@ -108,7 +108,7 @@ def noise_level(scheduler: Any, timestep: torch.Tensor | float) -> torch.Tensor:
     Solvers with integer timesteps (DDIM, DPM-Solver, UniPC) index `alphas_cumprod`; those in sigmas (Euler,
     Heun) have gamma = 1 / (1 + sigma^2).
     """
-    if isinstance(scheduler, PaletteScheduler):
+    if hasattr(scheduler, "gamma"):  # not by class: a published repository carries its own copy
         return scheduler.gamma(timestep)
     if variance_exploding(scheduler):
         index = scheduler.step_index
