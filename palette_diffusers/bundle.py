@@ -40,9 +40,9 @@ def bundle(rooms: tuple[str, ...], version: str) -> str:
                 lines[node.lineno - 1 : node.end_lineno] = _local(node, rooms, room)
         parts.append(f"# {room}\n\n" + "\n".join(lines).strip())
     text = "\n\n\n".join(parts) + "\n"
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            raise ValueError(f"`{ast.unparse(node)}` is inside a function: one file can't hold it")
+    for inner in ast.walk(ast.parse(text)):
+        if isinstance(inner, ast.ImportFrom) and inner.level:
+            raise ValueError(f"`{ast.unparse(inner)}` is inside a function: one file can't hold it")
     return text
 
 

@@ -69,7 +69,7 @@ def fetch(
     variant: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
-    cache_dir: str | os.PathLike | None = None,
+    cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     force_download: bool = False,
 ) -> Path:

@@ -166,7 +166,7 @@ def publish(
     create_pr: Annotated[bool, typer.Option("--create-pr", help="propose the commit as a pull request")] = False,
     dry_run: Annotated[Path | None, typer.Option(help="write the files to this folder, upload nothing")] = None,
     license: Annotated[str | None, typer.Option(help="as the Hub names it; default: the card's")] = None,
-    dataset: Annotated[list[str] | None, typer.Option(help="Hub id of a data set it was trained on; repeatable")] = None,
+    dataset: Annotated[list[str] | None, typer.Option(help="Hub id of a data set of its training; repeatable")] = None,
     base_model: Annotated[str | None, typer.Option(help="Hub id of the model that this one was tuned from")] = None,
     evaluation: Annotated[Path | None, typer.Option(help="JSON of an evaluation, for the card's figures")] = None,
     photo: Annotated[list[Path] | None, typer.Option(help="picture that samples are made of; repeatable")] = None,

@@ -110,7 +110,7 @@ def find_pipeline(source: str | os.PathLike) -> tuple[Path, Path | None]:
     if (folder / "pipeline" / "model_index.json").is_file():
         return folder / "pipeline", folder
     raise FileNotFoundError(
-        f"{folder} holds no pipeline: it has neither model_index.json nor pipeline/model_index.json"
+        f"{folder} holds no pipeline, neither model_index.json nor pipeline/model_index.json"
     )
 
 
@@ -133,6 +133,10 @@ def write_weights(pipe: PalettePipeline, tree: Path, max_shard_size: str = SHARD
     unet = type(pipe.unet).from_config(pipe.unet.config).half()
     unet.load_state_dict(half)
     unet.save_pretrained(tree / "unet", variant="fp16", max_shard_size=max_shard_size)
+    for path in tree.rglob("*.json"):
+        content = json.loads(path.read_text())
+        if content.pop("_name_or_path", None):  # a path of this machine
+            path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     path = tree / "model_index.json"
     index = json.loads(path.read_text())
     index["tasks"] = ",".join(index["tasks"])  # diffusers takes every list for a component
@@ -225,7 +229,7 @@ def make_card(
     folder: Path,
     run: Path | None,
     evaluation: dict[str, Any],
-    samples: bool,
+    samples: bool = False,
     license: str | None = None,
     datasets: Sequence[str] = (),
     base_model: str | None = None,
@@ -247,7 +251,8 @@ def make_card(
     if table:
         data.model_name = repo_id.split("/")[-1]
         data.eval_results = _eval_results(evaluation)
-    parts = [_about(pipe, repo_id, old, bool(table)), _usage(pipe, repo_id)]
+    adapters = (folder / "lora").is_dir()
+    parts = [_about(pipe, repo_id, old, bool(table)), _usage(pipe, repo_id, adapters)]
     if samples:
         parts.append(f"## Samples\n\n![Rows by task: source, sample, original]({SHEET})")
     if table:
@@ -268,7 +273,13 @@ def _about(pipe: PalettePipeline, repo_id: str, old: ModelCard | None, measured:
     )
 
 
-def _usage(pipe: PalettePipeline, repo_id: str) -> str:
+ADAPTERS = (
+    "`lora/` holds the low-rank adapters on their own, for the model that they were tuned on: "
+    '`pipe.unet.load_lora_adapter(FOLDER, prefix=None, use_safetensors=True)`.'
+)
+
+
+def _usage(pipe: PalettePipeline, repo_id: str, adapters: bool) -> str:
     task = pipe.config.default_task
     extra = {"inpainting": ', mask_image="mask.png"', "uncropping": ", right=0.25"}.get(task, "")
     return f"""## Use
@@ -289,7 +300,7 @@ pipe = DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)
 pipe("photo.jpg", task="{task}"{extra}).images[0].save("result.png")
 ```
 
-`variant="fp16"` downloads the weights in half precision."""
+`variant="fp16"` downloads the weights in half precision.""" + ("\n\n" + ADAPTERS if adapters else "")
 
 
 def _ours(evaluation: dict[str, Any]) -> list[tuple[str, str, float]]:
@@ -335,7 +346,7 @@ def upload(
     """One commit of all files of a tree, by `huggingface_hub`, which retries and skips what is there already."""
     api = HfApi(token=token, library_name="palette-diffusers", library_version=__version__)
     api.create_repo(repo_id, private=private, exist_ok=True)
-    info = api.repo_info(repo_id)
+    info = api.model_info(repo_id)
     if private and not info.private:
         raise ValueError(f"{repo_id} exists and is public, a private repository was asked for")
     there = {sibling.rfilename for sibling in info.siblings or []}

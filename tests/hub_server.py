@@ -119,7 +119,8 @@ class Handler(BaseHTTPRequestHandler):
         name = f"{wanted.get('organization') or 'me'}/{wanted['name']}"
         status = 409 if name in self.hub.repos else 200
         if status == 200:
-            repo = self.hub.repos[name] = Repo(private=bool(wanted.get("private")) or wanted.get("visibility") == "private")
+            private = bool(wanted.get("private")) or wanted.get("visibility") == "private"
+            repo = self.hub.repos[name] = Repo(private=private)
             repo.commit({".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"})
         self.answer(status, {"url": f"{self.hub.url}/{name}", "id": name, "name": name})
 
