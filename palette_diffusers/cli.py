@@ -186,6 +186,49 @@ def publish(
     print(url)
 
 
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Janspiry's .pth, guided-diffusion's .pt, or a UNet2DModel's folder")],
+    output: Annotated[Path, typer.Argument(help="new folder for the pipeline")],
+    config: Annotated[Path | None, typer.Option(help="Janspiry's configuration, JSON")] = None,
+    head_channels: Annotated[
+        int | None, typer.Option(help="channels of an attention head, which no checkpoint tells; 32 or 64 by kind")
+    ] = None,
+    new_attention_order: Annotated[
+        bool, typer.Option("--new-attention-order", help="trained with use_new_attention_order")
+    ] = False,
+    image_size: Annotated[int | None, typer.Option(help="pixels a side; default: the configuration's, or 256")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="task it was trained for; repeatable")] = None,
+    no_ema: Annotated[bool, typer.Option("--no-ema", help="not the averaged weights that lie beside")] = False,
+) -> None:
+    """Take in a checkpoint of another implementation."""
+    try:
+        from .convert import convert as take_in
+
+        folder = take_in(
+            source, output, config=config, head_channels=head_channels, new_attention_order=new_attention_order,
+            image_size=image_size, tasks=task or (), ema=not no_ema,
+        )  # fmt: skip
+    except (ValueError, TypeError, OSError) as error:
+        _fail(error)
+    print(folder)
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(help="a pipeline's folder or Hub id")],
+    output: Annotated[Path, typer.Argument(help="new folder for the UNet2DModel and its DDPMScheduler")],
+) -> None:
+    """Write the network as diffusers' own UNet2DModel, where that can express it."""
+    try:
+        from .convert import export as write
+
+        folder = write(source, output)
+    except (ValueError, TypeError, OSError) as error:
+        _fail(error)
+    print(folder)
+
+
 def main() -> None:
     app()
 

@@ -109,9 +109,7 @@ def find_pipeline(source: str | os.PathLike) -> tuple[Path, Path | None]:
         return folder, run
     if (folder / "pipeline" / "model_index.json").is_file():
         return folder / "pipeline", folder
-    raise FileNotFoundError(
-        f"{folder} holds no pipeline, neither model_index.json nor pipeline/model_index.json"
-    )
+    raise FileNotFoundError(f"{folder} holds no pipeline, neither model_index.json nor pipeline/model_index.json")
 
 
 def _precision(folder: Path) -> dict[str, Any]:
@@ -275,7 +273,7 @@ def _about(pipe: PalettePipeline, repo_id: str, old: ModelCard | None, measured:
 
 ADAPTERS = (
     "`lora/` holds the low-rank adapters on their own, for the model that they were tuned on: "
-    '`pipe.unet.load_lora_adapter(FOLDER, prefix=None, use_safetensors=True)`.'
+    "`pipe.unet.load_lora_adapter(FOLDER, prefix=None, use_safetensors=True)`."
 )
 
 

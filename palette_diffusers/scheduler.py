@@ -6,6 +6,7 @@ Images are (B, C, H, W), RGB, [-1, 1]; gamma is a float32 tensor (B,).
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -95,6 +96,29 @@ def condition_velocity(
     total = noise + error**2 * gamma
     y0 = (error**2 * gamma.sqrt() * y + noise * x) / total
     return (gamma.sqrt() * y - y0) / noise.clamp_min(1e-12).sqrt()
+
+
+@cache
+def _linear_logsnr(beta_start: float, beta_end: float, steps: int) -> torch.Tensor:
+    """log-SNR of every timestep of a linear schedule, falling: float32 (T,)."""
+    gammas = linear_gammas(beta_start, beta_end, steps)[1:]
+    return torch.from_numpy(np.log(gammas) - np.log1p(-gammas)).float()
+
+
+def timestep_of(gamma: torch.Tensor, beta_start: float, beta_end: float, steps: int) -> torch.Tensor:
+    """The timestep, 0 to T - 1, at which a linear beta schedule has this level: float32 (B,), fractional between two,
+    whole where it is within 0.01 of one (float32 says gamma near 1 no better).
+
+    >>> gammas = torch.from_numpy(linear_gammas(1e-4, 0.02, 1000)).float()
+    >>> timestep_of(gammas[[1, 500, 1000]], 1e-4, 0.02, 1000)
+    tensor([  0., 499., 999.])
+    """
+    table = _linear_logsnr(beta_start, beta_end, steps).to(gamma.device)
+    logsnr = gamma.log() - torch.log1p(-gamma)
+    after = torch.searchsorted(-table, -logsnr).clamp(1, steps - 1)
+    high, low = table[after - 1], table[after]
+    t = (after - 1 + (high - logsnr) / (high - low)).clamp(0, steps - 1)
+    return torch.where((t - t.round()).abs() < 0.01, t.round(), t)
 
 
 def variance_exploding(scheduler: Any) -> bool:

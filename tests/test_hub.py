@@ -249,7 +249,7 @@ app(["info", "--model", "me/nothing"])
     assert done.returncode == 2 and len(said) == 1 and "not in the cache" in said[0]
 
 
-AGAIN = f"""
+AGAIN = """
 import json, sys
 from palette_diffusers.hub import publish
 
@@ -257,7 +257,7 @@ def attempt(*arguments, **options):
     try:
         return publish(*arguments, **options)
     except (ValueError, OSError) as error:
-        return f"{{type(error).__name__}}: {{error}}"
+        return f"{type(error).__name__}: {error}"
 
 pipeline = sys.argv[1] + "/pipeline"
 print(json.dumps([
