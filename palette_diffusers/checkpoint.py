@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = 1  # of what `save_pretrained` writes; raised when an older package could no longer read it
-WEIGHTS = re.compile(r"unet/diffusion_pytorch_model(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors")
+WEIGHTS = re.compile(r"unet/diffusion_pytorch_model(?:\.(\w+))?(?:-\d+-of-\d+)?\.(safetensors|bin)")
 
 
 def is_local(name: str) -> bool:
@@ -22,20 +22,20 @@ def check_folder(folder: Path, variant: str | None) -> None:
     """
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"{folder} is no folder with a model_index.json, as save_pretrained writes it")
-    check_variant(str(folder), [path.relative_to(folder).as_posix() for path in folder.glob("unet/*")], variant)
+    files = [path.relative_to(folder).as_posix() for path in folder.glob("unet/*")]
+    check_variant(str(folder), variants(files, ("safetensors", "bin")), variant)
 
 
-def variants(files: list[str]) -> set[str]:
-    """The variants whose weights are among these files; "" is the plain one."""
-    return {match[1] or "" for match in map(WEIGHTS.fullmatch, files) if match}
+def variants(files: list[str], kinds: tuple[str, ...] = ("safetensors",)) -> set[str]:
+    """The variants whose weights are among these files; "" is the plain one. (A pickle of one's own folder, "bin",
+    is read by diffusers with `weights_only`; of the Hub, none is.)"""
+    return {match[1] or "" for match in map(WEIGHTS.fullmatch, files) if match and match[2] in kinds}
 
 
-def check_variant(name: str, files: list[str], variant: str | None) -> None:
-    known = variants(files)
+def check_variant(name: str, known: set[str], variant: str | None) -> None:
     if (variant or "") not in known:
-        wanted = f"weights of the variant {variant!r}" if variant else "weights without a variant"
-        there = ", ".join(repr(v) if v else "none (no variant)" for v in sorted(known))
-        raise ValueError(f"{name} has no {wanted} in safetensors, expected one of: {there or 'there are none at all'}")
+        there = ", ".join(f"variant={v!r}" if v else "no variant" for v in sorted(known)) or "no weights at all"
+        raise ValueError(f"You are trying to load the model files of the `variant={variant}`, but {name} has {there}")
 
 
 def read_index(index: dict[str, Any], classes: set[str], modules: dict[str, str], where: str) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def fetch(
         raise OSError(f"{name} could not be fetched from {constants.ENDPOINT}: HTTP {status}") from error
     if "model_index.json" not in sizes:
         raise FileNotFoundError(f"{page} holds no pipeline: it has no model_index.json")
-    check_variant(name, list(sizes), variant)
+    check_variant(name, variants(list(sizes)), variant)
     return folder
 
 

@@ -5,6 +5,7 @@ gamma in (0, 1] the share of the signal's variance, so that y = sqrt(gamma) y0 +
 Images are (B, C, H, W), RGB, [-1, 1]; gamma is a float32 tensor (B,).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -155,6 +156,7 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
 
     Args:
         num_train_timesteps, beta_start, beta_end: the training schedule; 2000, 1e-6, 0.01 in the paper.
+        trained_betas: all betas of the training schedule, where it isn't linear.
         sampling_timesteps, sampling_beta_start, sampling_beta_end: 1000, 1e-4, 0.09 in the paper.
         prediction_type: "epsilon" (the paper), "v_prediction" or "sample".
         clip_sample: clamp the predicted y0 to [-clip_sample_range, clip_sample_range] at every step.
@@ -188,6 +190,7 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
         beta_start: float = 1e-6,
         beta_end: float = 0.01,
         beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
         sampling_timesteps: int = 1000,
         sampling_beta_start: float = 1e-4,
         sampling_beta_end: float = 0.09,
@@ -214,11 +217,16 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
         # the library drops defaulted values when another class is built from a configuration, and that solver
         # would then get the library's own betas in silence: nothing of ours counts as defaulted
-        self.register_to_config(_use_default_values=[])
+        if "_use_default_values" in self.config:
+            self.register_to_config(_use_default_values=[])
         # as the library's solvers do it, in float32, so that a swapped solver agrees to the bit
-        self.betas = torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float32)
+        if trained_betas is None:
+            self.betas = torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float32)
+            self.training_gammas = linear_gammas(beta_start, beta_end, num_train_timesteps)
+        else:
+            self.betas = torch.tensor(trained_betas, dtype=torch.float32)
+            self.training_gammas = np.concatenate([[1.0], np.cumprod(1.0 - np.asarray(trained_betas, np.float64))])
         self.alphas_cumprod = torch.cumprod(1.0 - self.betas, dim=0)
-        self.training_gammas = linear_gammas(beta_start, beta_end, num_train_timesteps)
         self.init_noise_sigma = initial_noise
         self.num_inference_steps: int | None = None
         self._gammas = self.training_gammas

@@ -216,7 +216,7 @@ def test_loads_with_the_package(hub, published, place, cache):
     assert out.pop("variant") == ["torch.float32", sample(rounded, place / "photo.png")]
     assert out.pop("low")[0] == "torch.bfloat16"
     says = {
-        "no such variant": ("ValueError", "'bf16'", "'fp16'"),
+        "no such variant": ("ValueError", "variant=bf16", "no variant, variant='fp16'"),
         "no such revision": ("FileNotFoundError", "no revision 'v9'"),
         "no token": ("FileNotFoundError", "me/private", "log in"),
         "gated": ("PermissionError", "gated", "accept its terms"),
