@@ -19,6 +19,10 @@ from diffusers.utils.torch_utils import randn_tensor
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("paper", "logsnr")
+OWN_SETTINGS = {
+    "sampling_timesteps", "sampling_beta_start", "sampling_beta_end", "sampling_spacing", "sampling_variance",
+    "logsnr_min", "logsnr_max", "initial_noise",
+}  # fmt: skip
 VARIANCES = ("fixed_large", "fixed_small", "zero")
 
 
@@ -216,9 +220,10 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
         # the library drops defaulted values when another class is built from a configuration, and that solver
-        # would then get the library's own betas in silence: nothing of ours counts as defaulted
-        if "_use_default_values" in self.config:
-            self.register_to_config(_use_default_values=[])
+        # would then get the library's own betas in silence: only what no solver of it knows counts as defaulted
+        defaulted = self.config.get("_use_default_values")
+        if defaulted is not None:
+            self.register_to_config(_use_default_values=sorted(set(defaulted) & OWN_SETTINGS))
         # as the library's solvers do it, in float32, so that a swapped solver agrees to the bit
         if trained_betas is None:
             self.betas = torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float32)
