@@ -1,5 +1,6 @@
 """A pipeline's folder => a repository of the Hub that loads with this package and without it."""
 
+import copy
 import hashlib
 import json
 import os
@@ -32,6 +33,10 @@ from .tasks import Given, get_task, task_names
 SUMS = "SHA256SUMS"
 SHEET = "samples.png"
 SHARD = "1GB"
+ADAPTERS = (
+    "`lora/` holds the low-rank adapters on their own, for the model that they were tuned on: "
+    "`pipe.unet.load_lora_adapter(FOLDER, prefix=None, use_safetensors=True)`."
+)
 
 
 def publish(
@@ -77,9 +82,10 @@ def publish(
     folder, run = find_pipeline(source)
     if dry_run is not None and Path(dry_run).exists() and any(Path(dry_run).iterdir()):
         raise ValueError(f"{dry_run} is not empty: name a new folder")
-    where = Path(dry_run or tempfile.gettempdir()).absolute()
-    where.parent.mkdir(parents=True, exist_ok=True)
-    tree = Path(tempfile.mkdtemp(prefix=".palette-", dir=where.parent if dry_run else where))
+    home = None if dry_run is None else Path(dry_run).absolute().parent
+    if home:
+        home.mkdir(parents=True, exist_ok=True)
+    tree = Path(tempfile.mkdtemp(prefix=".palette-", dir=home))
     try:
         pipe = PalettePipeline.from_pretrained(folder, **_precision(folder))
         pipe.set_progress_bar_config(disable=True)
@@ -95,7 +101,7 @@ def publish(
         if dry_run is None:
             return upload(tree, repo_id, private, create_pr, overwrite_card, token)
         tree.chmod(0o755)
-        os.replace(tree, where)
+        os.replace(tree, dry_run)
         return str(dry_run)
     finally:
         shutil.rmtree(tree, ignore_errors=True)
@@ -124,13 +130,11 @@ def _precision(folder: Path) -> dict[str, Any]:
 def write_weights(pipe: PalettePipeline, tree: Path, max_shard_size: str = SHARD) -> None:
     """`save_pretrained` in float32 and as the variant fp16; the index names the code that goes with it."""
     pipe.save_pretrained(tree, max_shard_size=max_shard_size)
-    half = {name: value.half() for name, value in pipe.unet.state_dict().items()}
-    bad = [name for name, value in half.items() if not torch.isfinite(value).all()]
+    half = copy.deepcopy(pipe.unet).half()
+    bad = [name for name, value in half.state_dict().items() if not torch.isfinite(value).all()]
     if bad:
         raise ValueError(f"{len(bad)} weights are beyond float16, {bad[0]} for one")
-    unet = type(pipe.unet).from_config(pipe.unet.config).half()
-    unet.load_state_dict(half)
-    unet.save_pretrained(tree / "unet", variant="fp16", max_shard_size=max_shard_size)
+    half.save_pretrained(tree / "unet", variant="fp16", max_shard_size=max_shard_size)
     for path in tree.rglob("*.json"):
         content = json.loads(path.read_text())
         if content.pop("_name_or_path", None):  # a path of this machine
@@ -147,8 +151,11 @@ def write_weights(pipe: PalettePipeline, tree: Path, max_shard_size: str = SHARD
 
 
 def write_code(tree: Path) -> None:
+    """The files that the index names: a scheduler of diffusers' own needs none."""
+    index = (tree / "model_index.json").read_text()
     for name, rooms in FILES.items():
-        (tree / name).write_text(bundle(rooms, __version__), encoding="utf-8")
+        if f'"{Path(name).stem}"' in index:
+            (tree / name).write_text(bundle(rooms, __version__), encoding="utf-8")
 
 
 def _copy_extras(folder: Path, run: Path | None, tree: Path) -> None:
@@ -215,9 +222,11 @@ def read_evaluation(path: str | os.PathLike) -> dict[str, Any]:
     """
     try:
         report = json.loads(Path(path).read_text())
-        assert any("Palette" in methods for methods in report["results"].values())
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, AssertionError):
-        raise ValueError(f'{path} is no evaluation: expected JSON with results, task => "Palette" => numbers') from None
+        ours = _ours(report)
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError):
+        ours = []
+    if not ours:
+        raise ValueError(f'{path} is no evaluation: expected JSON with results, task => "Palette" => metric => number')
     return report
 
 
@@ -242,6 +251,8 @@ def make_card(
     elif folder.resolve() == STARTER.resolve():
         data.license = "other"
     if data.license == "other":
+        if not (_from_starter(run) or (folder / "LICENSE").is_file()):
+            raise ValueError(f"license is 'other', but {folder} has no LICENSE to say which")
         data.license_name, data.license_link = "see-license-file", "LICENSE"
     data.datasets = list(datasets) or data.datasets
     data.base_model = base_model or data.base_model
@@ -262,6 +273,7 @@ def _about(pipe: PalettePipeline, repo_id: str, old: ModelCard | None, measured:
     """The folder's own text, without its usage; or what the configuration says."""
     if old:
         text = re.sub(r"```python\n(?:(?!```).)*from_pretrained.*?```\n?", "", old.text, flags=re.S)
+        text = text.replace("# Palette model\n", f"# {repo_id.split('/')[-1]}\n")
         return (text.replace("Its quality has not been measured here.", "") if measured else text).strip()
     parameters = sum(p.numel() for p in pipe.unet.parameters())
     return (
@@ -269,12 +281,6 @@ def _about(pipe: PalettePipeline, repo_id: str, old: ModelCard | None, measured:
         f"{', '.join(pipe.config.tasks)}. {pipe.unet.config.sample_size} pixels, {parameters / 1e6:.1f}M parameters, "
         f"{pipe.config.default_steps} steps."
     )
-
-
-ADAPTERS = (
-    "`lora/` holds the low-rank adapters on their own, for the model that they were tuned on: "
-    "`pipe.unet.load_lora_adapter(FOLDER, prefix=None, use_safetensors=True)`."
-)
 
 
 def _usage(pipe: PalettePipeline, repo_id: str, adapters: bool) -> str:

@@ -87,7 +87,7 @@ class PalettePipeline(DiffusionPipeline):
         if Path(name).resolve() == STARTER.resolve():  # holds half precision only
             kwargs.setdefault("variant", "fp16")
             kwargs.setdefault("dtype", torch.float32)
-        if is_local(name):
+        if is_local(name) and "unet" not in kwargs:
             check_folder(Path(name), kwargs.get("variant"))
         return super().from_pretrained(name, **kwargs)
 

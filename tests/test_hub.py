@@ -306,9 +306,14 @@ def test_dry_run_is_what_is_published(hub, published, place, tmp_path):
     assert str(place).encode() not in b"".join(online.values())
     with pytest.raises(ValueError, match="not empty"):
         publish(place / "run", NAME, dry_run=folder)
+    with pytest.raises(ValueError, match="no LICENSE"):
+        publish(place / "run", NAME, license="other", dry_run=tmp_path / "new")
+    (tmp_path / "empty.json").write_text('{"results": {"colorization": {}}}')
+    with pytest.raises(ValueError, match="no evaluation"):
+        publish(place / "run", NAME, evaluation=tmp_path / "empty.json", dry_run=tmp_path / "new")
     with pytest.raises(FileNotFoundError, match="holds no pipeline"):
         publish(place, NAME, dry_run=tmp_path / "new")
-    assert [p.name for p in tmp_path.iterdir()] == ["tree"]  # nothing half-written stays
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.json", "tree"]  # nothing half-written stays
 
 
 def test_code_that_one_file_cannot_hold():
@@ -317,7 +322,7 @@ def test_code_that_one_file_cannot_hold():
     assert all(compile(bundle(rooms, "0"), name, "exec") for name, rooms in FILES.items())
 
 
-def test_bfloat16_range_is_refused(tmp_path):
+def test_weights_beyond_float16_are_refused(tmp_path):
     pipe = small_pipe()
     with torch.no_grad():
         pipe.unet.conv_out.weight[0, 0, 0, 0] = 1e6
