@@ -304,6 +304,77 @@ def info(model: Model = None) -> None:
     print(f"devices: cpu{', cuda' if torch.cuda.is_available() else ''}; bfloat16 {half}")
 
 
+@app.command()
+def publish(
+    source: Annotated[str, typer.Argument(help="a pipeline's or a training run's folder, or starter")],
+    repo_id: Annotated[str, typer.Argument(help="USER/NAME on the Hub; created if it doesn't exist")],
+    private: Annotated[bool, typer.Option("--private", help="a created repository is private")] = False,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="propose the commit as a pull request")] = False,
+    dry_run: Annotated[Path | None, typer.Option(help="write the files to this folder, upload nothing")] = None,
+    license: Annotated[str | None, typer.Option(help="as the Hub names it; default: the card's")] = None,
+    dataset: Annotated[list[str] | None, typer.Option(help="Hub id of a data set of its training; repeatable")] = None,
+    base_model: Annotated[str | None, typer.Option(help="Hub id of the model that this one was tuned from")] = None,
+    evaluation: Annotated[Path | None, typer.Option(help="JSON of an evaluation, for the card's figures")] = None,
+    photo: Annotated[list[Path] | None, typer.Option(help="picture that samples are made of; repeatable")] = None,
+    overwrite_card: Annotated[bool, typer.Option("--overwrite-card", help="even if edited on the Hub")] = False,
+) -> None:  # fmt: skip
+    """Upload a pipeline that loads with this package and without it."""
+    try:
+        from .hub import publish as upload
+
+        url = upload(
+            source, repo_id, private=private, create_pr=create_pr, dry_run=dry_run, license=license,
+            datasets=dataset or (), base_model=base_model, evaluation=evaluation, photos=photo or (),
+            overwrite_card=overwrite_card,
+        )  # fmt: skip
+    except (ValueError, TypeError, OSError) as error:
+        _fail(error)
+    print(url)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Janspiry's .pth, guided-diffusion's .pt, or a UNet2DModel's folder")],
+    output: Annotated[Path, typer.Argument(help="new folder for the pipeline")],
+    config: Annotated[Path | None, typer.Option(help="Janspiry's configuration, JSON")] = None,
+    head_channels: Annotated[
+        int | None, typer.Option(help="channels of an attention head, which no checkpoint tells; 32 or 64 by kind")
+    ] = None,
+    new_attention_order: Annotated[
+        bool, typer.Option("--new-attention-order", help="trained with use_new_attention_order")
+    ] = False,
+    image_size: Annotated[int | None, typer.Option(help="pixels a side; default: the configuration's, or 256")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="task it was trained for; repeatable")] = None,
+    no_ema: Annotated[bool, typer.Option("--no-ema", help="not the averaged weights that lie beside")] = False,
+) -> None:
+    """Take in a checkpoint of another implementation."""
+    try:
+        from .convert import convert as take_in
+
+        folder = take_in(
+            source, output, config=config, head_channels=head_channels, new_attention_order=new_attention_order,
+            image_size=image_size, tasks=task or (), ema=not no_ema,
+        )  # fmt: skip
+    except (ValueError, TypeError, OSError) as error:
+        _fail(error)
+    print(folder)
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(help="a pipeline's folder or Hub id")],
+    output: Annotated[Path, typer.Argument(help="new folder for the UNet2DModel and its DDPMScheduler")],
+) -> None:
+    """Write the network as diffusers' own UNet2DModel, where that can express it."""
+    try:
+        from .convert import export as write
+
+        folder = write(source, output)
+    except (ValueError, TypeError, OSError) as error:
+        _fail(error)
+    print(folder)
+
+
 def main() -> None:
     app()
 

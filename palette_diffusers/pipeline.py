@@ -21,6 +21,7 @@ from PIL import Image
 
 from . import canvas, sizes
 from .canvas import ImageInput, Picture
+from .checkpoint import FORMAT, check_folder, fetch, is_local, read_index
 from .color import chroma
 from .masks import border_mask
 from .scheduler import PaletteScheduler, diffuse, noise_level, output_for, predicted_original, variance_exploding
@@ -45,7 +46,7 @@ class PalettePipeline(DiffusionPipeline):
     Args:
         unet: a `PaletteUNet2DModel`.
         scheduler: a `PaletteScheduler`, or another diffusers solver built from its configuration.
-        tasks: the names of the tasks that the network was trained for.
+        tasks: the names of the tasks that the network was trained for; one string separates them by commas.
         default_task: the one that is used where none is named.
         default_steps: network evaluations where no number is given.
 
@@ -57,15 +58,16 @@ class PalettePipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        unet: PaletteUNet2DModel,
+        unet: torch.nn.Module,
         scheduler: PaletteScheduler,
-        tasks: list[str] | tuple[str, ...] = ("colorization", "inpainting", "uncropping", "jpeg_restoration"),
+        tasks: str | list[str] | tuple[str, ...] = ("colorization", "inpainting", "uncropping", "jpeg_restoration"),
         default_task: str = "colorization",
         default_steps: int = 20,
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
-        self.register_to_config(tasks=list(tasks), default_task=default_task, default_steps=default_steps)
+        tasks = tasks.split(",") if isinstance(tasks, str) else list(tasks)
+        self.register_to_config(tasks=tasks, default_task=default_task, default_steps=default_steps, _format=FORMAT)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -73,8 +75,12 @@ class PalettePipeline(DiffusionPipeline):
     ) -> "PalettePipeline":
         """As diffusers' own; without a name, the starter checkpoint that ships with the package (no network).
 
+        A repository's own code is never run here: its weights and configuration are read by this package.
+
         Raises:
-            FileNotFoundError: a local path that is no folder with a model_index.json.
+            OSError: a path that is no folder with a model_index.json; a repository that isn't found, is gated, or
+                is neither in the cache nor reached. ValueError: another class, a format that is too new, no weights
+                of this variant.
         """
         name = os.fspath(STARTER if pretrained_model_name_or_path is None else pretrained_model_name_or_path)
         if "torch_dtype" in kwargs:  # the library's older name for it
@@ -82,10 +88,23 @@ class PalettePipeline(DiffusionPipeline):
         if Path(name).resolve() == STARTER.resolve():  # holds half precision only
             kwargs.setdefault("variant", "fp16")
             kwargs.setdefault("dtype", torch.float32)
-        if os.path.isabs(name) or name.startswith(".") or os.path.exists(name):
-            if not (Path(name) / "model_index.json").is_file():
-                raise FileNotFoundError(f"{name} is no folder with a model_index.json, as save_pretrained writes it")
+        if is_local(name) and "unet" not in kwargs:
+            check_folder(Path(name), kwargs.get("variant"))
         return super().from_pretrained(name, **kwargs)
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:  # type: ignore[override]
+        """The repository's files in the cache: `from_pretrained` without loading. Arguments as `checkpoint.fetch`."""
+        known = inspect.signature(fetch).parameters
+        return str(fetch(pretrained_model_name, **{name: value for name, value in kwargs.items() if name in known}))
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As diffusers' own, for a pipeline that was published with its code as well."""
+        index = super().load_config(pretrained_model_name_or_path, **kwargs)
+        classes = {base.__name__ for base in cls.__mro__}
+        modules = {component.__name__: component.__module__ for component in (PaletteUNet2DModel, PaletteScheduler)}
+        return read_index(index, classes, modules, str(pretrained_model_name_or_path))
 
     def _task(self, task: str | Task | None) -> Task:
         if isinstance(task, Task):

@@ -575,8 +575,6 @@ def _publish(
     shutil.rmtree(final, ignore_errors=True)
     os.replace(part, final)
     if settings.push_to_hub:
-        from huggingface_hub import HfApi
+        from .hub import publish
 
-        api = HfApi()
-        api.create_repo(settings.push_to_hub, exist_ok=True)
-        api.upload_folder(repo_id=settings.push_to_hub, folder_path=str(final), commit_message=f"Step {step}")
+        print(publish(settings.output, settings.push_to_hub), flush=True)

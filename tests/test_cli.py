@@ -131,6 +131,13 @@ def test_bad_input_is_one_line_and_exit_code_2(files, arguments, monkeypatch):
     assert sorted(files.iterdir()) == before and (files / "in.png").read_bytes() == original
 
 
+def test_import_is_quick():
+    """Nothing is imported before the first name is used; the best of three."""
+    code = "import time; t = time.perf_counter(); import palette_diffusers; print(time.perf_counter() - t)"
+    times = [float(subprocess.check_output([sys.executable, "-c", code])) for _ in range(3)]
+    assert min(times) < 0.1
+
+
 def test_help_is_quick():
     """No torch, no diffusers for --help."""
     code = "import sys, palette_diffusers.cli; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
