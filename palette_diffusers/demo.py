@@ -41,9 +41,13 @@ PHOTOGRAPHS = Path(__file__).with_name("photographs")
 FRAME = 0.15  # seconds between two previews
 EDITOR = 1024  # pixels of the longer side while a mask is painted
 COMPUTE: dict[str, Any] = dict(concurrency_id="pipeline", concurrency_limit=1)
+OWN = next(iter(ASPECTS))
+# on a phone the result stands below the button
+SHOW_RESULT = "() => { if (innerWidth < 768) document.querySelector('#status').scrollIntoView({behavior: 'smooth'}) }"
 CSS = """
 .gradio-container {max-width: 1240px !important; margin: auto}
 #title p {margin: 0}
+button[role=tab] {padding: 0 .55rem !important; font-size: .95rem}
 #status {min-height: 2.6rem}
 #status progress {width: 100%; height: .5rem; accent-color: var(--color-accent)}
 """
@@ -96,17 +100,17 @@ class Page:
                 gr.Markdown("Paint over what should go.")
                 self.editor = gr.ImageEditor(
                     label="Paint here", elem_id="editor", type="pil", format="png", sources=(), transforms=(),
-                    brush=gr.Brush(colors=["#ff2d78"], color_mode="fixed", default_size=32), layers=False, height=460,
+                    brush=gr.Brush(colors=[("#ff2d78", 0.6)], color_mode="fixed", default_size=32), layers=False, height=460,
                 )  # fmt: skip
                 with gr.Row():
                     self.invert = gr.Checkbox(label="Keep only what is painted")
                     self.grow = gr.Slider(0, 64, 4, step=1, label="Grow the mask (pixels)")
                 with gr.Accordion("Upload a mask instead", open=False):
                     self.mask = gr.Image(label="Mask, as large as the photo; white = fill in", height=200, **photo)
-                self._finish("Inpaint", "coffee.jpg", "cat.jpg")
+                self._finish("Inpaint", "coffee.jpg", "cat.jpg", mask=self.mask)
             with gr.Tab("Uncrop"):
                 gr.Markdown("More picture beyond the border.")
-                self.aspect = gr.Radio(list(ASPECTS), value="Own", label="Shape")
+                self.aspect = gr.Radio(list(ASPECTS), value=OWN, label="Shape")
                 with gr.Row():
                     self.left, self.right = (
                         gr.Slider(0, 400, value, step=0.01, label=f"{side} (%)", min_width=130)
@@ -140,11 +144,14 @@ class Page:
             f"Files are deleted after {limits.keep_seconds / 60:g} minutes."
         )
 
-    def _finish(self, task: str, *examples: str) -> None:
+    def _finish(self, task: str, *examples: str, mask: gr.Image | None = None) -> None:
+        """The button of a tab, and photographs to try it on; those of a mask have it beside them."""
         self.run[task] = gr.Button(task, variant="primary")
-        if examples:
-            paths = [[str(PHOTOGRAPHS / name)] for name in examples]
-            self.examples[task] = gr.Examples(paths, [self.photo], label="Or try one of these")
+        rows = [[str(PHOTOGRAPHS / name)] for name in examples]
+        if mask is not None:
+            rows = [[photo, photo.replace(".jpg", "-mask.png")] for (photo,) in rows]
+        inputs = [self.photo] if mask is None else [self.photo, mask]
+        self.examples[task] = gr.Examples(rows, inputs, label="Or try one of these")
 
     def _outputs(self) -> None:
         self.status = gr.HTML(_status("Choose a photo, then press the button."), elem_id="status")
@@ -181,35 +188,43 @@ class Page:
             "Restore": (self._restore, []),
             "Batch": (self._batch, [self.files, self.batch_task]),
         }
-        runs = []
+        runs: list[Any] = []
         for task, (function, inputs) in jobs.items():
-            event: Any = self.run[task].click(
-                function,
-                [*settings, *([] if task == "Batch" else [self.photo]), *inputs],
-                self._shown(),
-                preprocess=False,
-                show_progress="minimal",
-                show_progress_on=self.status,
-                **private,
-                **COMPUTE,
-            )
-            runs.append(event)
-            event.then(self._settled, None, [self.stop, self.preview], queue=False, show_progress="hidden", **private)
-        self.stop.click(self._stop, None, [self.status], cancels=runs, queue=False, show_progress="hidden", **private)
+            triggers = [self.run[task].click]
+            if task in self.examples:
+                triggers.append(self.examples[task].load_input_event.then)
+            for trigger in triggers:
+                runs.append(
+                    trigger(
+                        function, [*settings, *([] if task == "Batch" else [self.photo]), *inputs], self._shown(),
+                        preprocess=False, show_progress="minimal", show_progress_on=self.status,
+                        **private, **COMPUTE,
+                    )
+                )  # fmt: skip
+            self.run[task].click(None, js=SHOW_RESULT)
+        for run in runs:
+            run.then(lambda: gr.update(visible=False), None, self.stop, queue=False, show_progress="hidden", **private)
+        self.stop.click(
+            self._stop, None, [self.status, self.stop], cancels=runs, queue=False, show_progress="hidden", **private
+        )
         self.photo.change(
             self._photo,
             self.photo,
-            [self.facts, self.quality, self.editor],
+            [self.facts, self.quality, self.editor, self.aspect],
             preprocess=False,
             show_progress="hidden",
             **private,
         )
         self.aspect.input(self._aspect, [self.photo, self.aspect], sides, preprocess=False, queue=False, **private)
+        gr.on([side.input for side in sides], lambda: OWN, None, self.aspect, queue=False, **private)
+        gr.on([self.photo.upload, self.photo.clear], lambda: None, None, self.mask, queue=False, **private)
         self.gallery.select(
             self._pick, [self.full, self.pairs], [self.slider, self.download], queue=False, show_progress="hidden",
             **private,
         )  # fmt: skip
-        self.go_on.click(lambda path: path, self.download, self.photo, show_progress="hidden", **private)
+        self.go_on.click(
+            lambda path: (path, None), self.download, [self.photo, self.mask], show_progress="hidden", **private
+        )
 
     def _shown(self) -> list:
         return [
@@ -217,10 +232,10 @@ class Page:
             self.full, self.pairs, self.seed,
         ]  # fmt: skip
 
-    def _photo(self, payload: Any) -> tuple[str, str, Any]:
+    def _photo(self, payload: Any) -> tuple[str, str, Any, str]:
         """A photo was chosen => its facts, its JPEG quality, and a copy of it to paint on."""
         if not payload:
-            return "", "Choose a photo", None
+            return "", "Choose a photo", None, OWN
         image = open_upload(payload, self.limits)
         quality = canvas.jpeg_quality(image)
         picture = self.handlers.photo(payload)
@@ -228,7 +243,7 @@ class Page:
         small = smaller(canvas.to_pil(picture.image), EDITOR)
         facts = f"{width}x{height}" + ("" if quality is None else f", JPEG of quality {quality}")
         found = f"{image.format}, no JPEG" if quality is None else f"{quality} of 100"
-        return facts, found, {"background": small, "layers": [], "composite": None}
+        return facts, found, {"background": small, "layers": [], "composite": None}, OWN
 
     def _aspect(self, payload: Any, name: Any) -> list:
         aspect = choice("shape", name, ASPECTS)
@@ -241,30 +256,27 @@ class Page:
         i = event.index
         return (pairs[2 * i], pairs[2 * i + 1]), full[i]
 
-    def _stop(self, request: gr.Request) -> str:
+    def _stop(self, request: gr.Request) -> tuple[str, Any]:
         self.handlers.stops.stop(request.session_hash or "")
-        return _status("Stopped.")
-
-    def _settled(self) -> tuple:
-        return gr.update(visible=False), gr.skip()
+        return _status("Stopped."), gr.update(visible=False)
 
     # the five tabs
 
-    def _colorize(self, *values: Any, request: gr.Request) -> Iterator[dict]:
+    def _colorize(self, request: gr.Request, *values: Any) -> Iterator[dict]:
         *settings, payload = values
         yield from self._mend("colorization", settings, payload, request)
 
-    def _restore(self, *values: Any, request: gr.Request) -> Iterator[dict]:
+    def _restore(self, request: gr.Request, *values: Any) -> Iterator[dict]:
         *settings, payload = values
         yield from self._mend("jpeg_restoration", settings, payload, request)
 
-    def _inpaint(self, *values: Any, request: gr.Request) -> Iterator[dict]:
+    def _inpaint(self, request: gr.Request, *values: Any) -> Iterator[dict]:
         *settings, payload, brush, upload, invert, pixels = values
         picture = self.handlers.photo(payload)
         mask = self.handlers.mask(picture, brush, upload, invert, pixels)
         yield from self._mend("inpainting", settings, payload, request, picture, mask_image=mask)
 
-    def _uncrop(self, *values: Any, request: gr.Request) -> Iterator[dict]:
+    def _uncrop(self, request: gr.Request, *values: Any) -> Iterator[dict]:
         *settings, payload, left, right, top, bottom = values
         picture = self.handlers.photo(payload)
         sides = self.handlers.sides(picture, left, right, top, bottom)
@@ -279,7 +291,7 @@ class Page:
         moments = self.handlers.moments(task, payload, picture, settings, request.session_hash or "", **options)
         yield from self._follow(moments, settings.samples, settings.seed)
 
-    def _batch(self, *values: Any, request: gr.Request) -> Iterator[dict]:
+    def _batch(self, request: gr.Request, *values: Any) -> Iterator[dict]:
         *checked, files, task = values
         settings = Settings.checked(self.limits, *checked)
         payloads = [files] if isinstance(files, dict) else files or []
@@ -314,7 +326,7 @@ class Page:
                     if isinstance(moment, Result):
                         self._keep(moment, folder / str(len(full)), full, pairs)
                         captions.append(f"{moment.name}, {moment.caption}" if batch else moment.caption)
-                    elif time.monotonic() - last > FRAME or not full and moment.number == 1:
+                    elif time.monotonic() - last > FRAME:
                         last = time.monotonic()
                         yield {
                             self.status: _step(moment, len(full) + 1, total),
@@ -412,7 +424,7 @@ def launch(
         max_file_size=limits.max_bytes,
         mcp_server=mcp,
         css=CSS,
-        theme=gr.themes.Soft(),
+        theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         footer_links=["api"],
         show_error=False,
         ssr_mode=False,
