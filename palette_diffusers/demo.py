@@ -44,10 +44,13 @@ COMPUTE: dict[str, Any] = dict(concurrency_id="pipeline", concurrency_limit=1)
 OWN = next(iter(ASPECTS))
 # on a phone the result stands below the button
 SHOW_RESULT = "() => { if (innerWidth < 768) document.querySelector('#status').scrollIntoView({behavior: 'smooth'}) }"
+# the tabs were measured before the style sheet came
+FIT_TABS = "() => setTimeout(() => dispatchEvent(new Event('resize')), 200)"
 CSS = """
 .gradio-container {max-width: 1240px !important; margin: auto}
 #title p {margin: 0}
-button[role=tab] {padding: 0 .55rem !important; font-size: .95rem}
+button[role=tab] {padding: 0 .5rem !important; font-size: .95rem}
+@media (max-width: 480px) {button[role=tab] {padding: 0 .35rem !important; font-size: .85rem}}
 #status {min-height: 2.6rem}
 #status progress {width: 100%; height: .5rem; accent-color: var(--color-accent)}
 """
@@ -120,7 +123,7 @@ class Page:
                         gr.Slider(0, 400, 0, step=0.01, label=f"{side} (%)", min_width=130) for side in ("Top", "Bottom")
                     )
                 self._finish("Uncrop", "rocket.jpg", "coffee.jpg")
-            with gr.Tab("Restore JPEG"):
+            with gr.Tab("Restore"):
                 gr.Markdown("Takes blocks and noise out of a strongly compressed photo.")
                 self.quality = gr.Textbox("Choose a photo", label="JPEG quality found", interactive=False)
                 self._finish("Restore", "cat-jpeg.jpg", "astronaut-jpeg.jpg")
@@ -177,6 +180,7 @@ class Page:
     # connections
 
     def _connect(self) -> None:
+        self.blocks.load(None, js=FIT_TABS)
         handlers, private = self.handlers, dict(api_visibility="private")
         handlers.read_layers = self.editor.preprocess
         settings = [self.seed, self.anew, self.samples, self.steps, self.solver]
@@ -204,9 +208,7 @@ class Page:
             self.run[task].click(None, js=SHOW_RESULT)
         for run in runs:
             run.then(lambda: gr.update(visible=False), None, self.stop, queue=False, show_progress="hidden", **private)
-        self.stop.click(
-            self._stop, None, [self.status, self.stop], cancels=runs, queue=False, show_progress="hidden", **private
-        )
+        self.stop.click(self._stop, None, None, queue=False, show_progress="hidden", **private)
         self.photo.change(
             self._photo,
             self.photo,
@@ -256,9 +258,8 @@ class Page:
         i = event.index
         return (pairs[2 * i], pairs[2 * i + 1]), full[i]
 
-    def _stop(self, request: gr.Request) -> tuple[str, Any]:
+    def _stop(self, request: gr.Request) -> None:
         self.handlers.stops.stop(request.session_hash or "")
-        return _status("Stopped."), gr.update(visible=False)
 
     # the five tabs
 

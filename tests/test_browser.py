@@ -43,7 +43,7 @@ def open_page(server, browser):
         context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | options))
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(30_000)
+        page.set_default_timeout(15_000)
         page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda e: errors.append(str(e)))
         page.goto(server)
@@ -197,7 +197,7 @@ def test_jpeg_shows_its_quality(open_page, photo, tmp_path):
     Image.fromarray(photo).save(tmp_path / "old.jpg", quality=13)
     page = open_page()
     choose(page, tmp_path / "old.jpg")
-    page.get_by_role("tab", name="Restore JPEG").click()
+    page.get_by_role("tab", name="Restore").click()
     assert page.get_by_label("JPEG quality found").input_value() == "13 of 100"
     run(page, "Restore")
     shot(page, "restore")
@@ -244,7 +244,7 @@ def test_phone_and_desk_light_and_dark(open_page, upload, scheme, size):
     assert page.evaluate("document.documentElement.scrollWidth") <= size[0], "nothing sticks out at the side"
     dark = page.evaluate("document.body.classList.contains('dark')")
     assert dark == (scheme == "dark")
-    for tab in ("Inpaint", "Uncrop", "Restore JPEG", "Batch", "Colorize"):
+    for tab in ("Inpaint", "Uncrop", "Restore", "Batch", "Colorize"):
         page.get_by_role("tab", name=tab).click()
         shot(page, f"{scheme}-{size[0]}-{tab.split()[0].lower()}")
     run(page, "Colorize")
