@@ -49,8 +49,8 @@ FIT_TABS = "() => setTimeout(() => dispatchEvent(new Event('resize')), 200)"
 CSS = """
 .gradio-container {max-width: 1240px !important; margin: auto}
 #title p {margin: 0}
-button[role=tab] {padding: 0 .5rem !important; font-size: .95rem}
-@media (max-width: 480px) {button[role=tab] {padding: 0 .35rem !important; font-size: .85rem}}
+.tab-container button {padding: 0 .5rem !important; font-size: .95rem}
+@media (max-width: 480px) {.tab-container button {padding: 0 .35rem !important; font-size: .85rem}}
 #status {min-height: 2.6rem}
 #status progress {width: 100%; height: .5rem; accent-color: var(--color-accent)}
 """

@@ -154,7 +154,6 @@ class Handlers:
             for seed in range(settings.seed, settings.seed + settings.samples):
                 yield from self._one(task, payload, picture, seed, settings, stop, options)
         finally:
-            stop.set()
             self.stops.end(session, stop)
 
     def _one(

@@ -89,11 +89,12 @@ def watch(pipe: PalettePipeline, picture: canvas.Picture, stop: Event, **options
         Stopped: `stop` was set. What the pipeline raises comes through.
     """
     news: SimpleQueue[Step | Image.Image | BaseException] = SimpleQueue()
+    gone = Event()  # nobody looks any more
     level, begun = 0, time.monotonic()
 
     def tell(pipe: PalettePipeline, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict:
         nonlocal level, begun
-        if stop.is_set():
+        if stop.is_set() or gone.is_set():
             raise Stopped
         if step == 0:
             level, begun = level + 1, begun if level == 0 else time.monotonic()
@@ -120,7 +121,7 @@ def watch(pipe: PalettePipeline, picture: canvas.Picture, stop: Event, **options
             if isinstance(came, Image.Image):
                 return
     finally:
-        stop.set()
+        gone.set()
 
 
 def _shown(predicted: torch.Tensor, side: int = 640) -> Image.Image:
