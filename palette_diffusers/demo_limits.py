@@ -12,6 +12,8 @@ from typing import Any
 
 import gradio as gr
 from PIL import Image
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
 
 from . import canvas
 
@@ -148,31 +150,19 @@ class BodyLimit:
         self.app, self.max_bytes = app, max_bytes
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        from starlette.responses import JSONResponse
-
-        refusal = JSONResponse({"detail": f"The request is too large: the limit is {self.max_bytes} bytes."}, 413)
+        detail = f"The request is too large: the limit is {self.max_bytes} bytes."
         length = dict(scope.get("headers", ())).get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.max_bytes:
-            await refusal(scope, receive, send)
+            await JSONResponse({"detail": detail}, 413)(scope, receive, send)
             return
-        received, started = 0, False
+        received = 0
 
-        async def counted() -> Any:
+        async def counted() -> Any:  # a length need not be told, nor be true
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
             if received > self.max_bytes:
-                raise OverflowError("the request is too large")
+                raise HTTPException(413, detail)
             return message
 
-        async def noted(message: Any) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
-        try:
-            await self.app(scope, counted, noted)
-        except OverflowError:
-            if started:
-                raise
-            await refusal(scope, receive, send)
+        await self.app(scope, counted, send)
