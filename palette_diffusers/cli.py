@@ -183,7 +183,7 @@ def demo(
 @app.command()
 def publish_space(
     repo_id: Annotated[str, typer.Argument(help="USER/NAME of the Space on the Hub")],
-    dry_run: Annotated[Path | None, typer.Option(help="write the Space's files to this folder, publish nothing")] = None,
+    dry_run: Annotated[Path | None, typer.Option(help="write the files to this folder, publish nothing")] = None,
     private: Annotated[bool, typer.Option("--private", help="only you can open it")] = False,
 ) -> None:
     """Publish the demo as a Space on the Hugging Face Hub."""

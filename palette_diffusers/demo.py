@@ -94,7 +94,7 @@ class Page:
         self.photo = gr.Image(label="Your photo", elem_id="photo", height=300, **photo)
         self.facts = gr.Markdown("", elem_id="facts")
         self.run: dict[str, gr.Button] = {}
-        self.examples: dict[str, gr.Examples] = {}
+        self.examples: dict[str, Any] = {}
         with gr.Tabs():
             with gr.Tab("Colorize"):
                 gr.Markdown("Colour for a black-and-white photo.")
@@ -103,7 +103,8 @@ class Page:
                 gr.Markdown("Paint over what should go.")
                 self.editor = gr.ImageEditor(
                     label="Paint here", elem_id="editor", type="pil", format="png", sources=(), transforms=(),
-                    brush=gr.Brush(colors=[("#ff2d78", 0.6)], color_mode="fixed", default_size=32), layers=False, height=460,
+                    brush=gr.Brush(colors=[("#ff2d78", 0.6)], color_mode="fixed", default_size=32), layers=False,
+                    height=460,
                 )  # fmt: skip
                 with gr.Row():
                     self.invert = gr.Checkbox(label="Keep only what is painted")
@@ -120,7 +121,8 @@ class Page:
                         for side, value in (("Left", 0), ("Right", 25))
                     )
                     self.top, self.bottom = (
-                        gr.Slider(0, 400, 0, step=0.01, label=f"{side} (%)", min_width=130) for side in ("Top", "Bottom")
+                        gr.Slider(0, 400, 0, step=0.01, label=f"{side} (%)", min_width=130)
+                        for side in ("Top", "Bottom")
                     )
                 self._finish("Uncrop", "rocket.jpg", "coffee.jpg")
             with gr.Tab("Restore"):
@@ -181,7 +183,8 @@ class Page:
 
     def _connect(self) -> None:
         self.blocks.load(None, js=FIT_TABS)
-        handlers, private = self.handlers, dict(api_visibility="private")
+        handlers = self.handlers
+        private: dict[str, Any] = dict(api_visibility="private")
         handlers.read_layers = self.editor.preprocess
         settings = [self.seed, self.anew, self.samples, self.steps, self.solver]
         sides = [self.left, self.right, self.top, self.bottom]

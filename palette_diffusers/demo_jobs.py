@@ -105,7 +105,8 @@ def watch(pipe: PalettePipeline, picture: canvas.Picture, stop: Event, **options
 
     def work() -> None:
         try:
-            news.put(pipe(picture, callback_on_step_end=tell, **options).images[0])
+            done: Any = pipe(picture, callback_on_step_end=tell, **options)
+            news.put(done.images[0])
         except BaseException as error:  # handed over to the one who waits
             news.put(error)
 

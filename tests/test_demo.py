@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 import os
 import subprocess
 import sys
@@ -20,10 +19,10 @@ from typer.testing import CliRunner
 gr = pytest.importorskip("gradio")
 from gradio_client import Client, handle_file  # noqa: E402
 
-from palette_diffusers import cli, demo, space  # noqa: E402
+from palette_diffusers import cli, demo  # noqa: E402
 from palette_diffusers.demo_handlers import Handlers, Settings, sides_for  # noqa: E402
 from palette_diffusers.demo_jobs import SOLVERS, Step, Stopped, watch, with_solver  # noqa: E402
-from palette_diffusers.demo_limits import Limits, open_upload, whole  # noqa: E402
+from palette_diffusers.demo_limits import Limits, whole  # noqa: E402
 
 LIMITS = {"PALETTE_MAX_PIXELS": "1000000", "PALETTE_MAX_BYTES": "2000000", "PALETTE_MAX_QUEUE": "2"}
 ROOT = Path(__file__).parents[1]
@@ -139,7 +138,7 @@ def test_heic(client, photo, tmp_path):
         ("drawing.svg", b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>', "SVG"),
         ("script.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no picture"),
         ("phone.heic", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
-        ("cut.png", encoded(Image.fromarray(np.random.default_rng(0).integers(0, 255, (99, 99), np.uint8)))[:4000], "trunc"),
+        ("cut.png", encoded(Image.effect_noise((99, 99), 90))[:4000], "trunc"),
         ("empty.png", b"", "empty"),
     ],
 )
@@ -404,7 +403,8 @@ def test_the_command_says_what_is_missing(tmp_path):
         "u.find_spec = lambda name, *a: None if name == 'gradio' else f(name, *a)"
     )
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    out = subprocess.run([sys.executable, "-m", "palette_diffusers.cli", "demo"], env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "palette_diffusers.cli", "demo"]
+    out = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert out.returncode == 2 and "pip install 'palette-diffusers[demo]'" in out.stderr
 
 
@@ -416,9 +416,8 @@ def test_the_tree_of_the_space_runs_by_itself(tmp_path):
     assert "palette_diffusers/starter/model_index.json" in names and "palette_diffusers/photographs/cat.jpg" in names
     assert not [n for n in names if "__pycache__" in n or n.endswith(".pyc")]
     code = "import app, palette_diffusers.demo as d; print(d.__file__); print(d.load().config.default_task)"
-    out = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path / "space", env=os.environ | {"PYTHONPATH": ""}, capture_output=True, text=True
-    )
+    command, environment = [sys.executable, "-c", code], os.environ | {"PYTHONPATH": ""}
+    out = subprocess.run(command, cwd=tmp_path / "space", env=environment, capture_output=True, text=True)
     assert str(tmp_path / "space") in out.stdout and "colorization" in out.stdout, out.stderr
     again = CliRunner().invoke(cli.app, ["publish-space", "anna/palette", "--dry-run", str(tmp_path / "space")])
     assert again.exit_code == 2
