@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lint clean
+.PHONY: install browser demo test lint clean
 
 install: $(VENV)/.installed
 
@@ -21,7 +21,11 @@ lint: install
 	$(BIN)/ruff format --check --exclude tests .
 	$(BIN)/mypy
 
-test: lint
+browser:  # the tests of the demo drive Debian's Chromium; without it they are skipped
+	command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+		apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } || echo "no chromium: browser tests are skipped"
+
+test: lint browser
 	$(BIN)/python -m pytest
 
 clean:

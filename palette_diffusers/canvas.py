@@ -173,6 +173,33 @@ def read_list(sources: Any, max_pixels: int = MAX_PIXELS) -> list[Picture]:
     return [read(source, max_pixels) for source in sources]
 
 
+# ITU-T T.81 (JPEG), annex K: the example luminance table, which libjpeg scales by its quality
+_LUMINANCE = np.array([
+    16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55, 14, 13, 16, 24, 40, 57, 69, 56, 14, 17, 22, 29, 51,
+    87, 80, 62, 18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64, 81, 104, 113, 92, 49, 64, 78, 87, 103, 121, 120, 101,
+    72, 92, 95, 98, 112, 100, 103, 99,
+])  # fmt: skip
+
+
+def jpeg_quality(picture: Image.Image) -> int | None:
+    """The quality (1 to 100, libjpeg's scale) that an opened JPEG was saved with, the nearest one where it was made
+    by other tables; None where it is no JPEG.
+
+    >>> file = io.BytesIO()
+    >>> Image.new("L", (8, 8)).save(file, "JPEG", quality=23)
+    >>> jpeg_quality(Image.open(file))
+    23
+    """
+    tables = getattr(picture, "quantization", None)
+    if picture.format not in ("JPEG", "MPO") or not tables:
+        return None
+    qualities = np.arange(1, 101)
+    scale = np.where(qualities < 50, 5000 // qualities, 200 - 2 * qualities)
+    candidates = ((_LUMINANCE * scale[:, None] + 50) // 100).clip(1, 255)
+    errors = np.abs(candidates - np.array(tables[min(tables)])).sum(1)
+    return int(qualities[errors.argmin()])
+
+
 def read_mask(source: ImageInput, size: tuple[int, int]) -> torch.Tensor:
     """A mask, white = generate => (1, 1, H, W) of 0 and 1, the size of its picture.
 

@@ -375,6 +375,49 @@ def export(
     print(folder)
 
 
+@app.command()
+def demo(
+    host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="where the page is served")] = 7860,
+    model: Model = None,
+    device: Device = "auto",
+    mcp: Annotated[bool, typer.Option("--mcp", help="serve the tasks as tools of an MCP server, too")] = False,
+) -> None:
+    """Open the demo: a page to mend photographs on."""
+    from importlib.util import find_spec
+
+    missing = [name for name, wanted in (("gradio", True), ("mcp", mcp)) if wanted and find_spec(name) is None]
+    if missing:
+        _fail(f"{' and '.join(missing)} is missing: pip install 'palette-diffusers[demo]' {' '.join(missing)}")
+    try:
+        from .demo import launch
+
+        launch(model, host, port, device, mcp)
+    except (ValueError, TypeError, OSError) as error:
+        _fail(error)
+
+
+@app.command()
+def publish_space(
+    repo_id: Annotated[str, typer.Argument(help="USER/NAME of the Space on the Hub")],
+    dry_run: Annotated[Path | None, typer.Option(help="write the files to this folder, publish nothing")] = None,
+    private: Annotated[bool, typer.Option("--private", help="only you can open it")] = False,
+) -> None:
+    """Publish the demo as a Space on the Hugging Face Hub."""
+    from . import space
+
+    try:
+        from huggingface_hub.utils import validate_repo_id
+
+        validate_repo_id(repo_id)
+        if dry_run is None:
+            print(space.publish_space(repo_id, private))
+        else:
+            print("\n".join(space.write_space(dry_run)))
+    except (ValueError, OSError) as error:
+        _fail(error)
+
+
 def main() -> None:
     app()
 

@@ -155,6 +155,18 @@ def center_mask(height: int, width: int, share: float = 0.5) -> torch.Tensor:
     return mask
 
 
+def grow(mask: torch.Tensor, pixels: int) -> torch.Tensor:
+    """A mask (B, 1, H, W) that reaches `pixels` further on every side.
+
+    >>> grow(torch.tensor([[[[0.0, 0, 0, 1]]]]), 1).squeeze().tolist()
+    [0.0, 0.0, 1.0, 1.0]
+    """
+    if pixels < 0:
+        raise ValueError(f"pixels is {pixels}, expected at least 0")
+    wide = F.max_pool2d(mask, (1, 2 * pixels + 1), stride=1, padding=(0, pixels))
+    return F.max_pool2d(wide, (2 * pixels + 1, 1), stride=1, padding=(pixels, 0))
+
+
 def extend(values: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
     """Values (B, C, H, W), known where `known` (B, 1, H, W) is 1, continued smoothly over the rest.
 

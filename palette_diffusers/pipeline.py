@@ -106,6 +106,11 @@ class PalettePipeline(DiffusionPipeline):
         modules = {component.__name__: component.__module__ for component in (PaletteUNet2DModel, PaletteScheduler)}
         return read_index(index, classes, modules, str(pretrained_model_name_or_path))
 
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the pass that is under way, for callbacks; a hole is filled in several passes, coarse to fine."""
+        return self._num_timesteps
+
     def _task(self, task: str | Task | None) -> Task:
         if isinstance(task, Task):
             return task
@@ -187,6 +192,7 @@ class PalettePipeline(DiffusionPipeline):
             sample = sample / gamma.sqrt() if exploding else sample
         extra = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
         kind = self.scheduler.config.prediction_type
+        self._num_timesteps = len(timesteps)
         for i, t in enumerate(self.progress_bar(timesteps)):
             scaled = self.scheduler.scale_model_input(sample, t)
             gamma = noise_level(self.scheduler, t)

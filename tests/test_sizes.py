@@ -210,10 +210,11 @@ def test_rings_are_the_border_and_grow_outward(sides):
     assert torch.equal(total, mask)
 
 
-def test_aspect_is_reached():
-    for size, aspect in (((100, 150), 16 / 9), ((300, 100), 1.0), ((90, 160), 16 / 9)):
-        sides = sizes.sides_for(size, aspect)
-        height, width = size[0] * (1 + sides["top"] + sides["bottom"]), size[1] * (1 + sides["left"] + sides["right"])
-        assert width / height == pytest.approx(aspect) and min(sides.values()) == 0 and width >= size[1]
+@pytest.mark.parametrize("size", [(100, 100), (150, 200), (333, 77)])
+@pytest.mark.parametrize("aspect", [1.0, 4 / 3, 16 / 9, 9 / 16, 3.0])
+def test_aspect_is_reached(size, aspect):
+    sides = sizes.sides_for(size, aspect)
+    height, width = size[0] * (1 + sides["top"] + sides["bottom"]), size[1] * (1 + sides["left"] + sides["right"])
+    assert width / height == pytest.approx(aspect) and min(sides.values()) == 0
     with pytest.raises(ValueError, match="aspect is -1"):
-        sizes.sides_for((10, 10), -1)
+        sizes.sides_for(size, -1)

@@ -1,0 +1,440 @@
+"""The demo: one page over the pipeline, and the same tasks as named endpoints for other programs.
+
+`palette demo` starts it; needs the extra `[demo]`. What happens on a click stands in `demo_handlers.py`.
+"""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from . import __version__, canvas, sizes
+from .demo_handlers import (
+    ASPECTS,
+    BATCH_TASKS,
+    SEEDS,
+    Handlers,
+    Moment,
+    Result,
+    Settings,
+    pack,
+    smaller,
+    write,
+)
+from .demo_jobs import SOLVERS, Step, Stopped
+from .demo_limits import BodyLimit, Limits, choice, open_upload
+from .machine import best_device, best_dtype
+from .pipeline import PalettePipeline
+
+PHOTOGRAPHS = Path(__file__).with_name("photographs")
+FRAME = 0.15  # seconds between two previews
+EDITOR = 1024  # pixels of the longer side while a mask is painted
+COMPUTE: dict[str, Any] = dict(concurrency_id="pipeline", concurrency_limit=1)
+OWN = next(iter(ASPECTS))
+# on a phone the result stands below the button
+SHOW_RESULT = "() => { if (innerWidth < 768) document.querySelector('#status').scrollIntoView({behavior: 'smooth'}) }"
+# the tabs were measured before the style sheet came
+FIT_TABS = "() => setTimeout(() => dispatchEvent(new Event('resize')), 200)"
+CSS = """
+.gradio-container {max-width: 1240px !important; margin: auto}
+#title p {margin: 0}
+.tab-container button {padding: 0 .5rem !important; font-size: .95rem}
+@media (max-width: 480px) {.tab-container button {padding: 0 .35rem !important; font-size: .85rem}}
+#status {min-height: 2.6rem}
+#status progress {width: 100%; height: .5rem; accent-color: var(--color-accent)}
+"""
+
+
+def _status(text: str, done: float | None = None) -> str:
+    bar = "" if done is None else f'<progress value="{done:.3f}" max="1" aria-label="progress"></progress>'
+    return f'<div role="status" aria-live="polite">{escape(text)}{bar}</div>'
+
+
+def _step(step: Step, number: int, total: int) -> str:
+    parts = [f"Picture {number} of {total}"] if total > 1 else []
+    parts += [f"level {step.level}"] if step.level > 1 else []
+    parts += [f"step {step.number} of {step.of}"]
+    parts += [f"{step.seconds:.0f} s left"] if step.seconds >= 1 else []
+    text = ", ".join(parts)
+    return _status(text[0].upper() + text[1:], (number - 1 + step.number / step.of) / total)
+
+
+class Page:
+    """The components and what connects them."""
+
+    def __init__(self, handlers: Handlers):
+        self.handlers, self.limits = handlers, handlers.limits
+        with gr.Blocks(
+            title="Palette: mend photographs", analytics_enabled=False, delete_cache=(600, self.limits.keep_seconds)
+        ) as self.blocks:
+            gr.Markdown("# Palette\nColour, repair, extend and clean your photographs.", elem_id="title")
+            with gr.Row():
+                with gr.Column(min_width=340):
+                    self._inputs()
+                with gr.Column(min_width=340):
+                    self._outputs()
+            self._connect()
+            self._endpoints()
+
+    # components
+
+    def _inputs(self) -> None:
+        photo: dict[str, Any] = dict(type="filepath", image_mode=None, sources=["upload", "clipboard"], format="png")
+        self.photo = gr.Image(label="Your photo", elem_id="photo", height=300, **photo)
+        self.facts = gr.Markdown("", elem_id="facts")
+        self.run: dict[str, gr.Button] = {}
+        self.examples: dict[str, Any] = {}
+        with gr.Tabs():
+            with gr.Tab("Colorize"):
+                gr.Markdown("Colour for a black-and-white photo.")
+                self._finish("Colorize", "astronaut-gray.jpg", "cat-gray.jpg")
+            with gr.Tab("Inpaint"):
+                gr.Markdown("Paint over what should go.")
+                self.editor = gr.ImageEditor(
+                    label="Paint here", elem_id="editor", type="pil", format="png", sources=(), transforms=(),
+                    brush=gr.Brush(colors=[("#ff2d78", 0.6)], color_mode="fixed", default_size=32), layers=False,
+                    height=460,
+                )  # fmt: skip
+                with gr.Row():
+                    self.invert = gr.Checkbox(label="Keep only what is painted")
+                    self.grow = gr.Slider(0, 64, 4, step=1, label="Grow the mask (pixels)")
+                with gr.Accordion("Upload a mask instead", open=False):
+                    self.mask = gr.Image(label="Mask, as large as the photo; white = fill in", height=200, **photo)
+                self._finish("Inpaint", "coffee.jpg", "cat.jpg", mask=self.mask)
+            with gr.Tab("Uncrop"):
+                gr.Markdown("More picture beyond the border.")
+                self.aspect = gr.Radio(list(ASPECTS), value=OWN, label="Shape")
+                with gr.Row():
+                    self.left, self.right = (
+                        gr.Slider(0, 400, value, step=0.01, label=f"{side} (%)", min_width=130)
+                        for side, value in (("Left", 0), ("Right", 25))
+                    )
+                    self.top, self.bottom = (
+                        gr.Slider(0, 400, 0, step=0.01, label=f"{side} (%)", min_width=130)
+                        for side in ("Top", "Bottom")
+                    )
+                self._finish("Uncrop", "rocket.jpg", "coffee.jpg")
+            with gr.Tab("Restore"):
+                gr.Markdown("Takes blocks and noise out of a strongly compressed photo.")
+                self.quality = gr.Textbox("Choose a photo", label="JPEG quality found", interactive=False)
+                self._finish("Restore", "cat-jpeg.jpg", "astronaut-jpeg.jpg")
+            with gr.Tab("Batch"):
+                gr.Markdown(f"Up to {self.limits.max_files} photos at once; a zip comes back.")
+                self.files = gr.File(
+                    label="Photos", file_count="multiple", file_types=["image"], type="filepath", elem_id="files"
+                )
+                self.batch_task = gr.Radio(list(BATCH_TASKS), value="Colorize", label="Task")
+                self.run["Batch"] = gr.Button("Run all", variant="primary")
+        self.samples = gr.Slider(1, self.limits.max_samples, 1, step=1, label="Variations")
+        with gr.Accordion("Advanced", open=False):
+            self.anew = gr.Checkbox(True, label="Another seed each time")
+            self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=SEEDS)
+            steps = min(self.handlers.pipe.config.default_steps, self.limits.max_steps)
+            self.steps = gr.Slider(1, self.limits.max_steps, steps, step=1, label="Steps")
+            self.solver = gr.Dropdown(list(SOLVERS), value=next(iter(SOLVERS)), label="Solver")
+        limits = self.limits
+        gr.Markdown(
+            f"Up to {limits.max_pixels / 1e6:g} megapixels and {limits.max_bytes / 1e6:g} MB a photo. "
+            f"Files are deleted after {limits.keep_seconds / 60:g} minutes."
+        )
+
+    def _finish(self, task: str, *examples: str, mask: gr.Image | None = None) -> None:
+        """The button of a tab, and photographs to try it on; those of a mask have it beside them."""
+        self.run[task] = gr.Button(task, variant="primary")
+        rows = [[str(PHOTOGRAPHS / name)] for name in examples]
+        if mask is not None:
+            rows = [[photo, photo.replace(".jpg", "-mask.png")] for (photo,) in rows]
+        inputs = [self.photo] if mask is None else [self.photo, mask]
+        self.examples[task] = gr.Examples(rows, inputs, label="Or try one of these")
+
+    def _outputs(self) -> None:
+        self.status = gr.HTML(_status("Choose a photo, then press the button."), elem_id="status")
+        self.stop = gr.Button("Stop", variant="stop", visible=False, elem_id="stop")
+        self.preview = gr.Image(
+            label="Preview", format="png", interactive=False, visible=False, elem_id="preview", buttons=[]
+        )
+        self.slider = gr.ImageSlider(
+            label="Before / after", format="png", interactive=False, elem_id="result", buttons=["fullscreen"],
+            max_height=640,
+        )  # fmt: skip
+        self.gallery = gr.Gallery(
+            label="Pick one", visible=False, columns=4, height=180, object_fit="contain", allow_preview=False,
+            format="png", interactive=False, elem_id="gallery", buttons=[],
+        )  # fmt: skip
+        with gr.Row():
+            self.download = gr.DownloadButton("Download PNG", interactive=False, elem_id="download")
+            self.go_on = gr.Button("Use as photo", interactive=False, elem_id="go-on")
+        self.zip = gr.DownloadButton("Download all (zip)", visible=False, elem_id="zip")
+        self.full = gr.File(visible="hidden", file_count="multiple", type="filepath")
+        self.pairs = gr.File(visible="hidden", file_count="multiple", type="filepath")
+
+    # connections
+
+    def _connect(self) -> None:
+        self.blocks.load(None, js=FIT_TABS)
+        handlers = self.handlers
+        private: dict[str, Any] = dict(api_visibility="private")
+        handlers.read_layers = self.editor.preprocess
+        settings = [self.seed, self.anew, self.samples, self.steps, self.solver]
+        sides = [self.left, self.right, self.top, self.bottom]
+        jobs: dict[str, tuple[Callable, list]] = {
+            "Colorize": (self._colorize, []),
+            "Inpaint": (self._inpaint, [self.editor, self.mask, self.invert, self.grow]),
+            "Uncrop": (self._uncrop, sides),
+            "Restore": (self._restore, []),
+            "Batch": (self._batch, [self.files, self.batch_task]),
+        }
+        runs: list[Any] = []
+        for task, (function, inputs) in jobs.items():
+            triggers = [self.run[task].click]
+            if task in self.examples:
+                triggers.append(self.examples[task].load_input_event.then)
+            for trigger in triggers:
+                runs.append(
+                    trigger(
+                        function, [*settings, *([] if task == "Batch" else [self.photo]), *inputs], self._shown(),
+                        preprocess=False, show_progress="minimal", show_progress_on=self.status,
+                        **private, **COMPUTE,
+                    )
+                )  # fmt: skip
+            self.run[task].click(None, js=SHOW_RESULT)
+        for run in runs:
+            run.then(lambda: gr.update(visible=False), None, self.stop, queue=False, show_progress="hidden", **private)
+        self.stop.click(self._stop, None, None, queue=False, show_progress="hidden", **private)
+        self.photo.change(
+            self._photo,
+            self.photo,
+            [self.facts, self.quality, self.editor, self.aspect],
+            preprocess=False,
+            show_progress="hidden",
+            **private,
+        )
+        self.aspect.input(self._aspect, [self.photo, self.aspect], sides, preprocess=False, queue=False, **private)
+        gr.on([side.input for side in sides], lambda: OWN, None, self.aspect, queue=False, **private)
+        gr.on([self.photo.upload, self.photo.clear], lambda: None, None, self.mask, queue=False, **private)
+        self.gallery.select(
+            self._pick, [self.full, self.pairs], [self.slider, self.download], queue=False, show_progress="hidden",
+            **private,
+        )  # fmt: skip
+        self.go_on.click(
+            lambda path: (path, None), self.download, [self.photo, self.mask], show_progress="hidden", **private
+        )
+
+    def _shown(self) -> list:
+        return [
+            self.status, self.stop, self.preview, self.slider, self.gallery, self.download, self.go_on, self.zip,
+            self.full, self.pairs, self.seed,
+        ]  # fmt: skip
+
+    def _photo(self, payload: Any) -> tuple[str, str, Any, str]:
+        """A photo was chosen => its facts, its JPEG quality, and a copy of it to paint on."""
+        if not payload:
+            return "", "Choose a photo", None, OWN
+        image = open_upload(payload, self.limits)
+        quality = canvas.jpeg_quality(image)
+        picture = self.handlers.photo(payload)
+        height, width = picture.size
+        small = smaller(canvas.to_pil(picture.image), EDITOR)
+        facts = f"{width}x{height}" + ("" if quality is None else f", JPEG of quality {quality}")
+        found = f"{image.format}, no JPEG" if quality is None else f"{quality} of 100"
+        return facts, found, {"background": small, "layers": [], "composite": None}, OWN
+
+    def _aspect(self, payload: Any, name: Any) -> list:
+        aspect = choice("shape", name, ASPECTS)
+        if not aspect or not payload:
+            return [gr.skip()] * 4
+        fractions = sizes.sides_for(self.handlers.photo(payload).size, aspect)
+        sides = {side: 100 * fraction for side, fraction in fractions.items()}
+        return [round(sides[side], 2) for side in ("left", "right", "top", "bottom")]
+
+    def _pick(self, full: Any, pairs: Any, event: gr.SelectData) -> tuple:
+        i = event.index
+        return (pairs[2 * i], pairs[2 * i + 1]), full[i]
+
+    def _stop(self, request: gr.Request) -> None:
+        self.handlers.stops.stop(request.session_hash or "")
+
+    # the five tabs
+
+    def _colorize(self, request: gr.Request, *values: Any) -> Iterator[dict]:
+        *settings, payload = values
+        yield from self._mend("colorization", settings, payload, request)
+
+    def _restore(self, request: gr.Request, *values: Any) -> Iterator[dict]:
+        *settings, payload = values
+        yield from self._mend("jpeg_restoration", settings, payload, request)
+
+    def _inpaint(self, request: gr.Request, *values: Any) -> Iterator[dict]:
+        *settings, payload, brush, upload, invert, pixels = values
+        picture = self.handlers.photo(payload)
+        mask = self.handlers.mask(picture, brush, upload, invert, pixels)
+        yield from self._mend("inpainting", settings, payload, request, picture, mask_image=mask)
+
+    def _uncrop(self, request: gr.Request, *values: Any) -> Iterator[dict]:
+        *settings, payload, left, right, top, bottom = values
+        picture = self.handlers.photo(payload)
+        sides = self.handlers.sides(picture, left, right, top, bottom)
+        yield from self._mend("uncropping", settings, payload, request, picture, **sides)
+
+    def _mend(
+        self, task: str, values: list, payload: Any, request: gr.Request, picture: canvas.Picture | None = None,
+        **options: Any,
+    ) -> Iterator[dict]:  # fmt: skip
+        settings = Settings.checked(self.limits, *values)
+        picture = picture or self.handlers.photo(payload)
+        moments = self.handlers.moments(task, payload, picture, settings, request.session_hash or "", **options)
+        yield from self._follow(moments, settings.samples, settings.seed)
+
+    def _batch(self, request: gr.Request, *values: Any) -> Iterator[dict]:
+        *checked, files, task = values
+        settings = Settings.checked(self.limits, *checked)
+        payloads = [files] if isinstance(files, dict) else files or []
+        if not payloads:
+            raise gr.Error("Choose photos first.")
+        if len(payloads) > self.limits.max_files:
+            raise gr.Error(f"{len(payloads)} photos came, the limit is {self.limits.max_files} at once.")
+        name, session = choice("task", task, BATCH_TASKS), request.session_hash or ""
+
+        def all_moments() -> Iterator[Moment]:
+            for payload in payloads:
+                yield from self.handlers.moments(name, payload, self.handlers.photo(payload), settings, session)
+
+        yield from self._follow(all_moments(), len(payloads) * settings.samples, settings.seed, batch=True)
+
+    def _follow(self, moments: Iterator[Moment], total: int, seed: int, batch: bool = False) -> Iterator[dict]:
+        """What the page shows while the work goes on, and at its end."""
+        full: list[str] = []
+        pairs: list[str] = []
+        captions: list[str] = []
+        begun = last = time.monotonic()
+        yield {
+            self.status: _status("Starting ..."),
+            self.stop: gr.update(visible=True),
+            self.preview: gr.update(visible=False, value=None),
+            self.seed: seed,
+        }
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            try:
+                for moment in moments:
+                    if isinstance(moment, Result):
+                        self._keep(moment, folder / str(len(full)), full, pairs)
+                        captions.append(f"{moment.name}, {moment.caption}" if batch else moment.caption)
+                    elif time.monotonic() - last > FRAME:
+                        last = time.monotonic()
+                        yield {
+                            self.status: _step(moment, len(full) + 1, total),
+                            self.preview: gr.update(visible=True, value=moment.picture),
+                            self.slider: gr.update(visible=False),
+                        }
+                text = f"Done in {time.monotonic() - begun:.1f} s. Seed {seed}."
+            except Stopped:
+                text = "Stopped." if not full else f"Stopped; {len(full)} of {total} pictures are ready."
+            if not full:
+                yield {self.status: _status(text), self.stop: gr.update(visible=False)}
+                return
+            thumbnails = list(zip(pairs[1::2], captions, strict=True))
+            yield {
+                self.status: _status(text),
+                self.stop: gr.update(visible=False),
+                self.preview: gr.update(visible=False, value=None),
+                self.slider: gr.update(visible=True, value=(pairs[0], pairs[1])),
+                self.gallery: gr.update(visible=len(full) > 1, value=thumbnails, selected_index=0),
+                self.download: gr.update(interactive=True, value=full[0]),
+                self.go_on: gr.update(interactive=True),
+                self.zip: gr.update(visible=batch, value=pack(full, folder) if batch else None),
+                self.full: full,
+                self.pairs: pairs,
+            }
+
+    def _keep(self, result: Result, folder: Path, full: list[str], pairs: list[str]) -> None:
+        folder.mkdir()
+        full.append(write(result.after, folder / f"{result.name}.png"))
+        pairs.append(write(smaller(result.before), folder / "before.png"))
+        pairs.append(write(smaller(result.after), folder / "after.png") if max(result.after.size) > 1280 else full[-1])
+
+    # for programs
+
+    def _endpoints(self) -> None:
+        handlers, default = self.handlers, self.steps.value
+        with gr.Row(visible=False):
+            image, mask = (gr.Image(label=x, type="filepath", image_mode=None) for x in ("image", "mask"))
+            sides = [gr.Number(0, label=side, precision=None) for side in ("left", "right", "top", "bottom")]
+            seed, steps = gr.Number(0, label="seed"), gr.Number(default, label="steps")
+            result = gr.Image(label="result", type="filepath", format="png")
+            state = gr.JSON(label="health")
+        tail = [seed, steps]
+        for function, inputs in (
+            (handlers.colorize, [image, *tail]),
+            (handlers.inpaint, [image, mask, *tail]),
+            (handlers.uncrop, [image, *sides, *tail]),
+            (handlers.restore_jpeg, [image, *tail]),
+        ):
+            gr.Button(visible=False).click(
+                function, inputs, result, api_name=function.__name__, preprocess=False, **COMPUTE
+            )
+        gr.Button(visible=False).click(self.health, None, state, api_name="health", queue=False)
+
+    def health(self) -> dict[str, Any]:
+        """Whether the server works, on which tasks, and how many jobs wait."""
+        return {
+            "status": "ok",
+            "version": __version__,
+            "tasks": list(self.handlers.pipe.config.tasks),
+            "waiting": len(self.blocks._queue),
+        }
+
+
+def load(model: str | None = None, device: str = "auto") -> PalettePipeline:
+    """The pipeline on the fastest device, warm: a folder, a Hub id, or None for the starter checkpoint."""
+    device = best_device() if device == "auto" else device
+    pipe = PalettePipeline.from_pretrained(model, dtype=best_dtype(device)).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    pipe(Image.new("L", (64, 64), 128), num_inference_steps=1, task="colorization")
+    return pipe
+
+
+def launch(
+    model: str | None = None, host: str | None = None, port: int | None = None, device: str = "auto",
+    mcp: bool = False, **options: Any,
+) -> Any:  # fmt: skip
+    """Starts the demo. The model is `PALETTE_MODEL` unless one is named; `PALETTE_LOGIN=user:password` asks for a
+    login; limits come from the environment (`Limits`)."""
+    limits = Limits.from_environment()
+    user, colon, password = os.environ.get("PALETTE_LOGIN", "").partition(":")
+    if user and not (colon and password):
+        raise ValueError("PALETTE_LOGIN has no password, expected user:password")
+    page = Page(Handlers(load(model or os.environ.get("PALETTE_MODEL"), device), limits))
+    Image.MAX_IMAGE_PIXELS = limits.max_pixels
+
+    async def health(request: Request) -> JSONResponse:
+        return JSONResponse(page.health())
+
+    page.blocks.queue(max_size=limits.max_queue, default_concurrency_limit=8, api_open=False)
+    return page.blocks.launch(
+        server_name=host,
+        server_port=port,
+        auth=(user, password) if user else None,
+        max_file_size=limits.max_bytes,
+        mcp_server=mcp,
+        css=CSS,
+        theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+        footer_links=["api"],
+        show_error=False,
+        ssr_mode=False,
+        app_kwargs={
+            "routes": [Route("/health", health)],
+            "middleware": [Middleware(BodyLimit, max_bytes=limits.max_files * limits.max_bytes + 1_000_000)],
+        },
+        **options,
+    )

@@ -1,0 +1,255 @@
+"""What happens when a visitor of the demo clicks, or a program calls: values are checked, the pipeline works."""
+
+import random
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import gradio as gr
+import numpy as np
+import torch
+from gradio.components.image_editor import EditorData
+from PIL import Image
+
+from . import canvas, masks
+from .demo_jobs import SOLVERS, Step, Stopped, Stops, friendly, watch, with_solver
+from .demo_limits import Limits, choice, number, open_upload, stem, whole
+from .pipeline import PalettePipeline
+
+SHOWN = 1280  # pixels of the longer side on the page; files are full size
+SEEDS = 2**31 - 1
+ASPECTS = {"Own": 0.0, "Square": 1.0, "4:3": 4 / 3, "3:2": 1.5, "16:9": 16 / 9, "9:16": 9 / 16, "Panorama 3:1": 3.0}
+BATCH_TASKS = {"Colorize": "colorization", "Restore JPEG": "jpeg_restoration"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What stands below the tabs, checked."""
+
+    seed: int
+    steps: int
+    samples: int
+    solver: str | None
+
+    @classmethod
+    def checked(cls, limits: Limits, seed: Any, anew: Any, samples: Any, steps: Any, solver: Any) -> "Settings":
+        return cls(
+            seed=random.randrange(SEEDS) if anew is True else whole("seed", seed, 0, SEEDS),
+            steps=whole("steps", steps, 1, limits.max_steps),
+            samples=whole("variations", samples, 1, limits.max_samples),
+            solver=choice("solver", solver, SOLVERS),
+        )
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished picture in full size, and the photo as its counterpart; `name` becomes the file's."""
+
+    name: str
+    caption: str
+    before: Image.Image
+    after: Image.Image
+
+
+Moment = Step | Result
+
+
+def smaller(image: Image.Image, side: int = SHOWN) -> Image.Image:
+    """A copy of at most `side` pixels."""
+    image = image.copy()
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return image
+
+
+def write(image: Image.Image, path: Path) -> str:
+    """As PNG, packed fast: a visitor waits for it."""
+    kept = {key: image.info[key] for key in ("icc_profile", "exif") if key in image.info}
+    image.save(path, compress_level=1, **kept)
+    return str(path)
+
+
+class Handlers:
+    """Around one pipeline. A visitor's value is of any type until it is checked here."""
+
+    def __init__(self, pipe: PalettePipeline, limits: Limits):
+        self.pipe, self.limits = pipe, limits
+        self.stops = Stops()
+        self.read_layers: Callable[[EditorData], Any] = lambda data: None
+
+    def photo(self, payload: Any, what: str = "photo") -> canvas.Picture:
+        """What Gradio received => the picture, or a message for the visitor."""
+        image = open_upload(payload, self.limits, what)
+        try:
+            return self.limits.picture(image)
+        except (ValueError, TypeError, OSError) as error:
+            raise friendly(error) from None
+
+    def mask(self, picture: canvas.Picture, brush: Any, upload: Any, invert: Any, pixels: Any) -> torch.Tensor:
+        """What was painted and what was uploaded, together: (1, 1, H, W)."""
+        height, width = picture.size
+        mask = torch.zeros(1, 1, height, width)
+        for layer in self._layers(brush):
+            painted = layer.convert("RGBA").getchannel("A").resize((width, height), Image.Resampling.BILINEAR)
+            mask[torch.from_numpy(np.asarray(painted) > 40)[None, None]] = 1
+        if upload is not None:
+            uploaded = self.photo(upload, "mask")
+            if uploaded.size != picture.size:
+                h, w = uploaded.size
+                raise gr.Error(f"The mask is {w}x{h}, the photo {width}x{height}: they must have the same size.")
+            mask = torch.maximum(mask, (uploaded.image.mean(1, keepdim=True) > 0).float())
+        if not mask.any():
+            raise gr.Error("Paint over what should go, or upload a mask (white = fill in).")
+        return masks.grow(1 - mask if invert is True else mask, whole("grow", pixels, 0, 64))
+
+    def _layers(self, brush: Any) -> list[Image.Image]:
+        if not isinstance(brush, dict):
+            return []
+        try:
+            value = self.read_layers(EditorData(**brush)) or {}
+        except (ValueError, OSError, Image.DecompressionBombError):
+            raise gr.Error("What was painted can't be read: paint it again.") from None
+        return [layer for layer in value.get("layers", ()) if isinstance(layer, Image.Image)]
+
+    def sides(self, picture: canvas.Picture, left: Any, right: Any, top: Any, bottom: Any) -> dict[str, int]:
+        """Percent of the side => pixels."""
+        height, width = picture.size
+        percent = {"left": left, "right": right, "top": top, "bottom": bottom}
+        lengths = {"left": width, "right": width, "top": height, "bottom": height}
+        sides = {k: round(number(k, v, 0, 400) / 100 * lengths[k]) for k, v in percent.items()}
+        if not any(sides.values()):
+            raise gr.Error("Choose a shape, or move a slider: no side is extended yet.")
+        new = (width + sides["left"] + sides["right"], height + sides["top"] + sides["bottom"])
+        if new[0] * new[1] > self.limits.max_pixels:
+            limit = self.limits.max_pixels / 1e6
+            raise gr.Error(f"The extended picture would be {new[0]}x{new[1]}; the limit is {limit:g} megapixels.")
+        return sides
+
+    def moments(
+        self, task: str, payload: Any, picture: canvas.Picture, settings: Settings, session: str, **options: Any
+    ) -> Iterator[Moment]:
+        """All variations of one photo, step by step, each from its own seed.
+
+        Raises:
+            Stopped: the visitor stopped it. gr.Error: what the pipeline refused.
+        """
+        stop = self.stops.start(session)
+        try:
+            for seed in range(settings.seed, settings.seed + settings.samples):
+                yield from self._one(task, payload, picture, seed, settings, stop, options)
+        finally:
+            self.stops.end(session, stop)
+
+    def _one(
+        self, task: str, payload: Any, picture: canvas.Picture, seed: int, settings: Settings, stop: Event,
+        options: dict[str, Any],
+    ) -> Iterator[Moment]:  # fmt: skip
+        steps = watch(
+            with_solver(self.pipe, settings.solver),
+            picture,
+            stop,
+            task=task,
+            generator=torch.Generator().manual_seed(seed),
+            num_inference_steps=settings.steps,
+            max_pixels=self.limits.max_pixels,
+            **options,
+        )
+        try:
+            for moment in steps:
+                if isinstance(moment, Step):
+                    yield moment
+                else:
+                    before = canvas.to_pil(picture.image)
+                    if before.size != moment.size:
+                        photo, before = before, Image.new("RGB", moment.size, (128, 128, 128))
+                        before.paste(photo, (options["left"], options["top"]))
+                    yield Result(f"{stem(payload)}-{task}", f"seed {seed}", before, moment)
+        except (ValueError, TypeError, OSError, FloatingPointError) as error:
+            raise friendly(error) from None
+        finally:
+            steps.close()  # type: ignore[attr-defined]
+
+    # for programs: previews are yielded, and the finished picture last
+
+    def colorize(self, image: Any, seed: Any, steps: Any, request: gr.Request) -> Iterator[Any]:
+        """Colours a grayscale photograph; its own luma is kept.
+
+        Args:
+            image: the photograph.
+            seed: the same seed makes the same picture.
+            steps: network evaluations; more take longer.
+        """
+        yield from self._answer("colorization", image, seed, steps, request)
+
+    def inpaint(self, image: Any, mask: Any, seed: Any, steps: Any, request: gr.Request) -> Iterator[Any]:
+        """Fills a hole in a photograph; every other pixel is kept bit for bit.
+
+        Args:
+            image: the photograph.
+            mask: a picture of the same size, white = fill in.
+            seed: the same seed makes the same picture.
+            steps: network evaluations; more take longer.
+        """
+        picture = self.photo(image)
+        hole = self.mask(picture, None, mask, False, 0)
+        yield from self._answer("inpainting", image, seed, steps, request, picture, mask_image=hole)
+
+    def uncrop(
+        self, image: Any, left: Any, right: Any, top: Any, bottom: Any, seed: Any, steps: Any, request: gr.Request
+    ) -> Iterator[Any]:
+        """Extends a photograph beyond its border; the given pixels are kept bit for bit.
+
+        Args:
+            image: the photograph.
+            left: percent of the width to add on the left.
+            right: percent of the width to add on the right.
+            top: percent of the height to add at the top.
+            bottom: percent of the height to add at the bottom.
+            seed: the same seed makes the same picture.
+            steps: network evaluations; more take longer.
+        """
+        picture = self.photo(image)
+        sides = self.sides(picture, left, right, top, bottom)
+        yield from self._answer("uncropping", image, seed, steps, request, picture, **sides)
+
+    def restore_jpeg(self, image: Any, seed: Any, steps: Any, request: gr.Request) -> Iterator[Any]:
+        """Takes the blocks and ringing out of a JPEG.
+
+        Args:
+            image: the photograph.
+            seed: the same seed makes the same picture.
+            steps: network evaluations; more take longer.
+        """
+        yield from self._answer("jpeg_restoration", image, seed, steps, request)
+
+    def _answer(
+        self, task: str, payload: Any, seed: Any, steps: Any, request: gr.Request,
+        picture: canvas.Picture | None = None, **options: Any,
+    ) -> Iterator[Any]:  # fmt: skip
+        settings = Settings.checked(self.limits, seed, False, 1, steps, next(iter(SOLVERS)))
+        picture = picture or self.photo(payload)
+        session = request.session_hash or ""
+        last = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                for moment in self.moments(task, payload, picture, settings, session, **options):
+                    if isinstance(moment, Result):
+                        yield write(moment.after, Path(folder) / f"{moment.name}.png")
+                    elif time.monotonic() - last > 0.2:
+                        yield write(moment.picture, Path(folder) / "preview.png")
+                        last = time.monotonic()
+            except Stopped:
+                raise gr.Error("Stopped.") from None
+
+
+def pack(paths: list[str], folder: Path) -> str:
+    """Several PNG files as one zip, without names that meet."""
+    target = folder / "palette.zip"
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
+        for i, path in enumerate(paths):
+            archive.write(path, f"{i + 1:02d}-{Path(path).name}")
+    return str(target)

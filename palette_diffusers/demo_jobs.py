@@ -1,0 +1,139 @@
+"""The pipeline watched while it works: a generator of what it predicts, which can be stopped within one step."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from queue import SimpleQueue
+from threading import Event, Thread
+from typing import Any
+
+import diffusers
+import gradio as gr
+import torch
+from PIL import Image
+
+from . import canvas
+from .pipeline import PalettePipeline
+
+SOLVERS = {
+    "The model's own": None,
+    "DDIM": "DDIMScheduler",
+    "DPM-Solver++": "DPMSolverMultistepScheduler",
+    "UniPC": "UniPCMultistepScheduler",
+    "Euler": "EulerDiscreteScheduler",
+    "Heun": "HeunDiscreteScheduler",
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step is done. number: from 1 to `of`; level: 1, 2, ... where a hole is filled coarse to fine;
+    seconds: what is left of this level; picture: what the network predicts."""
+
+    number: int
+    of: int
+    level: int
+    seconds: float
+    picture: Image.Image
+
+
+class Stopped(Exception):
+    """The visitor stopped the work, or left."""
+
+
+class Stops:
+    """Who may stop what: the jobs of each visitor's session."""
+
+    def __init__(self) -> None:
+        self._events: dict[str, set[Event]] = defaultdict(set)
+
+    def start(self, session: str) -> Event:
+        event = Event()
+        self._events[session].add(event)
+        return event
+
+    def end(self, session: str, event: Event) -> None:
+        self._events[session].discard(event)
+        if not self._events[session]:
+            del self._events[session]
+
+    def stop(self, session: str) -> int:
+        """Stops every job of the session; their number."""
+        events = list(self._events.get(session, ()))
+        for event in events:
+            event.set()
+        return len(events)
+
+
+def with_solver(pipe: PalettePipeline, name: str | None) -> PalettePipeline:
+    """The same network under a scheduler of its own: a scheduler's state belongs to one job."""
+    kind = getattr(diffusers, name) if name else type(pipe.scheduler)
+    own = PalettePipeline(
+        unet=pipe.unet,
+        scheduler=kind.from_config(pipe.scheduler.config),
+        tasks=pipe.config.tasks,
+        default_task=pipe.config.default_task,
+        default_steps=pipe.config.default_steps,
+    )
+    own.set_progress_bar_config(disable=True)
+    return own
+
+
+def watch(pipe: PalettePipeline, picture: canvas.Picture, stop: Event, **options: Any) -> Iterator[Step | Image.Image]:
+    """`pipe(picture, **options)` in a thread: every step as it is done, and the finished picture last.
+
+    Closing the generator, as Gradio does when the browser has left, stops the work too.
+
+    Raises:
+        Stopped: `stop` was set. What the pipeline raises comes through.
+    """
+    news: SimpleQueue[Step | Image.Image | BaseException] = SimpleQueue()
+    gone = Event()  # nobody looks any more
+    level, begun = 0, time.monotonic()
+
+    def tell(pipe: PalettePipeline, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict:
+        nonlocal level, begun
+        if stop.is_set() or gone.is_set():
+            raise Stopped
+        if step == 0:
+            level, begun = level + 1, begun if level == 0 else time.monotonic()
+        of = pipe.num_timesteps
+        left = (time.monotonic() - begun) / (step + 1) * (of - step - 1)
+        news.put(Step(step + 1, of, level, left, _shown(tensors["pred_original_sample"][:1])))
+        return {}
+
+    def work() -> None:
+        try:
+            done: Any = pipe(picture, callback_on_step_end=tell, **options)
+            news.put(done.images[0])
+        except BaseException as error:  # handed over to the one who waits
+            news.put(error)
+
+    Thread(target=work, daemon=True).start()
+    try:
+        while True:
+            came = news.get()
+            while not news.empty():  # who is slow to look sees fewer steps, not old ones
+                came = news.get()
+            if isinstance(came, BaseException):
+                raise came
+            yield came
+            if isinstance(came, Image.Image):
+                return
+    finally:
+        gone.set()
+
+
+def _shown(predicted: torch.Tensor, side: int = 640) -> Image.Image:
+    """(1, 3, H, W) => a picture to look at: thinned out where it is large, smooth where it is small."""
+    every = max(1, max(predicted.shape[-2:]) // side)
+    picture = canvas.to_pil(predicted[..., ::every, ::every])
+    scale = side / max(picture.size)
+    return picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
+
+
+def friendly(error: Exception) -> gr.Error:
+    """What the pipeline refused, as a message on the page."""
+    text = str(error)
+    return gr.Error(text[:1].upper() + text[1:])

@@ -1,0 +1,168 @@
+"""What the demo accepts: the limits in one place, and a visitor's values checked against them, on the server."""
+
+import base64
+import binascii
+import io
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from . import canvas
+
+# the decoders that a stranger's file may reach
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "HEIF")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Each is set by an environment variable of its name: `PALETTE_MAX_PIXELS=4000000`."""
+
+    max_pixels: int = 16_000_000
+    max_bytes: int = 30_000_000  # of one file
+    max_steps: int = 100
+    max_samples: int = 4
+    max_files: int = 16
+    max_queue: int = 16  # jobs that wait
+    keep_seconds: int = 3600  # temporary files
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Limits":
+        """
+        >>> Limits.from_environment({"PALETTE_MAX_STEPS": "20"}).max_steps
+        20
+        """
+        values = {}
+        for field in fields(cls):
+            name = f"PALETTE_{field.name.upper()}"
+            text = environment.get(name, str(field.default))
+            if not text.isdecimal() or int(text) < 1:
+                raise ValueError(f"{name} is {text!r}, expected a whole number of at least 1")
+            values[field.name] = int(text)
+        return cls(**values)
+
+    def picture(self, image: Image.Image) -> canvas.Picture:
+        """An opened image => the picture, upright; too many pixels are refused before they are decoded."""
+        if image.width * image.height > self.max_pixels:
+            raise gr.Error(
+                f"This picture is {image.width}x{image.height}. "
+                f"The limit is {self.max_pixels / 1e6:g} megapixels: make it smaller first."
+            )
+        return canvas.read(image, self.max_pixels)
+
+
+def whole(name: str, value: Any, low: int, high: int) -> int:
+    """A whole number within its bounds; what a browser or a program sent may be anything."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high or value % 1:
+        raise gr.Error(f"{name} is {str(value)[:40]!r}, expected a whole number from {low} to {high}.")
+    return int(value)
+
+
+def number(name: str, value: Any, low: float, high: float) -> float:
+    """A number within its bounds."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise gr.Error(f"{name} is {str(value)[:40]!r}, expected a number from {low:g} to {high:g}.")
+    return float(value)
+
+
+def choice(name: str, value: Any, known: Mapping[str, Any]) -> Any:
+    """What stands under this name in a table."""
+    if not isinstance(value, str) or value not in known:
+        raise gr.Error(f"{name} is {str(value)[:40]!r}, expected one of: {', '.join(known)}.")
+    return known[value]
+
+
+def stem(payload: Mapping[str, Any]) -> str:
+    """The name of an uploaded file, without its ending and whatever a file system would mind."""
+    name = Path(str(payload.get("orig_name") or payload.get("path") or "photo")).stem
+    return re.sub(r"[^\w-]+", "_", name)[:60].strip("_") or "photo"
+
+
+def open_upload(payload: Any, limits: Limits, what: str = "photo") -> Image.Image:
+    """What Gradio received for an image => the opened image, not yet decoded.
+
+    Raises:
+        gr.Error: nothing came, it is too large, or no picture; the message is for the visitor and names no path.
+    """
+    if not isinstance(payload, Mapping):
+        raise gr.Error(f"Choose a {what} first.")
+    url = payload.get("url") or ""
+    source: str | io.BytesIO
+    if url.startswith("data:"):
+        try:
+            source = io.BytesIO(base64.b64decode(url.partition(",")[2], validate=True))
+        except binascii.Error:
+            raise gr.Error(f"The {what} is damaged: its data is no base64.") from None
+        size = source.getbuffer().nbytes
+    elif payload.get("path"):
+        source = str(payload["path"])
+        size = os.path.getsize(source) if os.path.isfile(source) else 0
+    else:
+        raise gr.Error(f"Choose a {what} first.")
+    if size > limits.max_bytes:
+        raise gr.Error(f"This file has {size / 1e6:.0f} MB, the limit is {limits.max_bytes / 1e6:g} MB.")
+    if size == 0:
+        raise gr.Error(f"The {what} is empty.")
+    try:
+        return Image.open(source, formats=[name for name in FORMATS if name in _formats()])
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise gr.Error(_refusal(source, error)) from None
+
+
+def _formats() -> dict[str, Any]:
+    """Pillow's decoders; with pillow-heif installed, an iPhone's HEIC too."""
+    try:
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    except ImportError:
+        pass
+    Image.init()
+    return Image.OPEN
+
+
+def _refusal(source: str | io.BytesIO, error: Exception) -> str:
+    if isinstance(error, Image.DecompressionBombError):
+        return "This picture has far too many pixels: make it smaller first."
+    if isinstance(source, str):
+        with open(source, "rb") as file:
+            head = file.read(512)
+    else:
+        head = source.getvalue()[:512]
+    if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"mif1", b"msf1"):
+        return "This is a HEIC photo, and this server has no decoder for it (pillow-heif): save it as JPEG first."
+    if b"<svg" in head.lower():
+        return "This is an SVG drawing, not a photograph: save it as PNG first."
+    return "This file is no picture that can be read here: use JPEG, PNG, WebP, TIFF, BMP, GIF, AVIF or HEIC."
+
+
+class BodyLimit:
+    """ASGI middleware: a request that is longer than `max_bytes` is answered with 413, and read no further."""
+
+    def __init__(self, app: Any, max_bytes: int):
+        self.app, self.max_bytes = app, max_bytes
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        detail = f"The request is too large: the limit is {self.max_bytes} bytes."
+        length = dict(scope.get("headers", ())).get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self.max_bytes:
+            await JSONResponse({"detail": detail}, 413)(scope, receive, send)
+            return
+        received = 0
+
+        async def counted() -> Any:  # a length need not be told, nor be true
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.max_bytes:
+                raise HTTPException(413, detail)
+            return message
+
+        await self.app(scope, counted, send)

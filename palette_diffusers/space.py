@@ -1,0 +1,54 @@
+"""The Space of the demo: its exact tree, written to a folder or published.
+
+The tree carries the package's own source, so that it runs whether or not the package is on an index.
+"""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent
+# in a wheel the files of the Space lie inside the package, in a checkout beside it
+APP = next((folder for folder in (PACKAGE / "spaces_app", PACKAGE.parent / "spaces_app") if folder.is_dir()), PACKAGE)
+FILES = ("README.md", "app.py", "requirements.txt", "Dockerfile")
+
+
+def write_space(folder: str | os.PathLike) -> list[str]:
+    """Writes the Space's tree; the names of its files, sorted.
+
+    Raises:
+        FileExistsError: something is there already. FileNotFoundError: the package came without `spaces_app`.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is not empty: name a new folder")
+    for name in FILES:
+        if not (APP / name).is_file():
+            raise FileNotFoundError(f"{name} of the Space is missing: install the package from its wheel or source")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as name:
+        part = Path(name) / "space"
+        shutil.copytree(
+            PACKAGE, part / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__", "*.pyi", "spaces_app", ".*")
+        )
+        for file in FILES:
+            shutil.copy(APP / file, part / file)
+        if folder.exists():
+            folder.rmdir()
+        part.rename(folder)
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def publish_space(repo_id: str, private: bool = False) -> str:
+    """Creates or updates the Space in one commit; its address. The token is the one of `hf auth login`."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    with tempfile.TemporaryDirectory() as name:
+        write_space(Path(name) / "space")
+        api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo_id, repo_type="space", folder_path=Path(name) / "space", commit_message="The Palette demo"
+        )
+    return f"{api.endpoint}/spaces/{repo_id}"

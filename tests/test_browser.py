@@ -1,0 +1,271 @@
+"""The page in a real browser. Debian's Chromium; screenshots of every state go to outputs/screenshots."""
+
+import io
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+gradio = pytest.importorskip("gradio")
+playwright = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
+
+SHOTS = Path(__file__).parents[1] / "outputs" / "screenshots"
+
+
+@pytest.fixture(scope="module")
+def server():
+    from palette_diffusers import demo
+
+    # no port is named: Gradio takes a free one
+    page, url, _ = demo.launch(host="127.0.0.1", prevent_thread_lock=True, quiet=True)
+    yield url
+    demo.gr.close_all()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as library:
+        yield library.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+
+
+@pytest.fixture
+def open_page(server, browser):
+    """A page whose console must stay free of errors."""
+    contexts, errors = [], []
+
+    def open_page(**options):
+        context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | options))
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(15_000)
+        page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
+        page.on("pageerror", lambda e: errors.append(str(e)))
+        page.goto(server)
+        page.get_by_role("tab", name="Colorize").wait_for()
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert errors == []
+
+
+def shot(page, name):
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    page.wait_for_timeout(200)
+    page.screenshot(path=SHOTS / f"{name}.png", full_page=True)
+
+
+def choose(page, path):
+    page.set_input_files("#photo input[type=file]", path)
+    page.locator("#facts").get_by_text("x").wait_for()
+
+
+def run(page, name):
+    before = page.locator("#status").inner_text()
+    page.get_by_role("button", name=name, exact=True).click()
+    page.wait_for_function(
+        "before => /^Done/.test(document.querySelector('#status').innerText.trim())"
+        " && document.querySelector('#status').innerText != before", arg=before
+    )
+    return page.locator("#status").inner_text()
+
+
+def download(page, button="#download"):
+    with page.expect_download() as waiting:
+        page.locator(button).click()
+    return Path(waiting.value.path()).read_bytes(), waiting.value.suggested_filename
+
+
+def pixels(png):
+    image = Image.open(io.BytesIO(png))
+    assert image.format == "PNG"
+    return np.asarray(image.convert("RGB"))
+
+
+def steps(page, number):
+    field = page.get_by_label("number input for Steps")
+    if not field.is_visible():
+        page.get_by_role("button", name="Advanced").click()
+    field.fill(str(number))
+    field.press("Tab")
+
+
+@pytest.fixture
+def upload(photo, tmp_path):
+    Image.fromarray(photo).save(tmp_path / "my photo.png")
+    return tmp_path / "my photo.png"
+
+
+def test_a_mask_drawn_by_mouse_and_every_pixel_outside_it_kept(open_page, upload, photo):
+    page = open_page()
+    choose(page, upload)
+    page.get_by_role("tab", name="Inpaint").click()
+    canvas = page.locator("#editor canvas").first
+    canvas.scroll_into_view_if_needed()
+    page.wait_for_timeout(1000)
+    box = canvas.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x - 30, y)
+    page.mouse.down()
+    page.mouse.move(x + 30, y, steps=8)
+    page.mouse.up()
+    shot(page, "inpaint-painted")
+    run(page, "Inpaint")
+    page.locator("#result img").first.wait_for()
+    shot(page, "inpaint-done")
+    png, name = download(page)
+    result = pixels(png)
+    changed = (result != photo).any(-1)
+    assert name.endswith("my_photo-inpainting.png") and result.shape == photo.shape
+    assert 0.01 < changed.mean() < 0.5, "what was painted changes, and nothing far from it"
+    rows, columns = np.nonzero(changed)
+    height, width = changed.shape
+    assert abs(rows.mean() / height - 0.5) < 0.1 and abs(columns.mean() / width - 0.5) < 0.1
+
+
+def test_the_prediction_streams_and_stop_stops(open_page, upload):
+    page = open_page()
+    choose(page, upload)
+    steps(page, 100)
+    page.get_by_role("button", name="Colorize", exact=True).click()
+    preview = page.locator("#preview img")
+    preview.wait_for()
+    first = preview.get_attribute("src")
+    page.wait_for_function("first => document.querySelector('#preview img').src != first", arg=first)
+    assert "of 100" in page.locator("#status").inner_text()
+    shot(page, "streaming")
+    page.locator("#stop").click()
+    page.locator("#status").get_by_text("Stopped").wait_for()
+    page.locator("#stop").wait_for(state="hidden")
+    shot(page, "stopped")
+    steps(page, 8)
+    begun = time.monotonic()
+    assert "Done" in run(page, "Colorize")  # at once: what was stopped holds no place
+    assert time.monotonic() - begun < 10
+
+
+def test_variations_slider_and_chaining(open_page, upload, photo):
+    page = open_page()
+    choose(page, upload)
+    page.get_by_label("number input for Variations").fill("3")
+    page.get_by_label("number input for Variations").press("Tab")
+    run(page, "Colorize")
+    page.locator("#gallery button img").nth(2).wait_for()
+    first, _ = download(page)
+    page.locator("#gallery button:has(img)").nth(2).click()
+    page.wait_for_timeout(1000)
+    third, _ = download(page)
+    assert (pixels(first) != pixels(third)).any()
+    handle = page.locator("#result .handle, #result [role=slider], #result .inner").first
+    box = page.locator("#result img").first.bounding_box()
+    where = handle.bounding_box()
+    page.mouse.move(where["x"] + where["width"] / 2, where["y"] + where["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 20, where["y"] + where["height"] / 2, steps=5)
+    page.mouse.up()
+    assert handle.bounding_box()["x"] < where["x"] - 20
+    shot(page, "variations")
+    page.locator("#go-on").click()
+    page.get_by_role("tab", name="Uncrop").click()
+    page.wait_for_timeout(1000)
+    run(page, "Uncrop")
+    shot(page, "uncrop")
+    wider = pixels(download(page)[0])
+    assert wider.shape[1] == round(photo.shape[1] * 1.25)
+    assert np.array_equal(wider[:, : photo.shape[1]], pixels(third)), "the picked result became the next photo"
+
+
+def test_a_shape_sets_the_sides(open_page, upload):
+    page = open_page()
+    choose(page, upload)
+    page.get_by_role("tab", name="Uncrop").click()
+    page.get_by_label("16:9").click()
+    page.wait_for_function("document.querySelector('[aria-label=\"number input for Left (%)\"]').value > 16")
+    run(page, "Uncrop")
+    height, width, _ = pixels(download(page)[0]).shape
+    assert abs(width / height - 16 / 9) < 0.01 and height == 150
+
+
+def test_jpeg_shows_its_quality(open_page, photo, tmp_path):
+    Image.fromarray(photo).save(tmp_path / "old.jpg", quality=13)
+    page = open_page()
+    choose(page, tmp_path / "old.jpg")
+    page.get_by_role("tab", name="Restore").click()
+    assert page.get_by_label("JPEG quality found").input_value() == "13 of 100"
+    run(page, "Restore")
+    shot(page, "restore")
+    assert pixels(download(page)[0]).shape == photo.shape
+
+
+def test_batch_gives_a_zip(open_page, photo, tmp_path):
+    import zipfile
+
+    for i in range(3):
+        Image.fromarray(photo[: 100 + 10 * i]).save(tmp_path / f"{i}.png")
+    page = open_page()
+    page.get_by_role("tab", name="Batch").click()
+    page.set_input_files("#files input[type=file]", [tmp_path / f"{i}.png" for i in range(3)])
+    page.locator("#files tr").nth(2).wait_for()
+    run(page, "Run all")
+    shot(page, "batch")
+    with zipfile.ZipFile(io.BytesIO(download(page, "#zip")[0])) as archive:
+        heights = [pixels(archive.read(name)).shape[0] for name in sorted(archive.namelist())]
+    assert heights == [100, 110, 120]
+
+
+def test_examples_run_in_one_click(open_page):
+    page = open_page()
+    page.get_by_role("tab", name="Inpaint").click()
+    page.locator("button.gallery-item:visible, .gallery button:visible, tr.tr-body:visible").first.click()
+    page.locator("#status").get_by_text("Done in").wait_for()
+    shot(page, "example")
+
+
+def test_a_wrong_file_gives_a_clear_message(open_page, tmp_path):
+    (tmp_path / "note.png").write_text("no picture")
+    page = open_page()
+    page.set_input_files("#photo input[type=file]", tmp_path / "note.png")
+    page.get_by_text("no picture that can be read").first.wait_for()
+    shot(page, "wrong-file")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "size", "tabs"),
+    [
+        ("light", (390, 844), ["Colorize"]),
+        ("dark", (390, 844), ["Inpaint", "Uncrop", "Restore", "Batch", "Colorize"]),
+        ("light", (1440, 900), ["Inpaint", "Uncrop", "Restore", "Batch", "Colorize"]),
+        ("dark", (1440, 900), ["Colorize"]),
+    ],
+)
+def test_phone_and_desk_light_and_dark(open_page, upload, scheme, size, tabs):
+    page = open_page(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme)
+    choose(page, upload)
+    assert page.evaluate("document.documentElement.scrollWidth") <= size[0], "nothing sticks out at the side"
+    dark = page.evaluate("document.body.classList.contains('dark')")
+    assert dark == (scheme == "dark")
+    for tab in tabs:
+        page.get_by_role("tab", name=tab).click()
+        shot(page, f"{scheme}-{size[0]}-{tab.lower()}")
+    run(page, "Colorize")
+    page.wait_for_timeout(700)
+    assert page.locator("#status").evaluate("e => e.getBoundingClientRect().top < innerHeight"), "the result is in view"
+    shot(page, f"{scheme}-{size[0]}-done")
+
+
+def test_keyboard_alone(open_page, upload):
+    page = open_page()
+    choose(page, upload)
+    page.get_by_role("tab", name="Colorize").focus()
+    for _ in range(8):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.innerText").strip() == "Colorize":
+            break
+    page.keyboard.press("Enter")
+    page.locator("#status").get_by_text("Done in").wait_for()

@@ -1,0 +1,427 @@
+"""The demo without a browser: programs that call it, and visitors who mean no good."""
+
+import base64
+import io
+import os
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import requests
+from PIL import Image
+from typer.testing import CliRunner
+
+gr = pytest.importorskip("gradio")
+from gradio_client import Client, handle_file  # noqa: E402
+
+from palette_diffusers import cli, demo  # noqa: E402
+from palette_diffusers.demo_handlers import Handlers, Settings  # noqa: E402
+from palette_diffusers.demo_jobs import SOLVERS, Step, Stopped, watch, with_solver  # noqa: E402
+from palette_diffusers.demo_limits import Limits, whole  # noqa: E402
+
+LIMITS = {"PALETTE_MAX_PIXELS": "1000000", "PALETTE_MAX_BYTES": "2000000", "PALETTE_MAX_QUEUE": "2"}
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def server():
+    os.environ.update(LIMITS)
+    try:
+        _, url, _ = demo.launch(host="127.0.0.1", prevent_thread_lock=True, quiet=True)
+    finally:
+        for name in LIMITS:
+            del os.environ[name]
+    yield url
+    gr.close_all()
+
+
+@pytest.fixture
+def client(server, tmp_path):
+    return Client(server, verbose=False, download_files=str(tmp_path / "answers"))
+
+
+@pytest.fixture
+def file(photo, tmp_path):
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def pixels(path):
+    image = Image.open(path)
+    assert image.format == "PNG"
+    return np.asarray(image.convert("RGB"))
+
+
+def data_url(data, kind="png"):
+    return {"url": f"data:image/{kind};base64,{base64.b64encode(data).decode()}", "meta": {"_type": "gradio.FileData"}}
+
+
+def encoded(image, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, **({"format": "PNG"} | options))
+    return buffer.getvalue()
+
+
+def bomb(side=30_000):
+    """A PNG of a few kilobytes' header that says it is 900 megapixels."""
+    chunk = lambda kind, data: (  # noqa: E731
+        len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+    )
+    size = side.to_bytes(4, "big") * 2
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size + b"\x08\x02\0\0\0") + chunk(b"IDAT", zlib.compress(b"\0" * 999))
+
+
+# programs
+
+
+def test_every_task_as_an_endpoint(client, file, photo, tmp_path):
+    mask = np.zeros(photo.shape[:2], np.uint8)
+    mask[40:80, 60:100] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    image = handle_file(file)
+    assert pixels(client.predict(image, api_name="/colorize")).shape == photo.shape
+    filled = pixels(client.predict(image, handle_file(tmp_path / "mask.png"), api_name="/inpaint"))
+    assert np.array_equal(filled[mask == 0], photo[mask == 0]) and (filled != photo).any()
+    wide = pixels(client.predict(image, left=10, bottom=20, api_name="/uncrop"))
+    assert wide.shape == (180, 220, 3) and np.array_equal(wide[:150, 20:], photo)
+    first = pixels(client.predict(image, seed=1, steps=4, api_name="/restore_jpeg"))
+    assert np.array_equal(first, pixels(client.predict(image, seed=1, steps=4, api_name="/restore_jpeg")))
+
+
+def test_the_endpoints_are_documented(client):
+    endpoints = client.view_api(return_format="dict")["named_endpoints"]
+    assert set(endpoints) == {"/colorize", "/inpaint", "/uncrop", "/restore_jpeg", "/health"}
+    names = [p["parameter_name"] for p in endpoints["/uncrop"]["parameters"]]
+    assert names == ["image", "left", "right", "top", "bottom", "seed", "steps"]
+    assert "luma" in endpoints["/colorize"]["description"]
+
+
+def test_health(server, client):
+    answer = requests.get(f"{server}health", timeout=5)
+    assert answer.status_code == 200 and answer.json()["status"] == "ok"
+    assert client.predict(api_name="/health")["tasks"] == answer.json()["tasks"]
+
+
+def test_orientation_alpha_and_gray(client, photo, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(photo).save(tmp_path / "turned.jpg", exif=exif)
+    assert pixels(client.predict(handle_file(tmp_path / "turned.jpg"), api_name="/colorize")).shape == (200, 150, 3)
+    clear = Image.fromarray(photo).convert("RGBA")
+    clear.putalpha(Image.fromarray(photo[..., 0]))
+    clear.save(tmp_path / "clear.webp", lossless=True, exact=True)
+    out = Image.open(client.predict(handle_file(tmp_path / "clear.webp"), api_name="/restore_jpeg"))
+    assert out.mode == "RGBA" and np.array_equal(np.asarray(out)[..., 3], photo[..., 0])
+
+
+def test_heic(client, photo, tmp_path):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.register_heif_opener()
+    Image.fromarray(photo).save(tmp_path / "phone.heic")
+    assert pixels(client.predict(handle_file(tmp_path / "phone.heic"), api_name="/colorize")).shape == photo.shape
+
+
+# who means no good
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("bomb.png", bomb(), "pixels"),
+        ("large.png", encoded(Image.new("L", (1001, 1000))), "1001x1000"),
+        ("note.png", b"no picture at all", "no picture"),
+        ("drawing.svg", b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>', "SVG"),
+        ("script.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no picture"),
+        ("phone.heic", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
+        ("cut.png", encoded(Image.effect_noise((99, 99), 90))[:4000], "trunc"),
+        ("empty.png", b"", "empty"),
+    ],
+)
+def test_files_that_are_refused(client, tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(Exception) as caught:
+        client.predict(handle_file(tmp_path / name), api_name="/colorize")
+    text = str(caught.value)
+    assert message.lower() in text.lower(), text
+    assert "/tmp" not in text and str(ROOT) not in text, "no path of the machine"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"steps": 0}, {"steps": 101}, {"steps": 2.5}, {"steps": "many"}, {"steps": [8]}, {"steps": True},
+        {"seed": -1}, {"seed": 2**40}, {"seed": {"a": 1}}, {"seed": None},
+    ],
+)  # fmt: skip
+def test_values_that_are_refused(client, file, options):
+    with pytest.raises(Exception, match=f"{next(iter(options))} is .*expected a whole number from"):
+        client.predict(handle_file(file), api_name="/colorize", **options)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 10**400, "7", b"7", None, True])
+def test_no_number(value):
+    with pytest.raises(gr.Error, match="expected a whole number"):
+        whole("seed", value, 0, 9)
+
+
+def test_too_many_bytes(server, client, tmp_path):
+    (tmp_path / "large.png").write_bytes(b"0" * 2_100_000)
+    answer = requests.post(
+        f"{server}gradio_api/upload", files={"files": (tmp_path / "large.png").open("rb")}, timeout=30
+    )
+    assert answer.status_code == 413 and "/tmp" not in answer.text
+    head = {"Content-Length": "200000000", "Content-Type": "application/json"}
+    prepared = requests.Request("POST", f"{server}gradio_api/queue/join", data=b"{", headers=head).prepare()
+    prepared.headers["Content-Length"] = "200000000"
+    assert requests.Session().send(prepared, timeout=10).status_code == 413
+
+    def endless():
+        for _ in range(400):
+            yield b" " * 100_000
+
+    try:  # the server may hang up before it has read all
+        assert requests.post(f"{server}gradio_api/queue/join", data=endless(), timeout=30).status_code == 413
+    except requests.ConnectionError:
+        pass
+    assert requests.get(f"{server}health", timeout=5).ok
+
+
+def call(server, endpoint, *data):
+    """As a program without the client would call: the error's text, or None."""
+    answer = requests.post(f"{server}gradio_api/call/{endpoint}", json={"data": list(data)}, timeout=10)
+    if not answer.ok:
+        return answer.text
+    with requests.get(f"{server}gradio_api/call/{endpoint}/{answer.json()['event_id']}", timeout=60) as stream:
+        return stream.text if "event: error" in stream.text else None
+
+
+def test_files_of_the_server_stay_there(server):
+    for path in ("/etc/passwd", "../../etc/passwd", str(ROOT / "README.md"), "/proc/self/environ"):
+        text = call(server, "colorize", {"path": path, "meta": {"_type": "gradio.FileData"}}, 0, 4)
+        assert text and "root:" not in text
+        for address in (f"gradio_api/file={path}", f"file={path}", f"gradio_api/file/{path}"):
+            assert not requests.get(server + address, timeout=5).ok
+    local = {"path": f"{server}health", "meta": {"_type": "gradio.FileData"}}
+    assert call(server, "colorize", local, 0, 4), "its own network isn't open to visitors"
+
+
+def test_payloads_of_the_wrong_type(server, photo):
+    for payload in (None, 7, "photo.png", [], {}, {"path": None}, {"path": 3}, {"url": "data:image/png;base64,###"}):
+        assert call(server, "colorize", payload, 0, 4), payload
+    assert call(server, "colorize", data_url(encoded(Image.fromarray(photo))), 0, 4) is None
+
+
+def test_a_polyglot_comes_back_as_a_picture_alone(client, photo, tmp_path):
+    (tmp_path / "both.png").write_bytes(encoded(Image.fromarray(photo)) + b"<script>alert(1)</script>PK\x03\x04")
+    out = client.predict(handle_file(tmp_path / "both.png"), api_name="/restore_jpeg")
+    assert b"<script>" not in Path(out).read_bytes()
+
+
+def test_a_full_queue_says_so_and_none_are_mixed_up(server, tmp_path, photo):
+    """Twelve at once, where two may wait: each gets its own picture or is told; the server lives on."""
+    answers = {}
+
+    def visit(i):
+        Image.new("RGB", (90 + i, 70), (i, i, i)).save(tmp_path / f"{i}.png")
+        try:
+            own = Client(server, verbose=False, download_files=str(tmp_path / f"answers{i}"))
+            answers[i] = pixels(own.predict(handle_file(tmp_path / f"{i}.png"), steps=60, api_name="/colorize")).shape
+        except Exception as error:
+            answers[i] = str(error)
+
+    threads = [threading.Thread(target=visit, args=(i,)) for i in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    done = {i: a for i, a in answers.items() if isinstance(a, tuple)}
+    away = [a for a in answers.values() if isinstance(a, str)]
+    assert len(answers) == 12 and done and away
+    assert all(shape == (70, 90 + i, 3) for i, shape in done.items())
+    assert all("queue is full" in text.lower() for text in away), away
+    assert requests.get(f"{server}health", timeout=5).json()["waiting"] == 0
+
+
+def test_who_leaves_frees_the_place(server, file):
+    own = Client(server, verbose=False)
+    job = own.submit(handle_file(file), steps=100, api_name="/restore_jpeg")
+    while not job.outputs():
+        assert not job.done()
+        time.sleep(0.05)
+    job.cancel()
+    begun = time.monotonic()
+    Client(server, verbose=False).predict(handle_file(file), steps=1, api_name="/colorize")
+    assert time.monotonic() - begun < 3
+
+
+# handlers
+
+
+def settings(**values):
+    given = {"seed": 1, "anew": False, "samples": 1, "steps": 2, "solver": next(iter(SOLVERS))} | values
+    return Settings.checked(Limits(), *given.values())
+
+
+def test_settings_are_checked():
+    assert settings(anew=True) != settings(anew=True) and settings().seed == 1
+    for bad in ({"samples": 5}, {"solver": "os.system"}, {"steps": 1000}):
+        with pytest.raises(gr.Error, match="expected"):
+            settings(**bad)
+
+
+def test_limits_come_from_the_environment():
+    assert Limits.from_environment({"PALETTE_MAX_QUEUE": "3"}) == Limits(max_queue=3)
+    for bad in ("0", "-1", "many", "1.5", ""):
+        with pytest.raises(ValueError, match="PALETTE_MAX_BYTES"):
+            Limits.from_environment({"PALETTE_MAX_BYTES": bad})
+
+
+@pytest.mark.parametrize("solver", list(SOLVERS))
+def test_every_solver_works_and_leaves_the_pipeline_alone(pipe, photo, solver):
+    before = type(pipe.scheduler), dict(pipe.scheduler.config)
+    own = with_solver(pipe, SOLVERS[solver])
+    *steps, image = watch(own, Handlers(pipe, Limits()).photo(data_url(encoded(Image.fromarray(photo)))),
+                          threading.Event(), task="colorization", num_inference_steps=3)
+    assert image.size == (200, 150)
+    assert (type(pipe.scheduler), dict(pipe.scheduler.config)) == before
+
+
+def test_stop_is_within_one_step(pipe, photo):
+    from palette_diffusers import canvas
+
+    count, forward = 0, pipe.unet.forward
+
+    def counted(*args, **options):
+        nonlocal count
+        count += 1
+        time.sleep(0.02)
+        return forward(*args, **options)
+
+    pipe.unet.forward = counted
+    stop = threading.Event()
+    steps = watch(pipe, canvas.read(photo), stop, task="colorization", num_inference_steps=50)
+    assert isinstance(next(steps), Step)
+    stop.set()
+    seen = count
+    with pytest.raises(Stopped):
+        list(steps)
+    assert count <= seen + 1
+    steps = watch(pipe, canvas.read(photo), threading.Event(), task="colorization", num_inference_steps=50)
+    next(steps)
+    steps.close()  # what Gradio does when the browser has left
+    seen = count
+    time.sleep(0.2)
+    assert count <= seen + 1
+
+
+def test_brush_upload_invert_and_grow_make_one_mask(pipe, photo):
+    handlers = Handlers(pipe, Limits())
+    picture = handlers.photo(data_url(encoded(Image.fromarray(photo))))
+    layer = Image.new("RGBA", (100, 75))  # painted on a copy of half the size
+    layer.paste((255, 0, 120, 150), (10, 10, 20, 20))
+    handlers.read_layers = lambda data: {"layers": [layer]}
+    mask = handlers.mask(picture, {"background": None, "layers": []}, None, False, 0)
+    assert mask.shape == (1, 1, 150, 200) and mask[..., 20:40, 20:40].all() and mask.sum() < 25 * 25
+    grown = handlers.mask(picture, {"background": None, "layers": []}, None, False, 3)
+    assert grown[..., 17:43, 17:43].all() and grown.sum() < 31 * 31
+    assert (handlers.mask(picture, {"background": None}, None, True, 0) == 1 - mask).all()
+    hole = Image.new("L", (200, 150))
+    hole.putpixel((199, 149), 255)
+    both = handlers.mask(picture, {"background": None}, data_url(encoded(hole)), False, 0)
+    assert both.sum() == mask.sum() + 1
+    for nothing in (None, {}, {"background": None, "layers": [], "composite": None}):
+        handlers.read_layers = lambda data: {"layers": []}
+        with pytest.raises(gr.Error, match="Paint over"):
+            handlers.mask(picture, nothing, None, False, 0)
+    with pytest.raises(gr.Error, match="mask is 100x75, the photo 200x150"):
+        handlers.mask(picture, None, data_url(encoded(Image.new("L", (100, 75), 255))), False, 0)
+
+
+def test_a_thousand_strokes_are_one_mask(pipe, photo):
+    from gradio.components.image_editor import EditorDataBlobs
+    from PIL import ImageDraw
+
+    page = demo.Page(Handlers(pipe, Limits()))
+    layer = Image.new("RGBA", (200, 150))
+    rng = np.random.default_rng(0)
+    for _ in range(1000):
+        ImageDraw.Draw(layer).line([tuple(rng.integers(0, 150, 2).tolist()) for _ in range(2)], (255, 0, 0, 255), 2)
+    page.editor.blob_storage["x"] = EditorDataBlobs(background=None, layers=[encoded(layer), None], composite=None)
+    picture = page.handlers.photo(data_url(encoded(Image.fromarray(photo))))
+    mask = page.handlers.mask(picture, {"id": "x"}, None, False, 0)
+    assert mask.mean() > 0.5 and not page.editor.blob_storage
+
+
+# starting and publishing
+
+
+def test_it_starts_and_asks_for_a_login(tmp_path):
+    code = "import palette_diffusers.cli as c; c.app(['demo', '--port', '%d'])"
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"PALETTE_LOGIN": "anna:secret", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", code % port], env=environment, cwd=tmp_path)
+    try:
+        url = f"http://127.0.0.1:{port}/"
+        for _ in range(300):
+            try:
+                assert requests.get(f"{url}health", timeout=1).ok
+                break
+            except requests.ConnectionError:
+                assert process.poll() is None
+                time.sleep(0.2)
+        assert requests.get(f"{url}config", timeout=5).status_code == 401
+        session = requests.Session()
+        session.post(f"{url}login", data={"username": "anna", "password": "secret"}, timeout=5)
+        assert session.get(f"{url}config", timeout=5).ok
+        assert not list(tmp_path.iterdir()), "nothing is written where it was started"
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def test_the_command_says_what_is_missing(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util as u; f = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'gradio' else f(name, *a)"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, "-m", "palette_diffusers.cli", "demo"]
+    out = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert out.returncode == 2 and "pip install 'palette-diffusers[demo]'" in out.stderr
+
+
+def test_the_tree_of_the_space_runs_by_itself(tmp_path):
+    run = CliRunner().invoke(cli.app, ["publish-space", "anna/palette", "--dry-run", str(tmp_path / "space")])
+    assert run.exit_code == 0, run.output
+    names = run.output.split()
+    assert {"README.md", "app.py", "requirements.txt", "Dockerfile", "palette_diffusers/demo.py"} <= set(names)
+    assert "palette_diffusers/starter/model_index.json" in names and "palette_diffusers/photographs/cat.jpg" in names
+    assert not [n for n in names if "__pycache__" in n or n.endswith(".pyc")]
+    code = "import app, palette_diffusers.demo as d; print(d.__file__); print(d.load().config.default_task)"
+    command, environment = [sys.executable, "-c", code], os.environ | {"PYTHONPATH": ""}
+    out = subprocess.run(command, cwd=tmp_path / "space", env=environment, capture_output=True, text=True)
+    assert str(tmp_path / "space") in out.stdout and "colorization" in out.stdout, out.stderr
+    again = CliRunner().invoke(cli.app, ["publish-space", "anna/palette", "--dry-run", str(tmp_path / "space")])
+    assert again.exit_code == 2
+    assert CliRunner().invoke(cli.app, ["publish-space", "a/b/c", "--dry-run", str(tmp_path / "x")]).exit_code == 2
+
+
+def test_the_space_pins_what_is_tested():
+    tested = set((ROOT / "constraints.txt").read_text().split("\n"))
+    assert set((ROOT / "spaces_app" / "requirements.txt").read_text().split()) <= tested
+    front = (ROOT / "spaces_app" / "README.md").read_text().split("---")[1]
+    assert f"gradio=={front.split('sdk_version: ')[1].split()[0]}" in tested
+    import huggingface_hub
+
+    card = huggingface_hub.SpaceCard(f"---{front}---")
+    assert card.data.sdk == "gradio" and (ROOT / "spaces_app" / card.data.app_file).exists()
+    assert len(card.data.short_description) <= 60, "the Hub's limit"
