@@ -170,7 +170,7 @@ def evaluate(
     task: Annotated[str, typer.Option(help="names, with commas: colorization, jpeg_restoration:5, ...")] = "",
     protocol: Annotated[str, typer.Option(help="a set of tasks: starter, palette (the paper's)")] = "starter",
     count: Annotated[int | None, typer.Option(min=1, help="the first so many photographs; default: all")] = None,
-    against: Annotated[list[str], typer.Option(help="further rows: identity, telea, navier-stokes, cubic, or as MODEL")]
+    against: Annotated[list[str], typer.Option(help="further rows: identity, telea, navier-stokes, or as MODEL")]
     = ["identity", "telea"],  # noqa: B006
     classifier: Annotated[str | None, typer.Option(help="whose accuracy is told; default: --features")] = None,
     names: Annotated[Path | None, typer.Option("--list", help="file of names in --data: ctest10k, places10k")] = None,
@@ -204,7 +204,7 @@ def evaluate(
             pipes.append(_load(name, device, dtype))
             return pipes[-1]
 
-        rows = [load_restorer(spec, load, steps) for spec in [*against, model]]
+        rows = [load_restorer(spec, load, steps) for spec in dict.fromkeys([*against, model])]
         pixels = size or (pipes[-1].unet.config.sample_size if pipes else 64)
         photographs = inputs.Photographs(data, pixels, count, names)
         others = inputs.Photographs(reference, pixels) if reference else None

@@ -4,15 +4,15 @@ A restorer maps a `Batch` to pictures (B, 3, S, S), RGB, [-1, 1].
 """
 
 import copy
+import re
 import shlex
 import subprocess
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from .. import canvas
@@ -95,30 +95,13 @@ def _opencv(method: str) -> Callable[[Batch], torch.Tensor]:
     return restore
 
 
-def _cubic(batch: Batch) -> torch.Tensor:
-    """Holes filled by the cubic spline (Clough-Tocher) through the known pixels around them."""
-    from scipy.interpolate import CloughTocher2DInterpolator, NearestNDInterpolator
-
-    out = batch.given.known.clone()
-    assert batch.given.mask is not None
-    for image, mask in zip(out, batch.given.mask[:, 0] > 0.5, strict=True):
-        near = torch.nn.functional.max_pool2d(mask[None].float(), 7, 1, 3)[0] > 0
-        at, wanted = ((near & ~mask).nonzero().numpy(), mask.nonzero().numpy())
-        values = image[:, near & ~mask].T.numpy()
-        filled = CloughTocher2DInterpolator(at, values)(wanted)
-        outside = np.isnan(filled[:, 0])  # beyond the known pixels' hull
-        if outside.any():
-            filled[outside] = NearestNDInterpolator(at, values)(wanted[outside])
-        image[:, mask] = torch.from_numpy(filled.T).float().clamp(-1, 1)
-    return out
-
-
 def _masks_only(task: str) -> bool:
     return bool(get_task(task).takes_mask)
 
 
 def baseline(name: str) -> Restorer:
-    """`identity`, `telea`, `navier-stokes` or `cubic`; the latter three fill holes.
+    """`identity` (of a super-resolution task, whose sources are bicubic, that is bicubic), or OpenCV's `telea` and
+    `navier-stokes`, which fill holes.
 
     Raises:
         ValueError: no such baseline. ImportError: OpenCV is missing.
@@ -128,12 +111,10 @@ def baseline(name: str) -> Restorer:
     if name in ("telea", "navier-stokes"):
         method = {"telea": "Telea", "navier-stokes": "Navier-Stokes"}[name]
         return Restorer(method, _opencv(method), handles=_masks_only)
-    if name == "cubic":
-        return Restorer("cubic", _cubic, handles=_masks_only)
     raise ValueError(f"baseline is {name!r}, expected {', '.join(BASELINES)}")
 
 
-BASELINES = ("identity", "telea", "navier-stokes", "cubic")
+BASELINES = ("identity", "telea", "navier-stokes")
 
 
 def _write(folder: Path, names: list[str], images: torch.Tensor) -> None:
@@ -224,21 +205,20 @@ def load_restorer(spec: str, load_pipeline: Callable[[str | None], Any], steps: 
         ValueError, OSError: no such restorer.
     """
     name, equals, rest = spec.partition("=")
-    if equals and name.replace(" ", "").replace("-", "").isalnum():
-        spec = rest
-    else:
-        name = ""
+    if equals and re.fullmatch(r"[\w -]+", name):
+        return replace(load_restorer(rest, load_pipeline, steps), name=name)
     if spec in BASELINES:
         return baseline(spec)
     if "{outputs}" in spec:
-        return from_command(spec, name or Path(shlex.split(spec)[0]).name)
+        return from_command(spec, Path(shlex.split(spec)[0]).name)
     path, _, function = spec.rpartition(":")
     if path.endswith(".py"):
-        return from_function(load_function(path, function), name or function)
+        return from_function(load_function(path, function), function)
     folder = Path(spec)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         if not any(folder.rglob("*.png")):
             raise FileNotFoundError(f"{spec} holds neither a model_index.json nor results NAME.png")
-        return from_folder(folder, name or folder.name)
-    pipe = load_pipeline(None if spec == "starter" else spec)
-    return from_pipeline(pipe, name or "Palette", steps, {"model": "starter" if spec == "starter" else folder.name})
+        return from_folder(folder, folder.name)
+    if spec == "starter":
+        return from_pipeline(load_pipeline(None), steps=steps, about={"model": spec})
+    return from_pipeline(load_pipeline(spec), steps=steps, about={"model": folder.name})

@@ -389,7 +389,8 @@ class _Summary:
         for first in range(0, len(self.counts), held):
             some = metrics.Moments.resampled(store.stream("features"), self.counts[first : first + held])
             values += [self.frechet(moments) for moments in some]
-        return _figure(values)
+        figure = _figure(values)
+        return figure | {"low": max(0.0, figure["low"])}
 
     def _kernel(self, store: Store) -> dict[str, float]:
         """The mean over random subsets, as KID's authors do; its interval from how subsets of m of n scatter.
