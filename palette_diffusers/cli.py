@@ -221,6 +221,33 @@ def evaluate(
         _fail(error)
 
 
+@app.command("fool-rate")
+def fool_rate(
+    results: Annotated[Path, typer.Argument(help="folder of results")],
+    originals: Annotated[Path, typer.Argument(help="folder of originals of the same names")],
+    votes: Annotated[Path, typer.Option(help="SQLite file; the votes in it are kept")] = Path("votes.sqlite"),
+    seconds: Annotated[float, typer.Option(help="that a pair is shown; the paper: 3 or 5")] = 3,
+    count: Annotated[int | None, typer.Option(min=1, help="pairs, drawn by the seed; default: all")] = None,
+    seed: Annotated[int, typer.Option(help="of pairs, order and sides")] = 0,
+    host: Annotated[str, typer.Option(help="0.0.0.0 lets others in")] = "127.0.0.1",
+    port: Annotated[int, typer.Option()] = 7861,
+    export: Annotated[Path | None, typer.Option(help="write all votes as CSV, print the fool rate, and stop")] = None,
+) -> None:  # fmt: skip
+    """Ask people: a page that shows results beside originals, and the share that is taken for a photograph."""
+    try:
+        from .evaluation.fool_rate import Study, build, find_pairs, say
+
+        study = Study(find_pairs(results, originals, count, seed), votes, seed)
+        print(say(study.summary()), flush=True)
+        if export is not None:
+            study.export(export)
+            print(export)
+            return
+        build(study, seconds).launch(server_name=host, server_port=port)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        _fail(error)
+
+
 def main() -> None:
     app()
 
