@@ -6,6 +6,8 @@ Interleaved A/B; medians over the rounds, and ratios from the same run.
 sample: a 64-pixel picture by the starter at its default steps, once it is loaded (uncropping: to 96x64).
 large: whole photographs of 1 to 48 megapixels, time and peak memory, each in a process of its own.
 cold: `palette colorize` from the shell to the file, without anything loaded.
+data: degraded samples a second on one core, of the folders that --data and --crops name.
+memory: peak of a training step, with and without recomputed activations, each in a process of its own.
 """
 
 import argparse
@@ -215,6 +217,50 @@ def cold(rounds: int) -> dict:
     return row
 
 
+def data(path: str | None, crops: str, rounds: int) -> dict:
+    from palette_diffusers.settings import parse
+    from palette_diffusers.training import _dataset, make_scheduler
+
+    if not path:
+        raise SystemExit("error: the part data needs --data, a folder of images")
+    settings = parse(["--preset", "starter-64", "--data", path, "--crops", crops])
+    samples = _dataset(settings, make_scheduler(settings), holes=True)
+    torch.set_num_threads(1)
+    position = iter(range(10**9))
+    calls = {"500 samples": lambda: [samples[next(position)] for _ in range(500)]}
+    row = {"samples a second on one core": round(500 / interleaved(calls, rounds)["500 samples"])}
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def training_peak(kind: str) -> float:
+    """GiB of this process after two training steps at batch 16."""
+    unet, _ = networks("64 pixels, 128 wide", None)
+    unet.train()
+    if kind == "recomputed":
+        unet.enable_gradient_checkpointing()
+    optimizer = torch.optim.AdamW(unet.parameters())
+    for _ in range(2):
+        y, x, eps = torch.randn(3, 16, 3, 64, 64).unbind()
+        (unet(y, torch.rand(16), x).sample - eps).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2**20
+
+
+def memory() -> dict:
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import speed; "
+    peaks = {
+        kind: float(_run([sys.executable, "-c", code + f"print(speed.training_peak({kind!r}))"]))
+        for kind in ("kept", "recomputed")
+    }
+    ratio = round(peaks["recomputed"] / peaks["kept"], 2)
+    row = {"peak GiB": {kind: round(peak, 2) for kind, peak in peaks.items()}, "ratio": ratio}
+    print(json.dumps(row), flush=True)
+    return row
+
+
 def _run(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     if done.returncode:
@@ -225,6 +271,8 @@ def _run(command: list[str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", type=Path, default=None, help="checkout of the public Palette implementation")
+    parser.add_argument("--data", default=None, help="images for the part data, as train_palette.py takes them")
+    parser.add_argument("--crops", default="", help="full-size photographs for it")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--only", default="unet,sample,large,cold", help="which parts, comma-separated")
     parser.add_argument("--output", type=Path, default=None, help="JSON file")
@@ -234,6 +282,8 @@ def main() -> None:
         "sample": lambda: sample(args.rounds),
         "large": large,
         "cold": lambda: cold(max(3, args.rounds // 3)),
+        "data": lambda: data(args.data, args.crops, args.rounds),
+        "memory": memory,
     }
     unknown = set(args.only.split(",")) - set(parts)
     if unknown:

@@ -4,7 +4,10 @@ Tensors are (B, 3, H, W), RGB, [-1, 1]; alpha (1, 1, H, W) in [0, 1].
 """
 
 import io
+import itertools
+import math
 import os
+import re
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +17,9 @@ from urllib.parse import urlparse
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
+RECIPE = "palette"  # the text chunk of a PNG that says how it was made
 MAX_PIXELS = 50_000_000  # a decompression bomb is refused before it is decoded
 
 ImageInput: TypeAlias = Image.Image | str | os.PathLike | np.ndarray | torch.Tensor
@@ -195,6 +200,36 @@ def read_mask(source: ImageInput, size: tuple[int, int]) -> torch.Tensor:
     return mask
 
 
+def mask_for(source: ImageInput, picture: Picture) -> torch.Tensor:
+    """A mask, or a word for where the hole is => (1, 1, H, W), 1 = generate.
+
+    "alpha": where the picture is more transparent than not; "#RRGGBB": pixels painted in this colour;
+    "LEFT,TOP,RIGHT,BOTTOM": a box, in pixels from the left upper corner. Anything else: as `read_mask`.
+
+    Raises:
+        ValueError: a hole that is empty, that is everything, or a box outside the picture.
+    """
+    if not isinstance(source, str):
+        return read_mask(source, picture.size)
+    height, width = picture.size
+    if source == "alpha":
+        if picture.alpha is None:
+            raise ValueError("the mask is alpha, but the picture has no transparency")
+        return read_mask((picture.alpha < 0.5).float(), picture.size)
+    if re.fullmatch("#[0-9a-fA-F]{6}", source):
+        color = torch.tensor([int(source[k : k + 2], 16) for k in (1, 3, 5)])
+        painted = torch.from_numpy(to_uint8(picture.image)) == color
+        return read_mask(painted.all(-1).float(), picture.size)
+    if re.fullmatch(r"\d+,\d+,\d+,\d+", source):
+        left, top, right, bottom = map(int, source.split(","))
+        if not (left < right <= width and top < bottom <= height):
+            raise ValueError(f"the box is {source}, expected LEFT,TOP,RIGHT,BOTTOM of a box within {width}x{height}")
+        mask = torch.zeros(1, 1, height, width)
+        mask[..., top:bottom, left:right] = 1
+        return read_mask(mask, picture.size)
+    return read_mask(source, picture.size)
+
+
 def to_uint8(image: torch.Tensor) -> np.ndarray:
     """(1, 3, H, W) in [-1, 1] => (H, W, 3) uint8; the inverse of reading, to the bit."""
     levels = (image[0].float() + 1).mul_(127.5).round_().clamp_(0, 255)
@@ -233,6 +268,9 @@ def save(image: Image.Image, path: str | os.PathLike) -> None:
         options |= {"quality": 95, "subsampling": "4:4:4"}
     if kind == "WEBP":
         options["lossless"] = True
+    if kind == "PNG" and RECIPE in image.info:
+        options["pnginfo"] = PngInfo()
+        options["pnginfo"].add_text(RECIPE, image.info[RECIPE])
     handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
         with os.fdopen(handle, "wb") as stream:
@@ -242,3 +280,27 @@ def save(image: Image.Image, path: str | os.PathLike) -> None:
     except BaseException:
         Path(part).unlink(missing_ok=True)
         raise
+
+
+def diversity(images: list[Image.Image]) -> float:
+    """The mean absolute difference of two pictures of one size, over all pairs of at least two, 0 to 255."""
+    pixels = [np.asarray(image.convert("RGB"), np.float32) for image in images]
+    return float(np.mean([np.abs(a - b).mean() for a, b in itertools.combinations(pixels, 2)]))
+
+
+def sheet(images: list[Image.Image], side: int = 320, gap: int = 8) -> Image.Image:
+    """A contact sheet: the pictures in rows, none longer than `side` pixels.
+
+    >>> sheet([Image.new("RGB", (640, 320))] * 3).size
+    (664, 344)
+    """
+    small = [image.convert("RGB") for image in images]
+    for image in small:
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    columns = math.ceil(math.sqrt(len(small)))
+    width, height = (max(image.size[k] for image in small) + gap for k in (0, 1))
+    rows = math.ceil(len(small) / columns)
+    out = Image.new("RGB", (columns * width + gap, rows * height + gap), "white")
+    for i, image in enumerate(small):
+        out.paste(image, (gap + i % columns * width, gap + i // columns * height))
+    return out

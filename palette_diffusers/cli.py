@@ -1,6 +1,9 @@
 """The `palette` command. Thin: everything it does, the pipeline does. Heavy imports stay inside the commands."""
 
+import json
+import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,15 +13,18 @@ app = typer.Typer(
     help="Mend photographs with a Palette diffusion model.", no_args_is_help=True, pretty_exceptions_enable=False
 )
 
-Source = Annotated[Path, typer.Argument(help="the photograph")]
-Output = Annotated[Path | None, typer.Option("-o", "--output", help="file to write; default: IN-TASK.png beside IN")]
+Source = Annotated[Path, typer.Argument(help="the photograph, or a folder of them")]
+Output = Annotated[Path | None, typer.Option("-o", "--output", help="file or folder; default: IN-TASK.png beside IN")]
 Steps = Annotated[int | None, typer.Option(help="network evaluations; default: the checkpoint's")]
 Seed = Annotated[int, typer.Option(help="the same seed makes the same picture")]
-Samples = Annotated[int, typer.Option(help="variations to write (OUT-1, OUT-2, ...)")]
+Samples = Annotated[int, typer.Option(min=1, help="variations to write (OUT-1, OUT-2, ..., and OUT-sheet)")]
 Model = Annotated[str | None, typer.Option(help="folder or Hub id; default: the starter checkpoint")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps")]
 DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
 Limit = Annotated[float, typer.Option(help="larger files are refused before they are decoded")]
+Recursive = Annotated[bool, typer.Option("--recursive", help="folders within the folder, too")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="make results of a folder anew that are there")]
+NoExif = Annotated[bool, typer.Option("--no-exif", help="drop date, place and camera; the colour profile stays")]
 
 
 def _fail(message: object) -> None:
@@ -42,67 +48,161 @@ def _load(model: str | None, device: str, dtype: str) -> Any:
     return pipe.to(device)
 
 
-def _run(
-    task: str, source: Path, output: Path | None, steps: int | None, seed: int, samples: int, model: str | None,
-    device: str, dtype: str, max_megapixels: float, **options: Any,
-) -> None:  # fmt: skip
+@dataclass(frozen=True)
+class _Work:
+    """What a command was asked for."""
+
+    task: str
+    source: Path
+    output: Path | None
+    steps: int | None
+    seed: int
+    samples: int
+    model: str | None
+    device: str
+    dtype: str
+    max_megapixels: float
+    recursive: bool
+    overwrite: bool
+    no_exif: bool
+    options: dict[str, Any]
+
+    @property
+    def limit(self) -> int:
+        return round(self.max_megapixels * 1e6)
+
+    def recipe(self, source: Path, mask: Path | str | None, sample: int) -> str:
+        from . import recipes
+
+        entry = recipes.fingerprint(Path(mask)) if mask is not None and Path(mask).is_file() else mask
+        return json.dumps({
+            "task": self.task, "source": recipes.fingerprint(source), "mask": entry, "model": self.model,
+            "dtype": self.dtype, "steps": self.steps, "seed": self.seed, "sample": sample, "samples": self.samples,
+            "options": self.options,
+        })  # fmt: skip
+
+    def finish(self, image: Any, source: Path, mask: Path | str | None = None, sample: int = 0) -> Any:
+        from .canvas import RECIPE
+
+        image.info[RECIPE] = self.recipe(source, mask, sample)
+        if self.no_exif:
+            image.info.pop("exif", None)
+        return image
+
+
+def _quiet() -> None:
     import logging
     import warnings
 
     warnings.filterwarnings("ignore")
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    target = output or source.with_name(f"{source.stem}-{task}.png")
+
+
+def _run(mask: str | None = None, options: dict[str, Any] | None = None, **asked: Any) -> None:
+    work = _Work(**asked, options=options or {})
+    _quiet()
     try:
-        from PIL import Image
-
-        if target.suffix.lower() not in Image.registered_extensions():
-            raise ValueError(f"{target.name}: unknown suffix {target.suffix!r}, expected .png, .jpg, .webp or .tif")
-        if not target.parent.is_dir():
-            raise FileNotFoundError(f"{target.parent} is no folder: the picture can't be written there")
-        if target.resolve() == source.resolve():
-            raise ValueError(f"{target} is the input: name another output")
-        from . import canvas
-
-        limit = round(max_megapixels * 1e6)
-        picture = canvas.read(source, limit)  # before the model is loaded: bad input answers at once
-        import torch
-
-        pipe = _load(model, device, dtype)
-        images = pipe(
-            picture,
-            task=task,
-            num_inference_steps=steps,
-            num_images_per_input=samples,
-            generator=torch.Generator().manual_seed(seed),
-            max_pixels=limit,
-            **options,
-        ).images
-        for i, image in enumerate(images):
-            path = target if samples == 1 else target.with_stem(f"{target.stem}-{i + 1}")
-            canvas.save(image, path)
-            print(path)
+        if work.source.is_dir():
+            _folder(work, mask)
+        else:
+            _file(work, mask)
     except (ValueError, TypeError, OSError) as error:
         _fail(error)
+
+
+def _file(work: _Work, mask: str | None) -> None:
+    from PIL import Image
+
+    target = work.output or work.source.with_name(f"{work.source.stem}-{work.task}.png")
+    if target.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"{target.name}: unknown suffix {target.suffix!r}, expected .png, .jpg, .webp or .tif")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{target.parent} is no folder: the picture can't be written there")
+    if target.resolve() == work.source.resolve():
+        raise ValueError(f"{target} is the input: name another output")
+    from . import canvas
+
+    picture = canvas.read(work.source, work.limit)  # before the model is loaded: bad input answers at once
+    if mask is not None:
+        canvas.mask_for(mask, picture)
+    images = _sample(work, picture, mask)
+    for i, image in enumerate(images):
+        path = target if work.samples == 1 else target.with_stem(f"{target.stem}-{i + 1}")
+        canvas.save(work.finish(image, work.source, mask, i), path)
+        print(path)
+    if work.samples > 1:
+        path = target.with_stem(f"{target.stem}-sheet")
+        canvas.save(canvas.sheet(images), path)
+        print(path)
+        print(f"diversity: {canvas.diversity(images):.1f} levels of 255 between two samples on average")
+
+
+def _sample(work: _Work, picture: Any, mask: Any) -> list:
+    import torch
+
+    pipe = _load(work.model, work.device, work.dtype)
+    return pipe(
+        picture, task=work.task, num_inference_steps=work.steps, num_images_per_input=work.samples,
+        generator=torch.Generator().manual_seed(work.seed), max_pixels=work.limit, **_masked(mask), **work.options,
+    ).images  # fmt: skip
+
+
+def _masked(mask: Any) -> dict[str, Any]:
+    return {} if mask is None else {"mask_image": mask}
+
+
+def _folder(work: _Work, mask: str | None) -> None:
+    """Exit code 1 where some file failed. Several processes (accelerate launch) take every so many-th file each."""
+    if work.output is None:
+        raise ValueError(f"{work.source} is a folder: name one for the results by -o")
+    if work.samples > 1:
+        raise ValueError(f"samples is {work.samples}: of a folder, each photograph gets one")
+    from . import folders
+
+    jobs = folders.plan(work.source, work.output, work.recursive, mask)
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    import torch
+
+    pipe = _load(work.model, work.device, work.dtype)
+    pipe.set_progress_bar_config(disable=True)
+
+    def restore(some: list, pictures: list, masks: list | None) -> list:
+        images = pipe(
+            pictures, task=work.task, num_inference_steps=work.steps, max_pixels=work.limit,
+            generator=[torch.Generator().manual_seed(work.seed) for _ in some], **_masked(masks), **work.options,
+        ).images  # fmt: skip
+        return [work.finish(image, job.source, job.mask) for image, job in zip(images, some, strict=True)]
+
+    report = folders.run(jobs[rank::processes], restore, work.overwrite, work.limit, sys.stderr.isatty())
+    print(f"{report.done} done, {report.skipped} there already, {len(report.failed)} failed")
+    for path, why in report.failed:
+        print(f"palette: {path}: {' '.join(why.split())}", file=sys.stderr)
+    if report.failed:
+        raise typer.Exit(1)
 
 
 @app.command()
 def colorize(
     source: Source, output: Output = None, steps: Steps = None, seed: Seed = 0, samples: Samples = 1,
     model: Model = None, device: Device = "auto", dtype: DType = "auto", max_megapixels: Limit = 50,
+    recursive: Recursive = False, overwrite: Overwrite = False, no_exif: NoExif = False,
 ) -> None:  # fmt: skip
     """Colour for a grayscale photograph; its own luma is kept."""
-    _run("colorization", source, output, steps, seed, samples, model, device, dtype, max_megapixels)
+    _run(task="colorization", **locals())
 
 
 @app.command()
 def inpaint(
     source: Source,
-    mask: Annotated[Path, typer.Option(help="picture of the same size, white = generate")],
+    mask: Annotated[str, typer.Option(
+        help="picture of the same size, white = generate (or a folder of them); or alpha, '#RRGGBB' as painted in, "
+             "or a box LEFT,TOP,RIGHT,BOTTOM")],
     output: Output = None, steps: Steps = None, seed: Seed = 0, samples: Samples = 1,
     model: Model = None, device: Device = "auto", dtype: DType = "auto", max_megapixels: Limit = 50,
+    recursive: Recursive = False, overwrite: Overwrite = False, no_exif: NoExif = False,
 ) -> None:  # fmt: skip
     """Fill a hole; every other pixel is kept bit for bit."""
-    _run("inpainting", source, output, steps, seed, samples, model, device, dtype, max_megapixels, mask_image=mask)
+    _run(task="inpainting", **locals())
 
 
 def _amount(value: str) -> int | float:
@@ -113,27 +213,73 @@ def _amount(value: str) -> int | float:
         raise typer.BadParameter(f"{value!r} is neither pixels (64) nor a fraction (0.25 or 25%)") from None
 
 
+def _aspect(value: str | None) -> float | None:
+    """ "16:9" or "1.78" => width / height."""
+    if value is None:
+        return None
+    try:
+        across, _, down = value.partition(":")
+        return float(across) / float(down or 1)
+    except (ValueError, ZeroDivisionError):
+        raise typer.BadParameter(f"{value!r} is no aspect ratio, expected 16:9 or 1.78") from None
+
+
 Side = Annotated[str, typer.Option(help="pixels (64) or a fraction of the side (0.25 or 25%)")]
 
 
 @app.command()
 def uncrop(
     source: Source, left: Side = "0", right: Side = "0", top: Side = "0", bottom: Side = "0",
+    aspect: Annotated[str | None, typer.Option(help="or the shape to reach on both sides evenly: 16:9")] = None,
     output: Output = None, steps: Steps = None, seed: Seed = 0, samples: Samples = 1,
     model: Model = None, device: Device = "auto", dtype: DType = "auto", max_megapixels: Limit = 50,
+    recursive: Recursive = False, overwrite: Overwrite = False, no_exif: NoExif = False,
 ) -> None:  # fmt: skip
     """Extend a photograph beyond its border; the given pixels are kept bit for bit."""
-    sides = {k: _amount(v) for k, v in (("left", left), ("right", right), ("top", top), ("bottom", bottom))}
-    _run("uncropping", source, output, steps, seed, samples, model, device, dtype, max_megapixels, **sides)
+    asked = locals()
+    options = {side: _amount(asked.pop(side)) for side in ("left", "right", "top", "bottom")}
+    _run(task="uncropping", **asked | {"options": options | {"aspect": _aspect(asked.pop("aspect"))}})
 
 
 @app.command()
 def restore(
     source: Source, output: Output = None, steps: Steps = None, seed: Seed = 0, samples: Samples = 1,
     model: Model = None, device: Device = "auto", dtype: DType = "auto", max_megapixels: Limit = 50,
+    recursive: Recursive = False, overwrite: Overwrite = False, no_exif: NoExif = False,
 ) -> None:  # fmt: skip
     """Take the blocks and ringing out of a JPEG."""
-    _run("jpeg_restoration", source, output, steps, seed, samples, model, device, dtype, max_megapixels)
+    _run(task="jpeg_restoration", **locals())
+
+
+@app.command()
+def again(
+    picture: Annotated[Path, typer.Argument(help="a PNG that this command wrote")],
+    source: Annotated[Path | None, typer.Option(help="its photograph; default: beside it, by its name")] = None,
+    mask: Annotated[Path | None, typer.Option(help="its mask, likewise")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="default: PICTURE-again.png")] = None,
+    device: Device = "auto", max_megapixels: Limit = 50,
+) -> None:  # fmt: skip
+    """Make a picture again, by the recipe that is kept inside it."""
+    _quiet()
+    try:
+        from . import canvas, recipes
+
+        recipe = recipes.read(picture)
+        folder, hole = picture.parent, recipe.get("mask")
+        if isinstance(hole, dict):
+            hole = str(recipes.find(hole, folder, mask, "mask"))
+        work = _Work(
+            source=recipes.find(recipe["source"], folder, source, "source"), output=output, device=device,
+            max_megapixels=max_megapixels, recursive=False, overwrite=False, no_exif=False,
+            **{k: recipe[k] for k in ("task", "model", "dtype", "steps", "seed", "samples", "options")},
+        )  # fmt: skip
+        target = output or picture.with_stem(f"{picture.stem}-again")
+        image = _sample(work, canvas.read(work.source, work.limit), hole)[recipe["sample"]]
+        image.info[canvas.RECIPE] = json.dumps(recipe)
+        canvas.save(image, target)
+        print(target)
+    except (ValueError, TypeError, OSError) as error:
+        _fail(error)
 
 
 @app.command()
@@ -246,6 +392,77 @@ def fool_rate(
         build(study, seconds).launch(server_name=host, server_port=port)
     except (ValueError, TypeError, OSError, ImportError) as error:
         _fail(error)
+
+
+@app.command()
+def publish(
+    source: Annotated[str, typer.Argument(help="a pipeline's or a training run's folder, or starter")],
+    repo_id: Annotated[str, typer.Argument(help="USER/NAME on the Hub; created if it doesn't exist")],
+    private: Annotated[bool, typer.Option("--private", help="a created repository is private")] = False,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="propose the commit as a pull request")] = False,
+    dry_run: Annotated[Path | None, typer.Option(help="write the files to this folder, upload nothing")] = None,
+    license: Annotated[str | None, typer.Option(help="as the Hub names it; default: the card's")] = None,
+    dataset: Annotated[list[str] | None, typer.Option(help="Hub id of a data set of its training; repeatable")] = None,
+    base_model: Annotated[str | None, typer.Option(help="Hub id of the model that this one was tuned from")] = None,
+    evaluation: Annotated[Path | None, typer.Option(help="JSON of an evaluation, for the card's figures")] = None,
+    photo: Annotated[list[Path] | None, typer.Option(help="picture that samples are made of; repeatable")] = None,
+    overwrite_card: Annotated[bool, typer.Option("--overwrite-card", help="even if edited on the Hub")] = False,
+) -> None:  # fmt: skip
+    """Upload a pipeline that loads with this package and without it."""
+    try:
+        from .hub import publish as upload
+
+        url = upload(
+            source, repo_id, private=private, create_pr=create_pr, dry_run=dry_run, license=license,
+            datasets=dataset or (), base_model=base_model, evaluation=evaluation, photos=photo or (),
+            overwrite_card=overwrite_card,
+        )  # fmt: skip
+    except (ValueError, TypeError, OSError) as error:
+        _fail(error)
+    print(url)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Janspiry's .pth, guided-diffusion's .pt, or a UNet2DModel's folder")],
+    output: Annotated[Path, typer.Argument(help="new folder for the pipeline")],
+    config: Annotated[Path | None, typer.Option(help="Janspiry's configuration, JSON")] = None,
+    head_channels: Annotated[
+        int | None, typer.Option(help="channels of an attention head, which no checkpoint tells; 32 or 64 by kind")
+    ] = None,
+    new_attention_order: Annotated[
+        bool, typer.Option("--new-attention-order", help="trained with use_new_attention_order")
+    ] = False,
+    image_size: Annotated[int | None, typer.Option(help="pixels a side; default: the configuration's, or 256")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="task it was trained for; repeatable")] = None,
+    no_ema: Annotated[bool, typer.Option("--no-ema", help="not the averaged weights that lie beside")] = False,
+) -> None:
+    """Take in a checkpoint of another implementation."""
+    try:
+        from .convert import convert as take_in
+
+        folder = take_in(
+            source, output, config=config, head_channels=head_channels, new_attention_order=new_attention_order,
+            image_size=image_size, tasks=task or (), ema=not no_ema,
+        )  # fmt: skip
+    except (ValueError, TypeError, OSError) as error:
+        _fail(error)
+    print(folder)
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(help="a pipeline's folder or Hub id")],
+    output: Annotated[Path, typer.Argument(help="new folder for the UNet2DModel and its DDPMScheduler")],
+) -> None:
+    """Write the network as diffusers' own UNet2DModel, where that can express it."""
+    try:
+        from .convert import export as write
+
+        folder = write(source, output)
+    except (ValueError, TypeError, OSError) as error:
+        _fail(error)
+    print(folder)
 
 
 def main() -> None:

@@ -1,10 +1,13 @@
 """`datasets` columns => training samples. Every sample's randomness is a pure function of (seed, position).
 
+`PaletteDataset` has random access, `PaletteStream` reads in order what need not fit on the disk.
+
 Images are (3, H, W), RGB, [-1, 1]; masks (1, H, W), 1 = generate.
 """
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 from .scheduler import PaletteScheduler
 from .tasks import Given, Task, get_task, network_condition
@@ -21,29 +24,39 @@ CACHE = 2**30  # bytes of decoded full-size photographs, for each worker
 UNREADABLE = (OSError, SyntaxError, AttributeError, UnidentifiedImageError, Image.DecompressionBombError)
 
 
-def load_images(path: str, split: str = "train"):
-    """A folder of parquet files (SPLIT-*.parquet), a folder of images, or a Hub id => a `datasets.Dataset`.
+class Unusable(Exception):
+    """A row that no sample can be made of; the message says why."""
+
+
+def load_images(path: str, split: str = "train", streaming: bool = False):
+    """A folder of parquet files (SPLIT-*.parquet), of WebDataset shards (*.tar) or of images, or a Hub id => a
+    `datasets.Dataset`, or an `IterableDataset` that reads as it goes.
 
     Raises:
-        FileNotFoundError: the folder has neither.
+        FileNotFoundError: the folder has none of these.
         ValueError: no column holds images; the message lists the columns.
     """
     from datasets import Image as ImageFeature
     from datasets import load_dataset
 
     folder = Path(path)
+    options: dict[str, Any] = dict(split="train", streaming=streaming)
     if folder.is_dir():
-        files = sorted(map(str, folder.glob(f"{split}-*.parquet")))
-        if files:
-            data = load_dataset("parquet", data_files=files, split="train")
+        parquet, shards = (sorted(map(str, folder.glob(pattern))) for pattern in (f"{split}-*.parquet", "*.tar"))
+        if parquet:
+            data = load_dataset("parquet", data_files=parquet, **options)
+        elif shards:
+            data = load_dataset("webdataset", data_files={"train": shards}, **options)
         elif any(p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".bmp") for p in folder.rglob("*")):
-            data = load_dataset("imagefolder", data_dir=str(folder), split="train")
+            data = load_dataset("imagefolder", data_dir=str(folder), **options)
         else:
-            raise FileNotFoundError(f"{path} holds no {split}-*.parquet and no images")
+            raise FileNotFoundError(f"{path} holds no {split}-*.parquet, no *.tar and no images")
     elif folder.exists() or path.startswith((".", "/")):
-        raise FileNotFoundError(f"{path} is no folder: expected one of parquet files or images, or a Hub id")
+        raise FileNotFoundError(f"{path} is no folder: expected one of parquet files, *.tar or images, or a Hub id")
     else:
-        data = load_dataset(path, split=split)
+        data = load_dataset(path, split=split, streaming=streaming)
+    if data.features is None:  # a stream without a schema: read from its first rows
+        data = data._resolve_features()
     if not any(isinstance(feature, ImageFeature) for feature in data.features.values()):
         raise ValueError(f"{path} has no column of images; its columns are {', '.join(data.features)}")
     return data
@@ -63,7 +76,7 @@ def image_column(data, column: str = "") -> str:
     return column or known[0]
 
 
-def load_sources(text: str) -> tuple[list, list[float]]:
+def load_sources(text: str, streaming: bool = False) -> tuple[list, list[float]]:
     """ "PATH@WEIGHT,PATH" => the data sets and their weights, 1 where none is given."""
     data, weights = [], []
     for part in filter(None, (part.strip() for part in text.split(","))):
@@ -72,7 +85,7 @@ def load_sources(text: str) -> tuple[list, list[float]]:
             weights.append(float(weight))
         except ValueError:
             raise ValueError(f"{part!r} was expected to be PATH@WEIGHT, the weight a number") from None
-        data.append(load_images(path))
+        data.append(load_images(path, streaming=streaming))
     return data, weights
 
 
@@ -84,7 +97,8 @@ def only_images(data):
 
 
 def _is_gray(picture: np.ndarray) -> bool:
-    return bool((picture.max(-1).astype(int) - picture.min(-1)).max() < 8)
+    red, green, blue = (picture[..., k].astype(np.int16) for k in range(3))  # faster than a reduction over three
+    return all(int(np.abs(a - b).max()) < 8 for a, b in ((red, green), (green, blue), (blue, red)))
 
 
 def random_crop(picture: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
@@ -122,6 +136,37 @@ def _tensors(pictures: list[np.ndarray]) -> list[torch.Tensor]:
     return [torch.from_numpy(p.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1 for p in pictures]
 
 
+def _undecoded(data, columns: Sequence[str]):
+    """The data set with the bytes of its images, not yet decoded, so that a broken one can be counted."""
+    from datasets import Image as ImageFeature
+
+    for column in columns:
+        data = data.cast_column(column, ImageFeature(decode=False))
+    return data
+
+
+def decode_photos(row: dict, columns: Sequence[str], size: int) -> list[np.ndarray]:
+    """The images of a row, upright, uint8 (H, W, 3) each; a pair's may differ in size, not in shape.
+
+    Raises:
+        Unusable: one can't be decoded, or is below `size` pixels.
+        ValueError: the pictures of a pair have different shapes.
+    """
+    from datasets import Image as ImageFeature
+
+    try:
+        photos = [np.asarray(ImageFeature().decode_example(row[column]).convert("RGB")) for column in columns]
+    except UNREADABLE as error:
+        raise Unusable(f"can't be decoded: {error}") from None
+    shapes = [photo.shape[1] / photo.shape[0] for photo in photos]
+    if max(shapes) > 1.02 * min(shapes):
+        raise ValueError(f"target and source have shapes {[photo.shape[:2] for photo in photos]}")
+    height, width = min((photo.shape[:2] for photo in photos), key=min)
+    if min(height, width) < size:
+        raise Unusable(f"is {width}x{height}, below {size} pixels")
+    return photos
+
+
 def _given(task: Task, pictures: list[np.ndarray], generator: torch.Generator) -> tuple[torch.Tensor, Given]:
     """The original (1, 3, H, W), and its source: the second picture of a pair, or what the task makes."""
     clean, *source = _tensors(pictures)
@@ -129,18 +174,18 @@ def _given(task: Task, pictures: list[np.ndarray], generator: torch.Generator) -
 
 
 @dataclass
-class PaletteDataset(Dataset):
-    """Training samples by position 0, 1, 2, ... without end: resuming is one integer.
+class Samples:
+    """How a sample is made of a photograph, wherever that comes from.
 
-    Epoch e = position // len(images) walks its own permutation. A sample is a dict of `clean`, `condition`,
-    `mask` (ones where the task has none), `noise` (3, H, W), `gamma`, `task` (its number), and `skipped` and
-    `gray`: how many images could not be decoded or were below the resolution, and how many gray ones a
-    colorization could not use, before this one was found.
+    A sample is a dict of `clean`, `condition`, `mask` (ones where the task has none), `noise` (3, H, W), `gamma`,
+    `task` (its number), and `skipped` and `gray`: how many images could not be decoded or were below the
+    resolution, and how many gray ones a colorization could not use, before this one was found.
 
     Args:
-        images: a `datasets.Dataset` with a column of images, or a list of them, drawn by `source_weights`.
-        crops: full-size photographs, for JPEG targets (small web images already are JPEGs on an aligned
-            grid, which a model would learn to draw); `crop_share` of the other tasks' samples too.
+        images: a `datasets.Dataset` with a column of images (an `IterableDataset` for a stream), or a list of
+            them, drawn by `source_weights`.
+        crops: full-size photographs with random access, for JPEG targets (small web images already are JPEGs on
+            an aligned grid, which a model would learn to draw); `crop_share` of the other tasks' samples too.
         tasks: names, with `weights` in the same order.
         size: pixels a side.
         scheduler: draws gamma.
@@ -171,19 +216,24 @@ class PaletteDataset(Dataset):
 
     def __post_init__(self) -> None:
         self._sources = list(self.images) if isinstance(self.images, (list, tuple)) else [self.images]
-        if not self._sources or any(len(source) == 0 for source in self._sources):
+        if not self._sources:
             raise ValueError("the data set is empty")
         self._shares = self._share("task weights", self.weights, self.tasks)
         self._source_shares = self._share("source weights", self.source_weights, self._sources)
         self._tasks = [get_task(name) for name in self.tasks]
-        self._columns = [image_column(source, self.column) for source in self._sources]
-        if self.source_column:
-            for source in self._sources:
-                image_column(source, self.source_column)
-        self._crop_column = image_column(self.crops) if self.crops is not None else ""
+        self._columns = []
+        for number, source in enumerate(self._sources):
+            columns = [image_column(source, self.column)]
+            if self.source_column:
+                columns.append(image_column(source, self.source_column))
+            self._columns.append(columns)
+            self._sources[number] = _undecoded(source, columns)
+        self._crops, self._crop_columns = None, [""]
+        if self.crops is not None:
+            self._crop_columns = [image_column(self.crops)]
+            self._crops = _undecoded(self.crops, self._crop_columns)
         self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
         self._cached = 0
-        self._orders: dict[int, tuple[int, np.ndarray]] = {}
 
     @staticmethod
     def _share(name: str, weights: Sequence[float] | None, what: Sequence) -> np.ndarray:
@@ -192,65 +242,39 @@ class PaletteDataset(Dataset):
             raise ValueError(f"{name} are {list(shares)}, expected {len(what)} numbers of at least 0, not all 0")
         return shares / shares.sum()
 
-    def __len__(self) -> int:
-        return sum(len(source) for source in self._sources)
+    def _photos(self, position: int | None, rng: np.random.Generator) -> tuple[list[np.ndarray], int]:
+        """The images of the row at a position, or of any other: target, and source if there are pairs; and how many
+        rows were unusable."""
+        raise NotImplementedError
+
+    def _refused(self, name: str, why: object, before: int) -> None:
+        """Counts an unusable row, unless it is one too many."""
+        if self.strict or before >= 99:
+            more = "" if self.strict else f" (and {before} before it could not be used either)"
+            raise ValueError(f"{name} {why}{more}")
 
     def _crop_photo(self, rng: np.random.Generator) -> tuple[np.ndarray, int]:
         """A full-size photograph, and how many were unusable; the latest CACHE bytes of them stay decoded."""
-        for skipped in range(100):
-            index = int(rng.integers(len(self.crops)))
+        assert self._crops is not None
+        skipped = 0
+        while True:
+            index = int(rng.integers(len(self._crops)))
             if index in self._cache:
                 self._cache.move_to_end(index)
                 return self._cache[index], skipped
             try:
-                photo = np.asarray(self.crops[index][self._crop_column].convert("RGB"))
-                why = f"is {photo.shape[1]}x{photo.shape[0]}, below {self.size} pixels"
-            except UNREADABLE as error:
-                photo, why = np.zeros((0, 0, 3), np.uint8), f"can't be decoded: {error}"
-            if min(photo.shape[:2]) >= self.size:
-                self._cache[index] = photo
-                self._cached += photo.nbytes
-                while self._cached > CACHE and len(self._cache) > 1:
-                    self._cached -= self._cache.popitem(last=False)[1].nbytes
-                return photo, skipped
-            if self.strict:
-                break
-        raise ValueError(f"photograph {index} of the crops {why}")
+                (photo,) = decode_photos(self._crops[index], self._crop_columns, self.size)
+            except Unusable as why:
+                self._refused(f"photograph {index} of the crops", why, skipped)
+                skipped += 1
+                continue
+            self._cache[index] = photo
+            self._cached += photo.nbytes
+            while self._cached > CACHE and len(self._cache) > 1:
+                self._cached -= self._cache.popitem(last=False)[1].nbytes
+            return photo, skipped
 
-    def _index(self, number: int, position: int) -> int:
-        """The image of source `number` at a position: each epoch its own permutation."""
-        length = len(self._sources[number])
-        epoch, index = divmod(position, length)
-        if self._orders.get(number, (-1,))[0] != epoch:
-            seed = (self.seed, 1, epoch) if number == 0 else (self.seed, 1, epoch, number)
-            self._orders[number] = (epoch, np.random.default_rng(seed).permutation(length))
-        return int(self._orders[number][1][index])
-
-    def _photos(self, position: int, rng: np.random.Generator) -> tuple[list[np.ndarray], int]:
-        """The images of one row (target, and source if there are pairs), and how many rows were unusable."""
-        skipped = 0
-        while True:
-            number = 0 if len(self._sources) == 1 else int(rng.choice(len(self._sources), p=self._source_shares))
-            index = self._index(number, position)
-            columns = [self._columns[number]] + ([self.source_column] if self.source_column else [])
-            try:
-                row = self._sources[number][index]
-                photos = [np.asarray(row[column].convert("RGB")) for column in columns]
-                shapes = [photo.shape[1] / photo.shape[0] for photo in photos]
-                if max(shapes) > 1.02 * min(shapes):
-                    raise ValueError(f"row {index}: target and source have shapes {[p.shape[:2] for p in photos]}")
-                if min(min(photo.shape[:2]) for photo in photos) >= self.size:
-                    return photos, skipped
-                why = f"is {photos[0].shape[1]}x{photos[0].shape[0]}, below {self.size} pixels"
-            except UNREADABLE as error:
-                why = f"can't be decoded: {error}"
-            skipped += 1
-            if self.strict or skipped >= 100:
-                more = "" if self.strict else f" (and {skipped - 1} before it could not be used either)"
-                raise ValueError(f"image {index} of source {number} {why}{more}")
-            position = int(rng.integers(len(self._sources[number])))
-
-    def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
+    def _sample(self, position: int) -> dict[str, torch.Tensor]:
         # torch's generator has 32 bits of seed, so that two of many samples would share their noise: numpy draws it
         rng = np.random.default_rng((self.seed, 0, position))
         generator = torch.Generator().manual_seed(int(rng.integers(2**32)))
@@ -258,7 +282,7 @@ class PaletteDataset(Dataset):
         task = self._tasks[number]
         share = 1.0 if task.name == "jpeg_restoration" else self.crop_share
         skipped = gray = 0
-        if self.crops is not None and not self.source_column and rng.random() < share:
+        if self._crops is not None and not self.source_column and rng.random() < share:
             photo, skipped = self._crop_photo(rng)
             pictures = [random_crop(photo, self.size, rng)]
         else:
@@ -266,7 +290,7 @@ class PaletteDataset(Dataset):
             pictures = largest_square(photos, self.size, rng)
         if task.name == "colorization":
             while _is_gray(pictures[0]) and gray < 20:  # a gray target would teach the model not to colorize
-                photos, more = self._photos(int(rng.integers(len(self))), rng)
+                photos, more = self._photos(None, rng)
                 pictures, gray, skipped = largest_square(photos, self.size, rng), gray + 1, skipped + more
         if rng.random() < 0.5:
             pictures = [picture[:, ::-1] for picture in pictures]
@@ -289,11 +313,152 @@ class PaletteDataset(Dataset):
     def fixed(self, task: str, number: int) -> list[tuple[torch.Tensor, Given]]:
         """The same `number` originals (1, 3, size, size) and sources at every call, for looking at."""
         out = []
-        for k in range(number):
-            rng, generator = np.random.default_rng((self.seed, 2, k)), torch.Generator().manual_seed(k)
-            photos, _ = self._photos(int(rng.integers(len(self))), rng)
+        rngs = [np.random.default_rng((self.seed, 2, k)) for k in range(number)]
+        for k, (rng, photos) in enumerate(zip(rngs, self._fixed_photos(rngs), strict=True)):
+            generator = torch.Generator().manual_seed(k)
             out.append(_given(get_task(task), largest_square(photos, self.size, rng), generator))
         return out
+
+    def _fixed_photos(self, rngs: list[np.random.Generator]) -> list[list[np.ndarray]]:
+        raise NotImplementedError
+
+
+class PaletteDataset(Samples, Dataset):
+    """Training samples (`Samples` says what they are and takes) by position 0, 1, 2, ... without end: resuming is
+    one integer. Epoch e = position // len(images) walks its own permutation."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if any(len(source) == 0 for source in self._sources):
+            raise ValueError("the data set is empty")
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}
+
+    def __len__(self) -> int:
+        return sum(len(source) for source in self._sources)
+
+    def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
+        return self._sample(position)
+
+    def _index(self, number: int, position: int) -> int:
+        """The image of source `number` at a position: each epoch its own permutation."""
+        length = len(self._sources[number])
+        epoch, index = divmod(position, length)
+        if self._orders.get(number, (-1,))[0] != epoch:
+            seed = (self.seed, 1, epoch) if number == 0 else (self.seed, 1, epoch, number)
+            self._orders[number] = (epoch, np.random.default_rng(seed).permutation(length))
+        return int(self._orders[number][1][index])
+
+    def _photos(self, position: int | None, rng: np.random.Generator) -> tuple[list[np.ndarray], int]:
+        position, skipped = int(rng.integers(len(self))) if position is None else position, 0
+        while True:
+            number = 0 if len(self._sources) == 1 else int(rng.choice(len(self._sources), p=self._source_shares))
+            index = self._index(number, position)
+            try:
+                return decode_photos(self._sources[number][index], self._columns[number], self.size), skipped
+            except Unusable as why:
+                self._refused(f"image {index} of source {number}", why, skipped)
+            skipped += 1
+            position = int(rng.integers(len(self._sources[number])))
+
+    def _fixed_photos(self, rngs: list[np.random.Generator]) -> list[list[np.ndarray]]:
+        return [self._photos(None, rng)[0] for rng in rngs]
+
+
+@dataclass
+class PaletteStream(Samples, IterableDataset):
+    """Training samples (`Samples` says what they are and takes) in the order of a stream, epoch after epoch.
+
+    The rows are divided over the readers, the `workers` of each of `processes`: by shards where their number is a
+    multiple of the readers, else each reader passes over the others' rows without decoding them. Each sample also
+    has `read` (2,), the reader's epoch and how many of its rows it has read: all that a continuation needs. It
+    passes over that many rows without decoding them, so that a shuffle buffer, too, is filled again as it was.
+
+    Args:
+        shuffle_buffer: rows among which the next is drawn; 0 keeps the stream's order.
+        process, processes, workers: of the training run.
+        batch: samples that this process takes at a time.
+        begun: batches that this process took before.
+        read: `read` of the last of each worker's samples, (workers, 2); None at the beginning.
+    """
+
+    shuffle_buffer: int = 0
+    process: int = 0
+    processes: int = 1
+    workers: int = 0
+    batch: int = 1
+    begun: int = 0
+    read: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        from datasets import interleave_datasets
+
+        if len(self._sources) > 1:
+            names = ["target", "source"][: len(self._columns[0])]
+            shared = [
+                source.select_columns(columns).rename_columns(
+                    {old: new for old, new in zip(columns, names, strict=True) if old != new}
+                )
+                for source, columns in zip(self._sources, self._columns, strict=True)
+            ]
+            mixed = interleave_datasets(
+                shared, list(self._source_shares), seed=self.seed, stopping_strategy="all_exhausted"
+            )
+            self._sources, self._columns = [mixed], [names]
+        self._stream = self._sources[0]
+        self._place: list[int] = []
+        self._reader: Iterator = iter(())
+        if self.shuffle_buffer:
+            self._stream = self._stream.shuffle(
+                seed=self.seed, buffer_size=self.shuffle_buffer, max_buffer_input_shards=1
+            )
+
+    def _rows(self, reader: int, readers: int, epoch: int, read: int) -> Iterator[tuple[dict, int, int]]:
+        """The rows of a reader from a place on: row, epoch, rows read in this epoch, this one included."""
+        from datasets.distributed import split_dataset_by_node
+
+        part = split_dataset_by_node(deepcopy(self._stream), reader, readers)  # it remembers where it was read
+        while True:
+            part.set_epoch(epoch)
+            number = 0
+            for columns in part.iter(batch_size=32):  # a plain iteration would divide the rows over workers again
+                for values in zip(*columns.values(), strict=True):
+                    number += 1
+                    if number > read:
+                        yield dict(zip(columns, values, strict=True)), epoch, number
+            if number == 0:
+                raise ValueError(f"the stream has no rows for reader {reader + 1} of {readers}")
+            epoch, read = epoch + 1, 0
+
+    def _usable(self, rows: Iterator) -> tuple[list[np.ndarray], int, list[int]]:
+        """The photographs of the next row that has usable ones, how many had not, and the place after it."""
+        skipped = 0
+        while True:
+            row, *place = next(rows)
+            try:
+                return decode_photos(row, self._columns[0], self.size), skipped, place
+            except Unusable as why:
+                self._refused(f"row {place[1] - 1} of the stream", why, skipped)
+            skipped += 1
+
+    def _photos(self, position: int | None, rng: np.random.Generator) -> tuple[list[np.ndarray], int]:
+        photos, skipped, self._place = self._usable(self._reader)
+        return photos, skipped
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        info, workers = get_worker_info(), max(1, self.workers)
+        own = ((info.id if info else 0) + self.begun) % workers  # a new loader begins with its first worker
+        reader, readers = self.process * workers + own, self.processes * workers
+        self._place = [0, 0] if self.read is None else self.read[own].tolist()
+        self._reader = self._rows(reader, readers, *self._place)
+        taken = len(range(own, self.begun, workers)) * self.batch
+        while True:
+            yield self._sample(taken * readers + reader) | {"read": torch.tensor(self._place)}
+            taken += 1
+
+    def _fixed_photos(self, rngs: list[np.random.Generator]) -> list[list[np.ndarray]]:
+        rows = self._rows(0, 1, 0, 0)
+        return [self._usable(rows)[0] for _ in rngs]
 
 
 class PositionSampler(Sampler[int]):

@@ -7,7 +7,7 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from PIL import Image
 
 from . import canvas, sizes
 from .canvas import ImageInput, Picture
+from .checkpoint import FORMAT, check_folder, fetch, is_local, read_index
 from .color import chroma
 from .masks import border_mask
 from .scheduler import PaletteScheduler, diffuse, noise_level, output_for, predicted_original, variance_exploding
@@ -28,6 +29,7 @@ from .tasks import Given, Task, get_task, network_condition
 from .unet import PaletteUNet2DModel
 
 STARTER = Path(__file__).with_name("starter")
+BATCH = 16  # samples of a batch, at most
 REFINE_FROM = 2.5  # log-SNR at which finer levels start from the coarser picture
 
 
@@ -44,7 +46,7 @@ class PalettePipeline(DiffusionPipeline):
     Args:
         unet: a `PaletteUNet2DModel`.
         scheduler: a `PaletteScheduler`, or another diffusers solver built from its configuration.
-        tasks: the names of the tasks that the network was trained for.
+        tasks: the names of the tasks that the network was trained for; one string separates them by commas.
         default_task: the one that is used where none is named.
         default_steps: network evaluations where no number is given.
 
@@ -56,15 +58,16 @@ class PalettePipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        unet: PaletteUNet2DModel,
+        unet: torch.nn.Module,
         scheduler: PaletteScheduler,
-        tasks: list[str] | tuple[str, ...] = ("colorization", "inpainting", "uncropping", "jpeg_restoration"),
+        tasks: str | list[str] | tuple[str, ...] = ("colorization", "inpainting", "uncropping", "jpeg_restoration"),
         default_task: str = "colorization",
         default_steps: int = 20,
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
-        self.register_to_config(tasks=list(tasks), default_task=default_task, default_steps=default_steps)
+        tasks = tasks.split(",") if isinstance(tasks, str) else list(tasks)
+        self.register_to_config(tasks=tasks, default_task=default_task, default_steps=default_steps, _format=FORMAT)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -72,8 +75,12 @@ class PalettePipeline(DiffusionPipeline):
     ) -> "PalettePipeline":
         """As diffusers' own; without a name, the starter checkpoint that ships with the package (no network).
 
+        A repository's own code is never run here: its weights and configuration are read by this package.
+
         Raises:
-            FileNotFoundError: a local path that is no folder with a model_index.json.
+            OSError: a path that is no folder with a model_index.json; a repository that isn't found, is gated, or
+                is neither in the cache nor reached. ValueError: another class, a format that is too new, no weights
+                of this variant.
         """
         name = os.fspath(STARTER if pretrained_model_name_or_path is None else pretrained_model_name_or_path)
         if "torch_dtype" in kwargs:  # the library's older name for it
@@ -81,10 +88,23 @@ class PalettePipeline(DiffusionPipeline):
         if Path(name).resolve() == STARTER.resolve():  # holds half precision only
             kwargs.setdefault("variant", "fp16")
             kwargs.setdefault("dtype", torch.float32)
-        if os.path.isabs(name) or name.startswith(".") or os.path.exists(name):
-            if not (Path(name) / "model_index.json").is_file():
-                raise FileNotFoundError(f"{name} is no folder with a model_index.json, as save_pretrained writes it")
+        if is_local(name) and "unet" not in kwargs:
+            check_folder(Path(name), kwargs.get("variant"))
         return super().from_pretrained(name, **kwargs)
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:  # type: ignore[override]
+        """The repository's files in the cache: `from_pretrained` without loading. Arguments as `checkpoint.fetch`."""
+        known = inspect.signature(fetch).parameters
+        return str(fetch(pretrained_model_name, **{name: value for name, value in kwargs.items() if name in known}))
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As diffusers' own, for a pipeline that was published with its code as well."""
+        index = super().load_config(pretrained_model_name_or_path, **kwargs)
+        classes = {base.__name__ for base in cls.__mro__}
+        modules = {component.__name__: component.__module__ for component in (PaletteUNet2DModel, PaletteScheduler)}
+        return read_index(index, classes, modules, str(pretrained_model_name_or_path))
 
     def _task(self, task: str | Task | None) -> Task:
         if isinstance(task, Task):
@@ -192,6 +212,7 @@ class PalettePipeline(DiffusionPipeline):
         right: int | float = 0,
         top: int | float = 0,
         bottom: int | float = 0,
+        aspect: float | None = None,
         num_images_per_input: int = 1,
         num_inference_steps: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -207,12 +228,14 @@ class PalettePipeline(DiffusionPipeline):
         Args:
             image: PIL image, path, URL, array, tensor, or a list of them.
             task: a name (`pipe.config.tasks`) or a `Task`; None is the checkpoint's default.
-            mask_image: for inpainting: the same size as the image, white = generate.
+            mask_image: for inpainting: the same size as the image, white = generate; or where the hole is, in words:
+                "alpha", "#RRGGBB" or "LEFT,TOP,RIGHT,BOTTOM" (`canvas.mask_for`).
             left, right, top, bottom: for uncropping: an int is pixels, a float a fraction of the side.
+            aspect: for uncropping, instead of sides: the width / height that is reached by extending both evenly.
             num_images_per_input: variations of each picture.
             num_inference_steps: network evaluations, the checkpoint's default if None.
             generator: one for all, or one for each input.
-            latents: the start of sampling, at the working size (num_images_per_input, 3, h, w).
+            latents: the start of sampling, at the working size (num_images_per_input, 3, h, w); of one image.
             output_type: "pil", "np" ((H, W, 3) in [0, 1]) or "pt" ((3, H, W) in [-1, 1]).
             callback_on_step_end: called as f(pipe, step, timestep, tensors) => tensors.
             max_pixels: larger files are refused before they are decoded.
@@ -231,19 +254,32 @@ class PalettePipeline(DiffusionPipeline):
         if chosen.name == "uncropping":
             if mask_image is not None:
                 raise ValueError("task 'uncropping' takes left, right, top and bottom, no mask_image")
-            grown = [_grow(picture, *borders, max_pixels) for picture in pictures]
+            if aspect is not None and any(borders):
+                raise ValueError("uncropping takes either an aspect or left, right, top and bottom")
+            grown = []
+            for picture in pictures:
+                sides = dict(left=left, right=right, top=top, bottom=bottom)
+                if aspect is not None:
+                    sides = sizes.sides_for(picture.size, aspect)
+                grown.append(_grow(picture, max_pixels=max_pixels, **sides))
             pictures, masks = [g[0] for g in grown], [g[1] for g in grown]
-        elif any(borders):
-            raise ValueError(f"left, right, top and bottom belong to 'uncropping', the task is {chosen.name!r}")
+        elif any(borders) or aspect is not None:
+            raise ValueError(f"left, right, top, bottom and aspect belong to 'uncropping', the task is {chosen.name!r}")
         elif chosen.takes_mask:
             if mask_image is None:
                 raise ValueError(f"task {chosen.name!r} needs a mask_image: white = generate, black = keep")
             given_masks = list(mask_image) if isinstance(mask_image, (list, tuple)) else [mask_image]
             if len(given_masks) != len(pictures):
                 raise ValueError(f"{len(given_masks)} masks came for {len(pictures)} images, expected one for each")
-            masks = [canvas.read_mask(m, p.size) for m, p in zip(given_masks, pictures, strict=True)]
+            masks = [canvas.mask_for(m, p) for m, p in zip(given_masks, pictures, strict=True)]
+            pictures = [  # what is filled is no longer transparent
+                replace(p, alpha=None) if isinstance(m, str) and m == "alpha" else p
+                for m, p in zip(given_masks, pictures, strict=True)
+            ]
         elif mask_image is not None:
             raise ValueError(f"task {chosen.name!r} takes no mask_image")
+        if latents is not None and len(pictures) > 1:
+            raise ValueError(f"latents came for {len(pictures)} images, expected one image")
         if isinstance(generator, (list, tuple)) and len(generator) != len(pictures):
             raise ValueError(f"{len(generator)} generators came for {len(pictures)} images, expected one for each")
 
@@ -251,16 +287,19 @@ class PalettePipeline(DiffusionPipeline):
             wanted = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
             return callback_on_step_end(self, step, timestep, wanted) or {}  # type: ignore[misc]
 
-        results = []
-        for i, (picture, mask) in enumerate(zip(pictures, masks, strict=True)):
+        generators = []
+        for i in range(len(pictures)):
             source = generator[i] if isinstance(generator, (list, tuple)) else generator
             seed = int(torch.randint(0, 2**62, (), generator=source, device=source.device if source else "cpu"))
-            each = [torch.Generator().manual_seed(seed + k) for k in range(num_images_per_input)]
+            generators.append([torch.Generator().manual_seed(seed + k) for k in range(num_images_per_input)])
+        restored: dict[int, torch.Tensor] = {}
+        for group in self._groups(pictures, chosen, num_images_per_input):
             images = self._restore(
-                picture.image, mask, chosen, each, num_inference_steps, latents,
-                callback if callback_on_step_end else None,
+                [pictures[i].image for i in group], [masks[i] for i in group], chosen, [generators[i] for i in group],
+                num_inference_steps, latents, callback if callback_on_step_end else None,
             )  # fmt: skip
-            results += [(picture, image) for image in images.split(1)]
+            restored |= dict(zip(group, images, strict=True))
+        results = [(picture, image) for i, picture in enumerate(pictures) for image in restored[i].split(1)]
 
         out: Any
         if output_type == "pil":
@@ -275,42 +314,71 @@ class PalettePipeline(DiffusionPipeline):
                 out = np.stack(out) if output_type == "np" else torch.stack(out)
         return PalettePipelineOutput(images=out) if return_dict else (out,)
 
+    def _groups(self, pictures: list[Picture], task: Task, number: int) -> list[list[int]]:
+        """Which pictures are sampled as one batch: those that the model sees whole, at one size."""
+        if task.strategy in ("hole", "tiles"):
+            return [[i] for i in range(len(pictures))]
+        same: dict[tuple[int, int], list[int]] = {}
+        for i, picture in enumerate(pictures):
+            view = sizes.fit(*picture.size, self.unet.config.sample_size, self.unet.size_multiple)
+            same.setdefault(view.outer, []).append(i)
+        most = max(1, BATCH // number)
+        return [group[k : k + most] for group in same.values() for k in range(0, len(group), most)]
+
     def _restore(
+        self,
+        images: list[torch.Tensor],
+        masks: list[torch.Tensor | None],
+        task: Task,
+        generators: list[list[torch.Generator]],
+        steps: int | None,
+        latents: torch.Tensor | None,
+        callback: Callable | None,
+    ) -> list[torch.Tensor]:
+        """Photographs (1, 3, H, W), several only where they are sampled whole and at one size => the variations of
+        each, (N, 3, H, W)."""
+        every = [one for each in generators for one in each]
+        denoise = partial(self.denoise, generator=every, num_inference_steps=steps, callback=callback, task=task)
+        if task.strategy == "hole":
+            return [self._fill_all(images[0], masks[0], task, every, latents, denoise)]
+        native, multiple, number = self.unet.config.sample_size, self.unet.size_multiple, len(generators[0])
+        predict = None
+        if task.strategy == "tiles":
+            views = [sizes.full(images[0].shape[-2], images[0].shape[-1], max(16, multiple))]
+            predict = sizes.tiled(self._predict, max(128, native), 16)
+        else:
+            views = [sizes.fit(image.shape[-2], image.shape[-1], native, multiple) for image in images]
+        seen = [v.look(image).expand(number, -1, -1, -1) for v, image in zip(views, images, strict=True)]
+        given = task.prepare(torch.cat(seen), None, every)
+        sample = denoise(given, latents=latents, predict=predict).cpu().clamp(-1, 1)
+        if task.strategy == "chroma":
+            colors = chroma(task.compose(sample, given)).split(number)
+            return [sizes.merge_chroma(image, c, v) for image, c, v in zip(images, colors, views, strict=True)]
+        results = []  # the task composes at the photograph's own resolution
+        for image, part, v in zip(images, sample.split(number), views, strict=True):
+            known = image.expand(number, -1, -1, -1)
+            results.append(task.compose(v.back(part), Given(known=known, condition=known)))
+        return results
+
+    def _fill_all(
         self,
         image: torch.Tensor,
         mask: torch.Tensor | None,
         task: Task,
         generators: list[torch.Generator],
-        steps: int | None,
         latents: torch.Tensor | None,
-        callback: Callable | None,
+        denoise: Callable[..., torch.Tensor],
     ) -> torch.Tensor:
-        """One photograph (1, 3, H, W) => its variations (N, 3, H, W)."""
-        denoise = partial(self.denoise, generator=generators, num_inference_steps=steps, callback=callback, task=task)
-        if task.strategy == "hole":
-            assert mask is not None
-            result, holes = image.expand(len(generators), -1, -1, -1), sizes.separate(mask)
-            if latents is not None and len(holes) > 1:
-                raise ValueError(f"latents came, but the mask has {len(holes)} holes apart, each sampled on its own")
-            for hole in holes:
-                result = self._fill(result, hole, mask, task, generators, latents, denoise)
-                mask = mask - hole
-            return result
-        native, multiple = self.unet.config.sample_size, self.unet.size_multiple
-        height, width = image.shape[-2:]
-        number = len(generators)
-        if task.strategy == "tiles":
-            view = sizes.full(height, width, max(16, multiple))
-            predict = sizes.tiled(self._predict, max(128, native), 16)
-        else:
-            view, predict = sizes.fit(height, width, native, multiple), None
-        given = task.prepare(view.look(image).expand(number, -1, -1, -1), None, generators)
-        sample = denoise(given, latents=latents, predict=predict).cpu().clamp(-1, 1)
-        if task.strategy == "chroma":
-            return sizes.merge_chroma(image, chroma(task.compose(sample, given)), view)
-        # the task composes at the photograph's own resolution
-        known = image.expand(number, -1, -1, -1)
-        return task.compose(view.back(sample), Given(known=known, condition=known))
+        """One photograph (1, 3, H, W), hole after hole => its variations (N, 3, H, W)."""
+        assert mask is not None
+        result = image.expand(len(generators), -1, -1, -1)
+        holes = sizes.rings(mask) if task.name == "uncropping" else sizes.separate(mask)
+        if latents is not None and len(holes) > 1:
+            raise ValueError(f"latents came, but the mask has {len(holes)} holes apart, each sampled on its own")
+        for hole in holes:
+            result = self._fill(result, hole, mask, task, generators, latents, denoise)
+            mask = mask - hole
+        return result
 
     def _fill(
         self,

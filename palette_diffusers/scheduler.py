@@ -5,7 +5,9 @@ gamma in (0, 1] the share of the signal's variance, so that y = sqrt(gamma) y0 +
 Images are (B, C, H, W), RGB, [-1, 1]; gamma is a float32 tensor (B,).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,10 @@ from diffusers.utils.torch_utils import randn_tensor
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("paper", "logsnr")
+OWN_SETTINGS = {
+    "sampling_timesteps", "sampling_beta_start", "sampling_beta_end", "sampling_spacing", "sampling_variance",
+    "logsnr_min", "logsnr_max", "initial_noise",
+}  # fmt: skip
 VARIANCES = ("fixed_large", "fixed_small", "zero")
 
 
@@ -97,6 +103,29 @@ def condition_velocity(
     return (gamma.sqrt() * y - y0) / noise.clamp_min(1e-12).sqrt()
 
 
+@cache
+def _linear_logsnr(beta_start: float, beta_end: float, steps: int) -> torch.Tensor:
+    """log-SNR of every timestep of a linear schedule, falling: float32 (T,)."""
+    gammas = linear_gammas(beta_start, beta_end, steps)[1:]
+    return torch.from_numpy(np.log(gammas) - np.log1p(-gammas)).float()
+
+
+def timestep_of(gamma: torch.Tensor, beta_start: float, beta_end: float, steps: int) -> torch.Tensor:
+    """The timestep, 0 to T - 1, at which a linear beta schedule has this level: float32 (B,), fractional between two,
+    whole where it is within 0.01 of one (float32 says gamma near 1 no better).
+
+    >>> gammas = torch.from_numpy(linear_gammas(1e-4, 0.02, 1000)).float()
+    >>> timestep_of(gammas[[1, 500, 1000]], 1e-4, 0.02, 1000)
+    tensor([  0., 499., 999.])
+    """
+    table = _linear_logsnr(beta_start, beta_end, steps).to(gamma.device)
+    logsnr = gamma.log() - torch.log1p(-gamma)
+    after = torch.searchsorted(-table, -logsnr).clamp(1, steps - 1)
+    high, low = table[after - 1], table[after]
+    t = (after - 1 + (high - logsnr) / (high - low)).clamp(0, steps - 1)
+    return torch.where((t - t.round()).abs() < 0.01, t.round(), t)
+
+
 def variance_exploding(scheduler: Any) -> bool:
     """Whether a solver carries y / sqrt(gamma) instead of y, as Euler and Heun do."""
     return float(scheduler.init_noise_sigma) > 1.5
@@ -108,7 +137,7 @@ def noise_level(scheduler: Any, timestep: torch.Tensor | float) -> torch.Tensor:
     Solvers with integer timesteps (DDIM, DPM-Solver, UniPC) index `alphas_cumprod`; those in sigmas (Euler,
     Heun) have gamma = 1 / (1 + sigma^2).
     """
-    if isinstance(scheduler, PaletteScheduler):
+    if hasattr(scheduler, "gamma"):  # not by class: a published repository carries its own copy
         return scheduler.gamma(timestep)
     if variance_exploding(scheduler):
         index = scheduler.step_index
@@ -131,6 +160,7 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
 
     Args:
         num_train_timesteps, beta_start, beta_end: the training schedule; 2000, 1e-6, 0.01 in the paper.
+        trained_betas: all betas of the training schedule, where it isn't linear.
         sampling_timesteps, sampling_beta_start, sampling_beta_end: 1000, 1e-4, 0.09 in the paper.
         prediction_type: "epsilon" (the paper), "v_prediction" or "sample".
         clip_sample: clamp the predicted y0 to [-clip_sample_range, clip_sample_range] at every step.
@@ -164,6 +194,7 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
         beta_start: float = 1e-6,
         beta_end: float = 0.01,
         beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
         sampling_timesteps: int = 1000,
         sampling_beta_start: float = 1e-4,
         sampling_beta_end: float = 0.09,
@@ -189,12 +220,18 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
         # the library drops defaulted values when another class is built from a configuration, and that solver
-        # would then get the library's own betas in silence: nothing of ours counts as defaulted
-        self.register_to_config(_use_default_values=[])
+        # would then get the library's own betas in silence: only what no solver of it knows counts as defaulted
+        defaulted = self.config.get("_use_default_values")
+        if defaulted is not None:
+            self.register_to_config(_use_default_values=sorted(set(defaulted) & OWN_SETTINGS))
         # as the library's solvers do it, in float32, so that a swapped solver agrees to the bit
-        self.betas = torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float32)
+        if trained_betas is None:
+            self.betas = torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float32)
+            self.training_gammas = linear_gammas(beta_start, beta_end, num_train_timesteps)
+        else:
+            self.betas = torch.tensor(trained_betas, dtype=torch.float32)
+            self.training_gammas = np.concatenate([[1.0], np.cumprod(1.0 - np.asarray(trained_betas, np.float64))])
         self.alphas_cumprod = torch.cumprod(1.0 - self.betas, dim=0)
-        self.training_gammas = linear_gammas(beta_start, beta_end, num_train_timesteps)
         self.init_noise_sigma = initial_noise
         self.num_inference_steps: int | None = None
         self._gammas = self.training_gammas

@@ -44,11 +44,13 @@ class TrainSettings:
     """
 
     # data
-    data: str = _field("", "images: folders of parquet files or images, or Hub ids; PATH@WEIGHT,PATH@WEIGHT mixes")
+    data: str = _field("", "folders of parquet files, *.tar shards or images, or Hub ids; PATH@WEIGHT,PATH mixes")
     column: str = _field("", "column of the images (the targets, for pairs); default: the first that holds images")
     source_column: str = _field("", "column of the source images: trains a translation of pairs, the task `paired`")
     crops: str = _field("", "full-size photographs, for JPEG targets: folders or Hub ids, comma-separated")
     crop_share: float = _field(0.3, "share of crops of those photographs in the other tasks")
+    streaming: bool = _field(False, "read the images in order as training goes, instead of fetching them first")
+    shuffle_buffer: int = _field(0, "rows of a stream among which the next one is drawn; 0 = its own order")
     strict: bool = _field(False, "stop at the first image that can't be decoded, instead of counting it")
     size: int = _field(64, "pixels a side")
     # tasks and objective
@@ -92,7 +94,7 @@ class TrainSettings:
     validate_steps: int = _field(20, "network evaluations of each of those samples")
     max_hours: float = _field(0.0, "stop, saved, after this many hours; 0 = never")
     tracker: str = _field(
-        "", "also log to this: tensorboard, wandb or trackio", ("", "tensorboard", "wandb", "trackio")
+        "auto", "log to this too; auto: tensorboard if installed", ("auto", "none", "tensorboard", "wandb", "trackio")
     )
     push_to_hub: str = _field("", "Hub id that the finished pipeline is uploaded to")
     dry_run: bool = _field(False, "only say what the run will take, and draw one degraded batch")
@@ -107,22 +109,16 @@ class TrainSettings:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         for name in (
-            "seed",
-            "warmup",
-            "decay",
-            "workers",
-            "validate_every",
-            "lora_rank",
-            "snr_gamma",
-            "weight_cap",
-            "max_hours",
-            "clip",
-        ):
+            "seed", "warmup", "decay", "workers", "validate_every", "lora_rank", "snr_gamma", "weight_cap", "max_hours",
+            "clip", "shuffle_buffer",
+        ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
         for name in ("condition_dropout", "crop_share", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 to below 1")
+        if self.shuffle_buffer and not self.streaming:
+            raise ValueError(f"shuffle_buffer is {self.shuffle_buffer}, but nothing streams: give streaming too")
         if not self.rate > 0:
             raise ValueError(f"rate is {self.rate}, expected above 0")
         self.numbers("task_weights"), self.numbers("loss_weights")

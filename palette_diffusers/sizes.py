@@ -150,6 +150,41 @@ def separate(mask: torch.Tensor, grid: int = 128) -> list[torch.Tensor]:
     return sorted(holes, key=lambda hole: -hole.sum().item())
 
 
+def rings(mask: torch.Tensor) -> list[torch.Tensor]:
+    """A border (1, 1, H, W) around a known rectangle => what is filled after what, each a mask, so that none reaches
+    further than half the rectangle's short side; sides of a ring that lie apart are filled one after another.
+
+    Together they are the border. The paper makes its panoramas so, too (section 4.5).
+    """
+    height, width = mask.shape[-2:]
+    rows, columns = (torch.nonzero((1 - mask[0, 0]).amax(dim)).flatten() for dim in (1, 0))
+    top, bottom, left, right = int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+    step = max(1, min(bottom - top, right - left) // 2)
+    out, before = [], 1 - mask
+    while not bool(before.all()):
+        top, bottom = max(0, top - step), min(height, bottom + step)
+        left, right = max(0, left - step), min(width, right + step)
+        now = torch.zeros_like(mask)
+        now[..., top:bottom, left:right] = 1
+        out += separate(now - before)
+        before = now
+    return out
+
+
+def sides_for(size: tuple[int, int], aspect: float) -> dict[str, float]:
+    """(height, width) => what to add at each side, as a fraction of it, so that width / height becomes `aspect`.
+
+    >>> sides_for((100, 100), 2.0)
+    {'left': 0.5, 'right': 0.5, 'top': 0.0, 'bottom': 0.0}
+    """
+    if not 0 < aspect < math.inf:
+        raise ValueError(f"aspect is {aspect}, expected width / height above 0")
+    height, width = size
+    across = max(0.0, (height * aspect - width) / width) / 2
+    down = max(0.0, (width / aspect - height) / height) / 2
+    return {"left": across, "right": across, "top": down, "bottom": down}
+
+
 def full(height: int, width: int, multiple: int) -> View:
     """The whole photograph at its own resolution, padded to the network's multiple."""
     return View(0, 0, height, width, (height, width), (_up(height, multiple), _up(width, multiple)))

@@ -26,6 +26,7 @@ from .unet import PaletteUNet2DModel
 
 __all__ = ["PRESETS", "TrainSettings", "parse", "preset", "train"]
 
+SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]
 
 
@@ -168,6 +169,25 @@ def check_same(folder: Path, settings: TrainSettings) -> None:
         raise ValueError(f"{folder} holds a run of other settings: {lines}")
 
 
+def _check_state(state: dict, read: torch.Tensor, accelerator: Any) -> torch.Tensor:
+    """What every process has read of a stream, (processes, workers, 2).
+
+    Raises:
+        ValueError: the state was trained in another precision, or its stream was divided over other readers.
+    """
+    precision = state.get("precision", accelerator.mixed_precision)
+    if precision != accelerator.mixed_precision:
+        raise ValueError(f"the run was trained with precision {precision}, now it is {accelerator.mixed_precision}")
+    before = state.get("read", read)
+    if before.shape != read.shape:
+        (p, w), (processes, workers) = before.shape[:2], read.shape[:2]
+        raise ValueError(
+            f"the stream was divided over {p} processes of {w} workers, now over {processes} of {workers}: "
+            "it goes on only as it was divided"
+        )
+    return before
+
+
 # the parts of a run
 
 
@@ -225,16 +245,21 @@ def _by_task(settings: TrainSettings, name: str) -> list[float]:
     return [given.get(task, 1.0) for task in settings.task_list]
 
 
-def _dataset(settings: TrainSettings, scheduler: PaletteScheduler, holes: bool) -> Any:
+def _dataset(settings: TrainSettings, scheduler: PaletteScheduler, holes: bool, **place: Any) -> Any:
+    """The samples of a run; `place` says where a stream goes on (`PaletteStream`)."""
     from datasets import concatenate_datasets
 
-    from .data import PaletteDataset, load_images, load_sources, only_images
+    from .data import PaletteDataset, PaletteStream, load_images, load_sources, only_images
 
     if not settings.data:
-        raise ValueError("data is empty: name a folder of parquet files or images, or a Hub id")
-    images, shares = load_sources(settings.data)
+        raise ValueError("data is empty: name a folder of parquet files, *.tar shards or images, or a Hub id")
+    images, shares = load_sources(settings.data, settings.streaming)
     crops = [only_images(load_images(path)) for path in map(str.strip, settings.crops.split(",")) if path]
-    return PaletteDataset(
+    kind: Any = PaletteDataset
+    options: dict[str, Any] = {}
+    if settings.streaming:
+        kind, options = PaletteStream, dict(shuffle_buffer=settings.shuffle_buffer, workers=settings.workers, **place)
+    return kind(
         images,
         scheduler,
         settings.task_list,
@@ -249,6 +274,7 @@ def _dataset(settings: TrainSettings, scheduler: PaletteScheduler, holes: bool) 
         condition_dropout=settings.condition_dropout,
         strict=settings.strict,
         holes=holes,
+        **options,
     )
 
 
@@ -263,10 +289,11 @@ def _loader(dataset: Any, settings: TrainSettings, start: int, processes: int) -
 
     from .data import PositionSampler
 
+    positions = PositionSampler(start * settings.batch, settings.steps * settings.batch)
     return DataLoader(
         dataset,
         batch_size=settings.batch // settings.accumulate // processes,
-        sampler=PositionSampler(start * settings.batch, settings.steps * settings.batch),
+        sampler=None if settings.streaming else positions,
         num_workers=settings.workers,
         worker_init_fn=_ignore_signals,
         drop_last=True,
@@ -279,13 +306,20 @@ def _accelerator(settings: TrainSettings) -> Any:
     from accelerate import Accelerator
     from accelerate.tracking import get_available_trackers
 
-    if settings.tracker and settings.tracker not in [str(t.value) for t in get_available_trackers()]:
-        raise ValueError(f"tracker {settings.tracker!r} needs the package of that name, which is not installed")
+    installed = [str(tracker.value) for tracker in get_available_trackers()]
+    tracker = settings.tracker
+    if tracker == "auto":
+        tracker = "tensorboard" if "tensorboard" in installed else "none"
+    if tracker not in ("none", *installed):
+        raise ValueError(f"tracker {tracker!r} needs the package of that name, which is not installed")
     accelerator = Accelerator(
         mixed_precision=settings.precision or None,
-        log_with=settings.tracker or None,
-        project_dir=settings.output if settings.tracker else None,
+        log_with=None if tracker == "none" else tracker,
+        project_dir=settings.output,
     )
+    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    if kind in SHARDED:
+        raise ValueError(f"Accelerate is configured for {kind}, expected DDP: split weights can't be saved yet")
     parts = accelerator.num_processes * settings.accumulate
     if settings.batch % parts:
         raise ValueError(
@@ -332,11 +366,12 @@ def dry_run(settings: TrainSettings) -> None:
         times.append(time.perf_counter() - begin)
     speed = min(16, len(batch["clean"])) / sorted(times[1:])[1]
     hours = settings.steps * settings.batch / speed / 3600
+    images = "a stream" if settings.streaming else f"{len(dataset):,} images"
     memory = (parameters * 4 + sum(p.numel() for p in trained) * 16) / 2**30
     print(
         f"network: {parameters / 1e6:.1f}M parameters, {counter.get_total_flops() / 1e9:.1f} GFLOP a training sample\n"
         f"memory: {memory:.2f} GiB for weights, gradients, optimiser and EMA; activations add to it\n"
-        f"data: {len(dataset):,} images, tasks {', '.join(settings.task_list)}; a batch in {folder / 'batch.png'}\n"
+        f"data: {images}, tasks {', '.join(settings.task_list)}; a batch in {folder / 'batch.png'}\n"
         f"speed: {speed:.1f} samples a second on one {device}, {hours:.1f} hours to step {settings.steps:,}"
     )
 
@@ -376,13 +411,13 @@ def train(settings: TrainSettings) -> Path:
 
 
 def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
+    from accelerate.utils import send_to_device
     from diffusers.training_utils import EMAModel
     from tqdm.auto import tqdm
 
     torch.manual_seed(settings.seed)
     torch.backends.cuda.matmul.allow_tf32 = True
     unet, scheduler, default_steps = _network(settings)
-    dataset = _dataset(settings, scheduler, bool(unet.config.hole_skip))
     if settings.lora_rank:
         _adapt(unet, settings)
     if settings.checkpointing:
@@ -395,35 +430,51 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
     optimizer = _optimizer(trained, settings)
     ema = EMAModel(trained, decay=settings.ema, use_ema_warmup=True, power=0.75)
     state = last_state(folder) if settings.resume else None
-    start = 0
+    start, read = 0, torch.zeros(accelerator.num_processes, max(1, settings.workers), 2, dtype=torch.long)
     if state is not None:
+        read = _check_state(state, read, accelerator)
         unet.load_state_dict(state["unet"])
         optimizer.load_state_dict(state["optimizer"])
         ema.load_state_dict(state["ema"])
         start = state["step"]
+    place = dict(
+        process=accelerator.process_index,
+        processes=accelerator.num_processes,
+        batch=settings.batch // settings.accumulate // accelerator.num_processes,
+        begun=start * settings.accumulate,
+        read=(read := read[accelerator.process_index].clone()),
+    )
+    dataset = _dataset(settings, scheduler, bool(unet.config.hole_skip), **place)
     loader = _loader(dataset, settings, start, accelerator.num_processes)
     starts = accelerator.gather(torch.tensor([start], device=accelerator.device)).tolist()
     if len(set(starts)) > 1:
         raise ValueError(f"the processes would go on from steps {starts}: they must see one output folder")
     raw = unet
-    unet, optimizer, loader = accelerator.prepare(unet, optimizer, loader)
+    unet, optimizer = accelerator.prepare(unet, optimizer)
+    if settings.streaming:  # which is divided over the processes already
+        loader = (send_to_device(batch, accelerator.device) for batch in loader)
+    else:
+        loader = accelerator.prepare(loader)
     if state is not None and accelerator.scaler is not None and state.get("scaler"):
         accelerator.scaler.load_state_dict(state["scaler"])
     ema.to(accelerator.device)
     main = accelerator.is_main_process
     if main:
         write_text(folder / "settings.json", json.dumps(asdict(settings), indent=2) + "\n")
-    if settings.tracker:
-        accelerator.init_trackers("palette", {k: v for k, v in asdict(settings).items() if k != "unet"})
+    accelerator.init_trackers("palette", {k: v for k, v in asdict(settings).items() if k != "unet"})
 
     stop: list[int] = []
     before = {number: signal.signal(number, lambda n, _: stop.append(n)) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def save(step: int) -> None:
+        everywhere = accelerator.gather(read[None].to(accelerator.device)).cpu()
         if main:
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
             parts = dict(unet=raw.state_dict(), optimizer=optimizer.state_dict(), ema=ema.state_dict(), scaler=scaler)
-            save_state(folder, step, settings.keep, **parts)
+            if settings.streaming:
+                parts["read"] = everywhere
+            world = dict(precision=accelerator.mixed_precision, processes=accelerator.num_processes)
+            save_state(folder, step, settings.keep, **world, **parts)
 
     def sheet(step: int) -> None:
         ema.store(trained)
@@ -447,9 +498,11 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
             for part in range(settings.accumulate):
                 with tally.waiting():
                     batch = next(batches)
+                number = step * settings.accumulate + part
+                if settings.streaming:
+                    read[number % len(read)] = batch.pop("read")[-1].cpu()
                 # dropout, too, is a function of the position; seeded here, since a loader's first batch draws numbers
-                place = step * settings.accumulate + part
-                key = np.random.SeedSequence((settings.seed, 3, place, accelerator.process_index))
+                key = np.random.SeedSequence((settings.seed, 3, number, accelerator.process_index))
                 torch.manual_seed(int(key.generate_state(1)[0]))
                 last = part == settings.accumulate - 1
                 with accelerator.no_sync(unet) if not last else nullcontext():
@@ -471,8 +524,7 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
             if step % settings.log_every == 0:
                 line = tally.line(accelerator, step)
                 bar.set_postfix({k: line[k] for k in ("loss", "samples_per_second", "waiting")})
-                if settings.tracker:
-                    accelerator.log({k: v for k, v in line.items() if isinstance(v, (int, float))}, step=step)
+                accelerator.log({k: v for k, v in line.items() if isinstance(v, (int, float))}, step=step)
                 if main and bar.disable:
                     print(
                         json.dumps({k: line[k] for k in ("step", "loss", "samples_per_second", "waiting")}), flush=True
@@ -523,8 +575,6 @@ def _publish(
     shutil.rmtree(final, ignore_errors=True)
     os.replace(part, final)
     if settings.push_to_hub:
-        from huggingface_hub import HfApi
+        from .hub import publish
 
-        api = HfApi()
-        api.create_repo(settings.push_to_hub, exist_ok=True)
-        api.upload_folder(repo_id=settings.push_to_hub, folder_path=str(final), commit_message=f"Step {step}")
+        print(publish(settings.output, settings.push_to_hub), flush=True)

@@ -19,9 +19,9 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, get_down_block, get_up_block
 from torch import nn
 
-from .scheduler import condition_velocity
+from .scheduler import condition_velocity, timestep_of
 
-NOISE_EMBEDDINGS = ("logsnr", "gamma", "sqrt_gamma")
+NOISE_EMBEDDINGS = ("logsnr", "gamma", "sqrt_gamma", "timestep")
 
 
 class PaletteAttnProcessor:
@@ -61,10 +61,12 @@ class PaletteUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
         block_out_channels: channels of each level; each level but the last halves the resolution.
         down_block_types, up_block_types: names of the library's blocks, first level first / last level first.
         layers_per_block: residual blocks a level on the way down (one more on the way up).
-        attention_head_dim: channels a head.
+        attention_head_dim: channels a head; None is one head.
         norm_num_groups: groups of every group norm.
         resample_type: "resnet" (ADM) or "conv", how the attention blocks change resolution; the other blocks'
             names say it ("ResnetDownsampleBlock2D", or the cheaper "DownBlock2D").
+        downsample_padding: 1, or 0 (at the right and bottom only), of the convolutions in "conv".
+        resnet_time_scale_shift: how the noise level enters a residual block: "scale_shift" (ADM) or "default" (added).
         add_attention: attention in the middle block.
         dropout: probability in the residual blocks.
         patch_size: space-to-depth at both ends; 2 runs the whole network at half the resolution.
@@ -75,9 +77,10 @@ class PaletteUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
         hole_skip: the same in a hole that was filled smoothly, 0.5 say; 0 is the paper's noise. Above 0, the
             condition has one more channel, 1 in the hole (`tasks.network_condition`).
         noise_embedding_type: what of gamma is embedded: "logsnr" resolves levels near 0 and 1, "gamma" and
-            "sqrt_gamma" are other implementations'.
+            "sqrt_gamma" are other implementations', "timestep" is that of networks trained on numbered steps.
         noise_embedding_scale: factor on it, before sines of frequencies 1 to 1e-4.
         logsnr_min, logsnr_max: "logsnr" is clamped to this range (natural logarithm).
+        timestep_betas: "timestep" numbers the levels of this linear schedule: first beta, last beta, steps.
         flip_sin_to_cos, freq_shift: layout of the sinusoidal embedding.
 
     Source: Saharia et al. 2022, section 3; Dhariwal & Nichol 2021 (ADM), appendix.
@@ -106,10 +109,12 @@ class PaletteUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
         down_block_types: Sequence[str] = ("ResnetDownsampleBlock2D",) * 3 + ("AttnDownBlock2D",) * 3,
         up_block_types: Sequence[str] = ("AttnUpBlock2D",) * 3 + ("ResnetUpsampleBlock2D",) * 3,
         layers_per_block: int = 2,
-        attention_head_dim: int = 64,
+        attention_head_dim: int | None = 64,
         norm_num_groups: int = 32,
         norm_eps: float = 1e-5,
         resample_type: str = "resnet",
+        downsample_padding: int = 1,
+        resnet_time_scale_shift: str = "scale_shift",
         add_attention: bool = True,
         dropout: float = 0.0,
         patch_size: int = 1,
@@ -119,6 +124,7 @@ class PaletteUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
         noise_embedding_scale: float = 40.0,
         logsnr_min: float = -10.0,
         logsnr_max: float = 14.0,
+        timestep_betas: Sequence[float] = (1e-4, 0.02, 1000),
         flip_sin_to_cos: bool = True,
         freq_shift: int = 0,
     ):
@@ -141,8 +147,7 @@ class PaletteUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
             resnet_eps=norm_eps,
             resnet_act_fn="silu",
             resnet_groups=norm_num_groups,
-            attention_head_dim=attention_head_dim,
-            resnet_time_scale_shift="scale_shift",
+            resnet_time_scale_shift=resnet_time_scale_shift,
             dropout=dropout,
         )
 
@@ -165,8 +170,9 @@ class PaletteUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
                     in_channels=width,
                     out_channels=block_out_channels[i],
                     add_downsample=i < levels - 1,
-                    downsample_padding=1,
+                    downsample_padding=downsample_padding,
                     downsample_type=resample_type,
+                    attention_head_dim=attention_head_dim or block_out_channels[i],
                     **common,
                 )
             )
@@ -174,7 +180,11 @@ class PaletteUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
 
         # middle
         self.mid_block = UNetMidBlock2D(
-            in_channels=width, attn_groups=norm_num_groups, add_attention=add_attention, **common
+            in_channels=width,
+            attn_groups=norm_num_groups,
+            add_attention=add_attention,
+            attention_head_dim=attention_head_dim or width,
+            **common,
         )
 
         # up
@@ -190,6 +200,7 @@ class PaletteUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
                     prev_output_channel=widths[max(i - 1, 0)],
                     add_upsample=i < levels - 1,
                     upsample_type=resample_type,
+                    attention_head_dim=attention_head_dim or widths[i],
                     **common,
                 )
             )
@@ -231,6 +242,9 @@ class PaletteUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
             gamma = (gamma.log() - torch.log1p(-gamma)).clamp(config.logsnr_min, config.logsnr_max)
         elif config.noise_embedding_type == "sqrt_gamma":
             gamma = gamma.sqrt()
+        elif config.noise_embedding_type == "timestep":
+            beta_start, beta_end, steps = config.timestep_betas
+            gamma = timestep_of(gamma, beta_start, beta_end, int(steps))
         return self.time_proj(gamma * config.noise_embedding_scale)
 
     def forward(

@@ -141,3 +141,20 @@ def test_a_mask_may_be_as_large_as_its_picture(monkeypatch):
     assert canvas.read_mask(Image.fromarray(pixels), (20, 30)).sum() == 1
     with pytest.raises(ValueError, match="30x20, 600 pixels: the limit is 100"):
         canvas.read_mask(Image.fromarray(pixels), (5, 5))
+
+
+def test_masks_in_words(photo):
+    """By transparency, by the colour that was painted, by a box."""
+    painted = photo[:40, :50].copy()
+    painted[5:9, 10:20] = (255, 0, 254)
+    picture = canvas.read(painted)
+    mask = canvas.mask_for("#ff00fe", picture)
+    assert mask[0, 0, 5:9, 10:20].all() and mask.sum() == 40
+    assert torch.equal(canvas.mask_for("10,5,20,9", picture), mask)
+    alpha = np.full((40, 50, 1), 255, np.uint8)
+    alpha[5:9, 10:20] = 0
+    assert torch.equal(canvas.mask_for("alpha", canvas.read(np.concatenate([painted, alpha], -1))), mask)
+    for words, message in (("alpha", "no transparency"), ("#00ff00", "empty"), ("0,0,60,9", "within 50x40"),
+            ("9,9,9,12", "within 50x40"), ("0,0,50,40", "full"), ("#12", "no such file")):  # fmt: skip
+        with pytest.raises((ValueError, OSError), match=message):
+            canvas.mask_for(words, picture)

@@ -51,6 +51,54 @@ def test_samples_and_seed(files):
     assert first == (files / "b-1.png").read_bytes() and first != second
 
 
+def test_samples_make_a_sheet(files):
+    out = invoke("colorize", files / "in.png", "-o", files / "a.png", "--model", files / "model", "--samples", 3)
+    assert Image.open(files / "a-sheet.png").size == (2 * (200 + 8) + 8, 2 * (150 + 8) + 8)
+    pictures = [np.asarray(Image.open(files / f"a-{i}.png"), float) for i in (1, 2, 3)]
+    mean = np.mean([np.abs(pictures[a] - pictures[b]).mean() for a, b in ((0, 1), (0, 2), (1, 2))])
+    assert f"diversity: {mean:.1f} levels" in out.output
+
+
+@pytest.mark.parametrize(
+    ("command", "sample"),
+    [
+        (["inpaint", "--mask", "mask.png"], 2),
+        (["inpaint", "--mask", "40,40,60,70"], 1),
+        (["uncrop", "--aspect", "2:1"], 2),
+    ],
+)
+def test_a_picture_is_made_again(files, command, sample):
+    """From the file alone and its photograph beside it; a photograph that changed is told."""
+    command = [str(files / c) if c.endswith(".png") else c for c in command]
+    arguments = ["--model", files / "model", "--steps", 2, "--seed", 7, "--samples", 2, "--dtype", "float32"]
+    assert invoke(*command, files / "in.png", "-o", files / "a.png", *arguments).exit_code == 0
+    (files / "mask.png").rename(files / "hole.png")
+    named = ["--mask", files / "hole.png"] if "mask.png" in command[-1] else []
+    out = invoke("again", files / f"a-{sample}.png", "-o", files / "b.png", *named)
+    assert out.exit_code == 0, out.output
+    assert (files / "b.png").read_bytes() == (files / f"a-{sample}.png").read_bytes()
+    Image.new("RGB", (200, 150)).save(files / "in.png")
+    out = invoke("again", files / f"a-{sample}.png", *named)
+    assert out.exit_code == 2 and "its bytes differ" in out.output
+
+
+def test_what_can_not_be_made_again(files):
+    for name, message in (("in.png", "has no recipe"), ("none.png", "no such file")):
+        out = invoke("again", files / name)
+        assert out.exit_code == 2 and message in out.output, out.output
+
+
+def test_date_and_place_can_be_left_out(files, photo):
+    exif = Image.Exif()
+    exif[306] = "1999:12:31 23:59:59"
+    Image.fromarray(photo).save(files / "dated.jpg", exif=exif)
+    for more, kept in (([], True), (["--no-exif"], False)):
+        target = files / f"out{kept}.png"
+        arguments = ["colorize", files / "dated.jpg", "-o", target, "--model", files / "model", "--steps", 1, *more]
+        assert invoke(*arguments).exit_code == 0
+        assert (306 in Image.open(target).getexif()) == kept
+
+
 def test_info(files):
     out = invoke("info", "--model", files / "model")
     assert out.exit_code == 0 and "colorization" in out.output
@@ -81,6 +129,13 @@ def test_bad_input_is_one_line_and_exit_code_2(files, arguments, monkeypatch):
     out = invoke(*arguments)
     assert out.exit_code == 2
     assert sorted(files.iterdir()) == before and (files / "in.png").read_bytes() == original
+
+
+def test_import_is_quick():
+    """Nothing is imported before the first name is used; the best of three."""
+    code = "import time; t = time.perf_counter(); import palette_diffusers; print(time.perf_counter() - t)"
+    times = [float(subprocess.check_output([sys.executable, "-c", code])) for _ in range(3)]
+    assert min(times) < 0.1
 
 
 def test_help_is_quick():

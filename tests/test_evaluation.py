@@ -38,6 +38,8 @@ def nine(): return Colors(9)
 
 def gray(known, mask): return known * 0.5
 def slow(known, mask):
+    with open(os.environ["RANKS"], "a") as ranks:
+        print(os.environ["RANK"], os.getpid(), file=ranks)
     time.sleep(0.4)
     return known * 0.5
 def narrow(known, mask): return known[..., 1:]
@@ -230,35 +232,37 @@ def test_several_samples_give_diversity(pipe, photographs, features, tmp_path):
     assert "ms_ssim" not in row
 
 
-def launch(*arguments, processes):
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    if processes > 1:
-        command += ["--config_file", str(ROOT / "train" / "configs" / "two_cpu_processes.yaml"),
-            "--main_process_port", "0"]  # fmt: skip
-    else:
-        command = [sys.executable]
-    command += ["-m", "palette_diffusers.cli", "evaluate", *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def launch(*arguments):
+    """By two processes."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
+        str(ROOT / "train" / "configs" / "two_cpu_processes.yaml"), "--main_process_port", "0", "-m",
+        "palette_diffusers.cli", "evaluate", *map(str, arguments)]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "1"}
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,
         start_new_session=True)  # fmt: skip
 
 
-def test_killed_with_two_processes_and_gone_on_equals_one(work, features, photographs, tmp_path):
+def test_killed_with_two_processes_and_gone_on_equals_one(work, features, photographs, tmp_path, monkeypatch):
+    ranks = tmp_path / "ranks"
+    monkeypatch.setenv("RANKS", str(ranks))
     arguments = [f"{work}/toy.py:slow", "--data", work / "data", "--features", f"{work}/toy.py:four", "--task",
         "inpainting", "--against", "identity", "--batch", BATCH, "--size", 32, "-o", tmp_path / "two"]  # fmt: skip
-    process = launch(*arguments, processes=2)
+    process = launch(*arguments)
     done = tmp_path / "two" / "inpainting" / "slow"
     begin = time.time()
-    while len(list(done.glob("*.safetensors"))) < 2 and process.poll() is None and time.time() - begin < 120:
+    while len(list(done.glob("*.safetensors"))) < 1 and process.poll() is None and time.time() - begin < 120:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
+    for worker in {line.split()[1] for line in ranks.read_text().splitlines()}:  # each in a group of its own
+        os.kill(int(worker), signal.SIGKILL)
     process.communicate(timeout=60)
     kept = {path: path.stat().st_mtime_ns for path in done.glob("*.safetensors")}
-    assert 2 <= len(kept) < COUNT // BATCH and not (tmp_path / "two" / "results.json").exists()
-    process = launch(*arguments, processes=2)
+    assert 1 <= len(kept) < COUNT // BATCH and not (tmp_path / "two" / "results.json").exists()
+    process = launch(*arguments)
     out, err = process.communicate(timeout=180)
     assert process.returncode == 0, out + err
     assert "| inpainting | slow |" in out
+    assert {line.split()[0] for line in ranks.read_text().splitlines()} == {"0", "1"}
     assert all(path.stat().st_mtime_ns == kept[path] for path in kept)
 
     rows = [baseline("identity"), from_function(lambda known, mask: known * 0.5, "slow")]

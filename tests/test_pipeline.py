@@ -65,6 +65,19 @@ def test_alone_or_in_a_batch(pipe, task, photo):
     assert (batch[0] - batch[1]).abs().max() > 0.01
 
 
+def test_photographs_of_like_shape_are_one_batch(pipe, photo):
+    """Of whatever size: each comes back in its own, as if it were alone; another shape waits for its turn."""
+    batches = []
+    pipe.unet.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
+    images = [photo, photo[:60, :100], photo[::2, ::2].copy(), photo[:148, :198].copy()]
+    seeds = [torch.Generator().manual_seed(i) for i in range(4)]
+    out = pipe(images, generator=seeds, output_type="pt", num_images_per_input=2).images
+    assert batches == [6, 6, 2, 2]
+    assert [tuple(x.shape[-2:]) for x in out[::2]] == [image.shape[:2] for image in images]
+    alone = pipe(images[2], generator=torch.Generator().manual_seed(2), output_type="pt", num_images_per_input=2).images
+    assert max((a - b).abs().max() for a, b in zip(alone, out[4:6], strict=True)) <= 2 / 255
+
+
 def test_variations(pipe, photo):
     def run(seed):
         g = torch.Generator().manual_seed(seed)
@@ -104,6 +117,13 @@ def test_image_from_a_url(pipe, photo, tmp_path):
     finally:
         server.shutdown()
     assert out.size == (200, 150)
+
+
+def test_a_transparent_hole_becomes_opaque(pipe, photo):
+    alpha = np.full((*photo.shape[:2], 1), 255, np.uint8)
+    alpha[60:80, 60:80] = 0
+    out = pipe(np.concatenate([photo, alpha], -1), task="inpainting", mask_image="alpha").images[0]
+    assert out.mode == "RGB" and (np.asarray(out)[:60] == photo[:60]).all()
 
 
 def test_alpha_orientation_and_tiny_pictures(pipe, photo):
@@ -286,6 +306,23 @@ def test_holes_apart_have_views_of_their_own(pipe):
     assert len(seen) >= 4 and max(max(s) for s in seen) <= 48
     with pytest.raises(ValueError, match="2 holes apart"):
         pipe(image, latents=torch.zeros(1, 3, 32, 32), **arguments)
+
+
+def test_a_panorama_costs_by_its_width(pipe, photo):
+    """Eight times as wide: in stages, whose views do not grow, so that the cost does with the width alone."""
+    calls = []
+    pipe.unet.register_forward_pre_hook(lambda _, inputs: calls.append(tuple(inputs[0].shape)))
+    costs = []
+    for right in (1.0, 4.0, 8.0):
+        calls.clear()
+        out = pipe(photo[:64, :64], task="uncropping", right=right, output_type="pt").images[0]
+        assert out.shape == (3, 64, round(64 * (1 + right))) and torch.isfinite(out).all()
+        assert max(shape[-1] * shape[-2] for shape in calls) <= 64 * 64 * 2
+        costs.append(sum(shape[0] * shape[-1] * shape[-2] for shape in calls))
+    assert costs[2] / costs[0] == pytest.approx(8, rel=0.2) and costs[1] / costs[0] == pytest.approx(4, rel=0.2)
+    assert torch.equal(out[:, :, :64], torch.from_numpy(photo[:64, :64].copy()).permute(2, 0, 1) / 127.5 - 1)
+    wide = pipe(photo[:64, :48], task="uncropping", aspect=1.5, output_type="pt").images[0]
+    assert wide.shape == (3, 64, 96)
 
 
 def test_scratches_on_a_large_picture(pipe):

@@ -216,3 +216,13 @@ def test_zero_variance_is_ddim(kind, seeded):
         a = ours.step(output, 9 - i, a).prev_sample
         b = library.step(output, t, b, use_clipped_model_output=True).prev_sample
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+
+
+def test_betas_that_are_given(tmp_path):
+    """Another schedule than the linear one, here and in a solver built from the configuration."""
+    betas = [0.1, 0.3, 0.2]
+    scheduler = PaletteScheduler(num_train_timesteps=3, trained_betas=betas)
+    np.testing.assert_allclose(scheduler.gamma(torch.tensor([0, 1, 2])), [0.9, 0.63, 0.504], rtol=1e-6)
+    scheduler.save_pretrained(tmp_path)
+    assert torch.equal(PaletteScheduler.from_pretrained(tmp_path).betas, torch.tensor(betas))
+    assert torch.equal(diffusers.DDIMScheduler.from_config(scheduler.config).alphas_cumprod, scheduler.alphas_cumprod)

@@ -194,3 +194,26 @@ def test_holes_apart_are_separated_and_a_winding_one_is_not():
     spiral = torch.zeros(1, 1, 64, 64)
     spiral[..., 8, 8:56] = spiral[..., 8:56, 55] = spiral[..., 55, 20:56] = spiral[..., 20:56, 20] = 1
     assert len(sizes.separate(spiral)) == 1
+
+
+@pytest.mark.parametrize("sides", [dict(right=300), dict(left=70, top=90), dict(left=20, right=20, top=20, bottom=20)])
+def test_rings_are_the_border_and_grow_outward(sides):
+    """Together the border, none twice, each beside what is known by then, none wider than half of the short side."""
+    height, width = 40 + sides.get("top", 0) + sides.get("bottom", 0), 60 + sides.get("left", 0) + sides.get("right", 0)
+    mask = masks.border_mask(height, width, **sides)[None]
+    known, total = 1 - mask, torch.zeros_like(mask)
+    for ring in sizes.rings(mask):
+        assert not (ring * known).any()
+        reach = torch.nn.functional.max_pool2d(known, 41, stride=1, padding=20)
+        assert (reach >= ring).all()
+        known, total = known + ring, total + ring
+    assert torch.equal(total, mask)
+
+
+def test_aspect_is_reached():
+    for size, aspect in (((100, 150), 16 / 9), ((300, 100), 1.0), ((90, 160), 16 / 9)):
+        sides = sizes.sides_for(size, aspect)
+        height, width = size[0] * (1 + sides["top"] + sides["bottom"]), size[1] * (1 + sides["left"] + sides["right"])
+        assert width / height == pytest.approx(aspect) and min(sides.values()) == 0 and width >= size[1]
+    with pytest.raises(ValueError, match="aspect is -1"):
+        sizes.sides_for((10, 10), -1)

@@ -204,8 +204,9 @@ def launch(*arguments, processes=1, **more):
     else:
         command += ["--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
             "--dynamo_backend", "no"]  # fmt: skip
+    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
     return subprocess.Popen([*command, str(TRAIN), *map(str, arguments)], text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True, **more)  # fmt: skip
+        stderr=subprocess.PIPE, env=env, start_new_session=True, **more)  # fmt: skip
 
 
 def options(folder, output, **changes) -> list[str]:
@@ -255,6 +256,7 @@ def test_two_processes_equal_one(folder, tmp_path):
         name: [line["loss"] for line in read_log(tmp_path / name / "log.jsonl")] for name in ("two", "one", "parts")
     }
     states = {name: last_state(tmp_path / name) for name in logs}
+    assert [states[name]["processes"] for name in ("two", "one", "parts")] == [2, 1, 1]
     for name in ("two", "parts"):
         assert logs[name] == pytest.approx(logs["one"], abs=2e-5) and len(logs[name]) == 4
         for k, v in states["one"]["optimizer"]["state"].items():  # the first moment holds the gradients
@@ -306,6 +308,25 @@ def test_a_run_is_continued_as_it_began(folder, tmp_path):
     train(replace(first, resume=True, steps=2, save_every=7, keep=1))
 
 
+def test_precision_cannot_change_on_the_way(folder, tmp_path):
+    """Neither by the setting nor by Accelerate's configuration, which the setting leaves the choice to."""
+    train(settings(folder, tmp_path / "run", steps=2, precision=""))
+    path = tmp_path / "run" / "step-0000002.pt"
+    torch.save(torch.load(path, weights_only=True) | {"precision": "bf16"}, path)
+    with pytest.raises(ValueError, match="trained with precision bf16, now it is no"):
+        train(settings(folder, tmp_path / "run", precision="", resume=True))
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_split_weights_are_refused(folder, tmp_path, kind, monkeypatch):
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedType
+
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType(kind))
+    with pytest.raises(ValueError, match=f"configured for {kind}, expected DDP"):
+        train(settings(folder, tmp_path / "run"))
+
+
 def test_two_trainers_in_one_folder(folder, tmp_path):
     from filelock import FileLock
 
@@ -355,6 +376,17 @@ def test_what_a_run_shows(folder, tmp_path):
     assert "<polyline" in page and "samples/step-0000006.png" in page and "colorization" in page
     card = (final / "README.md").read_text()
     assert "library_name: diffusers" in card and "6 steps of 4 samples on images" in card and str(tmp_path) not in card
+
+
+def test_tensorboard_gets_the_losses(folder, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(settings(folder, tmp_path / "run"))
+    events = EventAccumulator(str(tmp_path / "run" / "palette")).Reload()
+    lines = read_log(tmp_path / "run" / "log.jsonl")
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx([line["loss"] for line in lines])
+    train(settings(folder, tmp_path / "none", tracker="none"))
+    assert not (tmp_path / "none" / "palette").exists()
 
 
 def test_pairs(tmp_path, photo):
@@ -511,6 +543,7 @@ def test_dry_run(folder, tmp_path, capsys):
         (dict(task_weights="colorization=0", tasks="colorization"), "not all 0"),
         (dict(tasks="colorization,magic"), "task is 'magic'"),
         (dict(tracker="wandb"), "not installed"),
+        (dict(shuffle_buffer=8), "nothing streams"),
         (dict(init="./nowhere"), "nowhere"),
     ],
 )
@@ -571,7 +604,7 @@ def test_command_line(folder, tmp_path):
 
 def test_bad_data(tmp_path):
     for arguments, message in (
-        (["--data", str(tmp_path)], "holds no train-*.parquet and no images"),
+        (["--data", str(tmp_path)], "holds no train-*.parquet, no *.tar and no images"),
         (["--data", str(tmp_path / "none")], "is no folder"),
         ([], "data is empty"),
     ):
@@ -596,3 +629,27 @@ print(pipe({str(folder / "0.png")!r}, num_inference_steps=2).images[0].size, pip
 """
     done = subprocess.run([sys.executable, "-c", use], capture_output=True, text=True, timeout=240)
     assert done.stdout.strip() == "(90, 80) super_resolution", done.stderr[-2000:]
+
+
+def test_more_tasks_example(folder, tmp_path, photo, seeded):
+    """What its tasks do to a photograph, seeded, and that a model of both trains and mends by name."""
+    import runpy
+
+    more = runpy.run_path(str(TRAIN.parents[1] / "examples" / "more_tasks.py"))
+    clean = torch.from_numpy(photo[:64, :64].copy()).permute(2, 0, 1)[None] / 127.5 - 1
+    for name in ("deblurring", "denoising"):
+        task = tasks.get_task(name)
+        sources = [task.degrade(clean, seeded(seed)).condition for seed in (1, 1, 2)]
+        assert torch.equal(sources[0], sources[1]) and not torch.equal(sources[0], sources[2])
+    impulse = torch.zeros(1, 1, 31, 31)
+    impulse[..., 15, 15] = 1
+    spread = more["gaussian_blur"](impulse, 2.0)[0, 0]
+    place = torch.arange(31.0) - 15
+    assert spread.sum().item() == pytest.approx(1, abs=1e-5)
+    assert (spread.sum(0) * place**2).sum().sqrt().item() == pytest.approx(2, rel=0.02)
+    gray = torch.zeros(1, 3, 64, 64)
+    noise = [tasks.get_task("denoising").degrade(gray, seeded(seed)).condition.std() * 127.5 for seed in range(20)]
+    assert 4 < min(noise) and max(noise) < 53
+    final = train(settings(folder, tmp_path / "run", steps=2, tasks="deblurring,denoising"))
+    pipe = PalettePipeline.from_pretrained(final)
+    assert pipe(photo[:40, :50], task="denoising", num_inference_steps=2).images[0].size == (50, 40)

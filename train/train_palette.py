@@ -10,6 +10,9 @@ from palette_diffusers.training import parse, train
 if __name__ == "__main__":
     try:
         train(parse(description=__doc__))
+    except ModuleNotFoundError as error:
+        print(f"error: {error.name} is not installed: pip install 'palette-diffusers[train]'", file=sys.stderr)
+        sys.exit(2)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

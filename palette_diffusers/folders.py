@@ -1,0 +1,187 @@
+"""Many files: a folder of photographs => a folder of mended ones.
+
+A run can be killed at any moment and started again: a result appears under its name only when it is whole, and what
+is there already is passed over. A file that can't be read is reported at the end, and stops nothing.
+"""
+
+import glob
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from . import canvas
+from .canvas import Picture
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
+AHEAD, AHEAD_PIXELS = 32, 32_000_000  # photographs that are decoded before the model sees them
+
+
+@dataclass(frozen=True)
+class Job:
+    """One photograph, where its result goes, and its mask where the task takes one."""
+
+    source: Path
+    target: Path
+    mask: Path | str | None = None
+
+
+@dataclass
+class Report:
+    """What became of a folder; `failed` has the file and the reason."""
+
+    done: int = 0
+    skipped: int = 0
+    failed: list[tuple[Path, str]] = field(default_factory=list)
+
+
+# photographs, their jobs and masks => the results, one each
+Restore = Callable[[list[Job], list[Picture], list[torch.Tensor] | None], list[Image.Image]]
+
+
+def plan(source: Path, output: Path, recursive: bool = False, masks: Path | str | None = None) -> list[Job]:
+    """The photographs of a folder, sorted => jobs that keep names and folders, as PNG.
+
+    Args:
+        recursive: folders within it, too.
+        masks: a folder that has a mask of the same name (any suffix) for each, or one mask for all
+            (`canvas.mask_for`).
+
+    Raises:
+        NotADirectoryError: source is no folder.
+        ValueError: no photographs, two that would write one file, an output that the next run would read.
+        FileNotFoundError: a photograph without its mask.
+
+    >>> plan(Path("README.md"), Path("out"))
+    Traceback (most recent call last):
+    NotADirectoryError: README.md is no folder
+    """
+    if not source.is_dir():
+        raise NotADirectoryError(f"{source} is no folder")
+    inside = output.resolve().is_relative_to(source.resolve())
+    if output.resolve() == source.resolve() or (recursive and inside):
+        raise ValueError(f"output {output} lies in {source}: its pictures would be taken for photographs")
+    found = sorted(p for p in source.glob("**/*" if recursive else "*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not found:
+        more = "" if recursive else " (--recursive looks into its folders)"
+        raise ValueError(f"{source} has no photographs ({', '.join(SUFFIXES)}){more}")
+    jobs: dict[Path, Job] = {}
+    for path in found:
+        target = (output / path.relative_to(source)).with_suffix(".png")
+        if target in jobs:
+            raise ValueError(f"{jobs[target].source} and {path} would both write {target}")
+        jobs[target] = Job(path, target, _mask_of(path.relative_to(source), masks))
+    return list(jobs.values())
+
+
+def _mask_of(name: Path, masks: Path | str | None) -> Path | str | None:
+    if masks is None or not Path(masks).is_dir():
+        return masks
+    pattern = glob.escape(str(masks / name.with_suffix(""))) + ".*"
+    found = [path for path in sorted(map(Path, glob.glob(pattern))) if path.suffix.lower() in SUFFIXES]
+    if not found:
+        raise FileNotFoundError(f"{masks} has no mask for {name}: {name.stem}.png was expected")
+    return found[0]
+
+
+def _read(job: Job, max_pixels: int) -> tuple[Picture, torch.Tensor | None]:
+    picture = canvas.read(job.source, max_pixels)
+    if job.mask is None:
+        return picture, None
+    mask = canvas.mask_for(job.mask, picture)
+    return replace(picture, alpha=None) if job.mask == "alpha" else picture, mask
+
+
+def _write(image: Image.Image, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for part in target.parent.glob(f".{glob.escape(target.name)}.*.part"):  # left by a kill
+        part.unlink(missing_ok=True)
+    canvas.save(image, target)
+
+
+def _decoded(jobs: Sequence[Job], max_pixels: int, pool: ThreadPoolExecutor) -> Iterator[tuple[Job, Future]]:
+    """Each job with its photograph, read in the background a few ahead."""
+    waiting: list[tuple[Job, Future]] = []
+    for job in jobs:
+        waiting.append((job, pool.submit(_read, job, max_pixels)))
+        if len(waiting) > 4:
+            yield waiting.pop(0)
+    yield from waiting
+
+
+def run(
+    jobs: Sequence[Job],
+    restore: Restore,
+    overwrite: bool = False,
+    max_pixels: int = canvas.MAX_PIXELS,
+    progress: bool = False,
+) -> Report:
+    """Mends the photographs, decoding and encoding beside the model.
+
+    Args:
+        restore: gets up to 32 photographs at a time, so that those of like shape can be one batch.
+        overwrite: makes results anew that are there.
+        max_pixels: larger photographs are refused.
+        progress: shows a bar.
+
+    Raises:
+        OSError: a result can't be written (no space, no permission): nothing half-written stays.
+    """
+    from tqdm import tqdm
+
+    report = Report()
+    todo = [job for job in jobs if overwrite or not job.target.exists()]
+    report.skipped = len(jobs) - len(todo)
+    bar = tqdm(total=len(jobs), initial=report.skipped, unit="photo", disable=not progress)
+    with ThreadPoolExecutor(2) as readers, ThreadPoolExecutor(2) as writers:
+        written: list[Future] = []
+
+        def flush(some: list[tuple[Job, Picture, torch.Tensor | None]]) -> None:
+            for job, result in _mended(some, restore):
+                if isinstance(result, Image.Image):
+                    written.append(writers.submit(_write, result, job.target))
+                    report.done += 1
+                else:
+                    report.failed.append((job.source, str(result)))
+                bar.update()
+            while len(written) > 8:
+                written.pop(0).result()
+
+        some: list[tuple[Job, Picture, torch.Tensor | None]] = []
+        for job, future in _decoded(todo, max_pixels, readers):
+            try:
+                some.append((job, *future.result()))
+            except (ValueError, TypeError, OSError) as error:
+                report.failed.append((job.source, str(error)))
+                bar.update()
+            pixels = sum(picture.size[0] * picture.size[1] for _, picture, _ in some)
+            if len(some) >= AHEAD or pixels > AHEAD_PIXELS:
+                flush(some)
+                some = []
+        flush(some)
+        for future in written:
+            future.result()
+    bar.close()
+    return report
+
+
+def _mended(
+    some: list[tuple[Job, Picture, torch.Tensor | None]], restore: Restore
+) -> Iterator[tuple[Job, Image.Image | Exception]]:
+    """The results of some photographs together; one by one where that fails, so that it fails for one alone."""
+    if not some:
+        return
+    jobs, pictures, masks = (list(column) for column in zip(*some, strict=True))
+    try:
+        images = restore(jobs, pictures, None if masks[0] is None else masks)
+    except (ValueError, FloatingPointError) as error:
+        if len(some) == 1:
+            yield jobs[0], error
+            return
+        for one in some:
+            yield from _mended([one], restore)
+        return
+    yield from zip(jobs, images, strict=True)

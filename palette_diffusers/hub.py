@@ -1,0 +1,382 @@
+"""A pipeline's folder => a repository of the Hub that loads with this package and without it."""
+
+import copy
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    EvalResult,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    constants,
+)
+
+from . import __version__, canvas
+from .bundle import COMPONENTS, FILES, bundle
+from .checkpoint import variants
+from .pipeline import STARTER, PalettePipeline
+from .report import draw_samples
+from .sizes import resize
+from .tasks import Given, get_task, task_names
+
+SUMS = "SHA256SUMS"
+SHEET = "samples.png"
+SHARD = "1GB"
+ADAPTERS = (
+    "`lora/` holds the low-rank adapters on their own, for the model that they were tuned on: "
+    "`pipe.unet.load_lora_adapter(FOLDER, prefix=None, use_safetensors=True)`."
+)
+
+
+def publish(
+    source: str | os.PathLike,
+    repo_id: str,
+    private: bool = False,
+    create_pr: bool = False,
+    dry_run: str | os.PathLike | None = None,
+    license: str | None = None,
+    datasets: Sequence[str] = (),
+    base_model: str | None = None,
+    evaluation: str | os.PathLike | None = None,
+    photos: Sequence[str | os.PathLike] = (),
+    max_shard_size: str = SHARD,
+    overwrite_card: bool = False,
+    token: str | None = None,
+) -> str:
+    """Uploads a pipeline in one commit: weights in float32 and float16, configuration, card, samples, checksums and
+    the code that `DiffusionPipeline.from_pretrained(repo_id, trust_remote_code=True)` needs. Nothing else of the
+    folder is uploaded. Files of an earlier publication that this one lacks are removed.
+
+    Args:
+        source: a pipeline's folder, a training run's, or "starter".
+        repo_id: USER/NAME; created if it doesn't exist.
+        private: for a repository that is created. create_pr: propose the commit instead of making it.
+        dry_run: write the repository's files to this new folder, and upload nothing.
+        license: as the Hub names it, "other" for instance; datasets, base_model: Hub ids. Without them, what the
+            folder's own card says.
+        evaluation: a JSON file with `results`, task => "Palette" => metric => number, as `benchmarks/quality.py`
+            writes it; becomes the card's table and its model-index.
+        photos: pictures that samples are made of; without any, the newest sheet of the run.
+        max_shard_size: weights are split into files of at most this size.
+        overwrite_card: also where the card was edited on the Hub.
+        token: the login's, if None.
+
+    Returns:
+        The URL of the repository or the pull request; the folder of a dry run.
+
+    Raises:
+        FileNotFoundError: no pipeline there. ValueError: a card that was edited on the Hub, a public repository
+            where a private one was asked for, weights beyond float16, a dry run's folder that isn't empty.
+    """
+    folder, run = find_pipeline(source)
+    if dry_run is not None and Path(dry_run).exists() and any(Path(dry_run).iterdir()):
+        raise ValueError(f"{dry_run} is not empty: name a new folder")
+    home = None if dry_run is None else Path(dry_run).absolute().parent
+    if home:
+        home.mkdir(parents=True, exist_ok=True)
+    tree = Path(tempfile.mkdtemp(prefix=".palette-", dir=home))
+    try:
+        pipe = PalettePipeline.from_pretrained(folder, **_precision(folder))
+        pipe.set_progress_bar_config(disable=True)
+        write_weights(pipe, tree, max_shard_size)
+        write_code(tree)
+        _copy_extras(folder, run, tree)
+        if photos:
+            draw_samples(pipe.unet, pipe.scheduler, _Photos(pipe, photos), pipe.config.default_steps, tree / SHEET, 4)
+        results = read_evaluation(evaluation) if evaluation else {}
+        card = make_card(pipe, repo_id, folder, run, results, (tree / SHEET).is_file(), license, datasets, base_model)
+        card.save(tree / "README.md")
+        write_sums(tree)
+        if dry_run is None:
+            return upload(tree, repo_id, private, create_pr, overwrite_card, token)
+        tree.chmod(0o755)
+        os.replace(tree, dry_run)
+        return str(dry_run)
+    finally:
+        shutil.rmtree(tree, ignore_errors=True)
+
+
+def find_pipeline(source: str | os.PathLike) -> tuple[Path, Path | None]:
+    """A pipeline's folder, or a training run's => the pipeline's folder, and the run's if there is one."""
+    folder = STARTER if str(source) == "starter" else Path(source)
+    if (folder / "model_index.json").is_file():
+        run = folder.parent if (folder.parent / "settings.json").is_file() else None
+        return folder, run
+    if (folder / "pipeline" / "model_index.json").is_file():
+        return folder / "pipeline", folder
+    raise FileNotFoundError(f"{folder} holds no pipeline, neither model_index.json nor pipeline/model_index.json")
+
+
+def _precision(folder: Path) -> dict[str, Any]:
+    """The arguments that load a folder in float32, from its half precision where it has no other."""
+    known = variants([path.relative_to(folder).as_posix() for path in folder.glob("unet/*")])
+    return {"dtype": torch.float32} | ({"variant": "fp16"} if known == {"fp16"} else {})
+
+
+# the files
+
+
+def write_weights(pipe: PalettePipeline, tree: Path, max_shard_size: str = SHARD) -> None:
+    """`save_pretrained` in float32 and as the variant fp16; the index names the code that goes with it."""
+    pipe.save_pretrained(tree, max_shard_size=max_shard_size)
+    half = copy.deepcopy(pipe.unet).half()
+    bad = [name for name, value in half.state_dict().items() if not torch.isfinite(value).all()]
+    if bad:
+        raise ValueError(f"{len(bad)} weights are beyond float16, {bad[0]} for one")
+    half.save_pretrained(tree / "unet", variant="fp16", max_shard_size=max_shard_size)
+    for path in tree.rglob("*.json"):
+        content = json.loads(path.read_text())
+        if content.pop("_name_or_path", None):  # a path of this machine
+            path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    path = tree / "model_index.json"
+    index = json.loads(path.read_text())
+    index["tasks"] = ",".join(index["tasks"])  # diffusers takes every list for a component
+    for name, value in index.items():
+        if name == "_class_name":
+            index[name] = [COMPONENTS[value], value]
+        elif isinstance(value, list) and len(value) == 2 and value[1] in COMPONENTS:
+            index[name] = [COMPONENTS[value[1]], value[1]]
+    path.write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_code(tree: Path) -> None:
+    """The files that the index names: a scheduler of diffusers' own needs none."""
+    index = (tree / "model_index.json").read_text()
+    for name, rooms in FILES.items():
+        if f'"{Path(name).stem}"' in index:
+            (tree / name).write_text(bundle(rooms, __version__), encoding="utf-8")
+
+
+def _copy_extras(folder: Path, run: Path | None, tree: Path) -> None:
+    """The licence, low-rank adapters, and the newest sheet of samples."""
+    licence = STARTER / "LICENSE" if _from_starter(run) else folder / "LICENSE"
+    sheets = sorted((run / "samples").glob("step-*.png")) if run else []
+    for path, name in (
+        (licence, "LICENSE"),
+        (folder / "lora" / "pytorch_lora_weights.safetensors", "lora/pytorch_lora_weights.safetensors"),
+        *((sheet, SHEET) for sheet in sheets[-1:]),
+    ):
+        if path.is_file():
+            (tree / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, tree / name)
+
+
+def _from_starter(run: Path | None) -> bool:
+    return run is not None and json.loads((run / "settings.json").read_text()).get("init") == "starter"
+
+
+class _Photos:
+    """Photographs, in place of a data set's fixed samples."""
+
+    def __init__(self, pipe: PalettePipeline, photos: Sequence[str | os.PathLike]):
+        self.tasks = [name for name in pipe.config.tasks if name in task_names() and name != "paired"]
+        if not self.tasks:
+            raise ValueError(f"samples can't be made of photos: {', '.join(pipe.config.tasks)} makes no sources")
+        side = pipe.unet.config.sample_size
+        self.pictures = [resize(_square(canvas.read(path).image), (side, side)).clamp(-1, 1) for path in photos]
+
+    def fixed(self, task: str, number: int) -> list[tuple[torch.Tensor, Given]]:
+        return [
+            (picture, get_task(task).degrade(picture, torch.Generator().manual_seed(k)))
+            for k, picture in enumerate(self.pictures[:number])
+        ]
+
+
+def _square(image: torch.Tensor) -> torch.Tensor:
+    height, width = image.shape[-2:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return image[..., top : top + side, left : left + side]
+
+
+def write_sums(tree: Path) -> None:
+    """`SHA256SUMS` of all files; `sha256sum -c SHA256SUMS` checks it."""
+    files = sorted(path for path in tree.rglob("*") if path.is_file())
+    lines = [f"{sha256(path.read_bytes())}  {path.relative_to(tree).as_posix()}\n" for path in files]
+    (tree / SUMS).write_text("".join(lines))
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+# the card
+
+
+def read_evaluation(path: str | os.PathLike) -> dict[str, Any]:
+    """An evaluation's JSON => itself, checked.
+
+    Raises:
+        ValueError: no JSON with `results`.
+    """
+    try:
+        report = json.loads(Path(path).read_text())
+        ours = _ours(report)
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError):
+        ours = []
+    if not ours:
+        raise ValueError(f'{path} is no evaluation: expected JSON with results, task => "Palette" => metric => number')
+    return report
+
+
+def make_card(
+    pipe: PalettePipeline,
+    repo_id: str,
+    folder: Path,
+    run: Path | None,
+    evaluation: dict[str, Any],
+    samples: bool = False,
+    license: str | None = None,
+    datasets: Sequence[str] = (),
+    base_model: str | None = None,
+) -> ModelCard:
+    """The card: what the folder's own card says, how to use the model, what was measured."""
+    old = ModelCard.load(folder / "README.md") if (folder / "README.md").is_file() else None
+    data = old.data if old else ModelCardData()
+    data.library_name, data.pipeline_tag = "diffusers", "image-to-image"
+    data.tags = list(dict.fromkeys(["palette", *(data.tags or []), *pipe.config.tasks]))
+    if license or (_from_starter(run) and not data.license):
+        data.license = license or "other"
+    elif folder.resolve() == STARTER.resolve():
+        data.license = "other"
+    if data.license == "other":
+        if not (_from_starter(run) or (folder / "LICENSE").is_file()):
+            raise ValueError(f"license is 'other', but {folder} has no LICENSE to say which")
+        data.license_name, data.license_link = "see-license-file", "LICENSE"
+    data.datasets = list(datasets) or data.datasets
+    data.base_model = base_model or data.base_model
+    table = measured(evaluation)
+    if table:
+        data.model_name = repo_id.split("/")[-1]
+        data.eval_results = _eval_results(evaluation)
+    adapters = (folder / "lora").is_dir()
+    parts = [_about(pipe, repo_id, old, bool(table)), _usage(pipe, repo_id, adapters)]
+    if samples:
+        parts.append(f"## Samples\n\n![Rows by task: source, sample, original]({SHEET})")
+    if table:
+        parts.append(f"## Measured\n\n{table}")
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
+
+
+def _about(pipe: PalettePipeline, repo_id: str, old: ModelCard | None, measured: bool) -> str:
+    """The folder's own text, without its usage; or what the configuration says."""
+    if old:
+        text = re.sub(r"```python\n(?:(?!```).)*from_pretrained.*?```\n?", "", old.text, flags=re.S)
+        text = text.replace("# Palette model\n", f"# {repo_id.split('/')[-1]}\n")
+        return (text.replace("Its quality has not been measured here.", "") if measured else text).strip()
+    parameters = sum(p.numel() for p in pipe.unet.parameters())
+    return (
+        f"# {repo_id.split('/')[-1]}\n\nA [Palette](https://arxiv.org/abs/2111.05826) image-to-image diffusion model: "
+        f"{', '.join(pipe.config.tasks)}. {pipe.unet.config.sample_size} pixels, {parameters / 1e6:.1f}M parameters, "
+        f"{pipe.config.default_steps} steps."
+    )
+
+
+def _usage(pipe: PalettePipeline, repo_id: str, adapters: bool) -> str:
+    task = pipe.config.default_task
+    extra = {"inpainting": ', mask_image="mask.png"', "uncropping": ", right=0.25"}.get(task, "")
+    return f"""## Use
+
+```python
+from palette_diffusers import PalettePipeline
+
+pipe = PalettePipeline.from_pretrained("{repo_id}")
+pipe("photo.jpg", task="{task}"{extra}).images[0].save("result.png")
+```
+
+Without that package, diffusers runs the Python files of this repository instead; read them first:
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)
+pipe("photo.jpg", task="{task}"{extra}).images[0].save("result.png")
+```
+
+`variant="fp16"` downloads the weights in half precision.""" + ("\n\n" + ADAPTERS if adapters else "")
+
+
+def _ours(evaluation: dict[str, Any]) -> list[tuple[str, str, float]]:
+    """(task, metric, value) of this model."""
+    return [
+        (task, metric, value)
+        for task, methods in evaluation.get("results", {}).items()
+        for metric, value in methods.get("Palette", {}).items()
+        if isinstance(value, (int, float))
+    ]
+
+
+def measured(evaluation: dict[str, Any]) -> str:
+    """A Markdown table of an evaluation, empty where there is none."""
+    rows = [f"| {task} | {metric} | {value:g} |" for task, metric, value in _ours(evaluation)]
+    count = f"{evaluation['count']} images a task.\n\n" if "count" in evaluation else ""
+    return count + "\n".join(["| task | metric | value |", "| --- | --- | --- |", *rows]) if rows else ""
+
+
+def _eval_results(evaluation: dict[str, Any]) -> list[EvalResult]:
+    dataset = str(evaluation.get("dataset", "unnamed"))
+    return [
+        EvalResult(
+            task_type="image-to-image",
+            task_name=task,
+            dataset_type=dataset,
+            dataset_name=dataset,
+            metric_type=metric.lower().replace(" ", "-"),
+            metric_name=metric,
+            metric_value=value,
+        )
+        for task, metric, value in _ours(evaluation)
+    ]
+
+
+# the upload
+
+
+def upload(
+    tree: Path, repo_id: str, private: bool = False, create_pr: bool = False, overwrite_card: bool = False,
+    token: str | None = None,
+) -> str:  # fmt: skip
+    """One commit of all files of a tree, by `huggingface_hub`, which retries and skips what is there already."""
+    api = HfApi(token=token, library_name="palette-diffusers", library_version=__version__)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    info = api.model_info(repo_id)
+    if private and not info.private:
+        raise ValueError(f"{repo_id} exists and is public, a private repository was asked for")
+    there = {sibling.rfilename for sibling in info.siblings or []}
+    before = _read_sums(_remote(api, repo_id, info.sha, SUMS)) if SUMS in there else {}
+    if "README.md" in there and not overwrite_card:
+        if sha256(_remote(api, repo_id, info.sha, "README.md")) != before.get("README.md"):
+            raise ValueError(f"the card of {repo_id} was edited on the Hub: it is kept unless overwrite_card is given")
+    files = sorted(path for path in tree.rglob("*") if path.is_file())
+    names = [path.relative_to(tree).as_posix() for path in files]
+    operations: list[Any] = [CommitOperationAdd(name, str(path)) for name, path in zip(names, files, strict=True)]
+    operations += [CommitOperationDelete(name) for name in sorted(there & set(before) - set(names))]
+    commit = api.create_commit(
+        repo_id,
+        operations,
+        commit_message=f"Palette pipeline, by palette-diffusers {__version__}",
+        create_pr=create_pr,
+        parent_commit=info.sha,
+    )
+    return commit.pr_url or f"{constants.ENDPOINT}/{repo_id}"
+
+
+def _remote(api: HfApi, repo_id: str, revision: str | None, name: str) -> bytes:
+    with tempfile.TemporaryDirectory() as cache:
+        return Path(api.hf_hub_download(repo_id, name, revision=revision, cache_dir=cache)).read_bytes()
+
+
+def _read_sums(content: bytes) -> dict[str, str]:
+    lines = [line.split("  ", 1) for line in content.decode().splitlines() if "  " in line]
+    return {name: digest for digest, name in lines}

@@ -1,0 +1,191 @@
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_training import _stopped_at, finish, fresh_accelerator, launch, options, same, settings  # noqa: F401
+from torch.utils.data import DataLoader
+
+from palette_diffusers import PaletteScheduler
+from palette_diffusers.data import PaletteStream, load_images, load_sources
+from palette_diffusers.report import read_log
+from palette_diffusers.training import last_state, train
+
+ROWS = 12
+
+
+def picture(number: int) -> Image.Image:
+    """A photograph that tells its number by its level."""
+    return Image.fromarray(np.full((40, 48, 3), 20 * number, np.uint8))
+
+
+def file_of(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """ROWS pictures in four WebDataset shards."""
+    (tmp_path / "shards").mkdir()
+    for shard in range(4):
+        with tarfile.open(tmp_path / "shards" / f"{shard}.tar", "w") as tar:
+            for number in range(shard * 3, shard * 3 + 3):
+                data = file_of(picture(number))
+                entry = tarfile.TarInfo(f"{number:03d}.png")
+                entry.size = len(data)
+                tar.addfile(entry, io.BytesIO(data))
+    return tmp_path / "shards"
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    """The same in one parquet file."""
+    from datasets import Dataset, Features
+    from datasets import Image as ImageFeature
+
+    (tmp_path / "parquet").mkdir()
+    rows = {"image": [{"bytes": file_of(picture(number)), "path": None} for number in range(ROWS)]}
+    Dataset.from_dict(rows, Features({"image": ImageFeature()})).to_parquet(tmp_path / "parquet" / "train-0.parquet")
+    return tmp_path / "parquet"
+
+
+def number_of(clean: torch.Tensor) -> int:
+    return round((clean.amax().item() + 1) * 127.5 / 20)
+
+
+def take(path, batches: int, size: int = 2, **options) -> tuple[list[int], torch.Tensor]:
+    """The numbers of the pictures in the first batches, and what was read last by each worker."""
+    workers = options.get("workers", 0)
+    images = load_images(str(path), streaming=True)
+    stream = PaletteStream(images, PaletteScheduler(), ["inpainting"], size=32, batch=size, **options)
+    numbers, read = [], torch.zeros(max(1, workers), 2, dtype=torch.long)
+    loader = iter(DataLoader(stream, batch_size=size, num_workers=workers))
+    for k in range(options.get("begun", 0), options.get("begun", 0) + batches):
+        batch = next(loader)
+        numbers += [number_of(clean) for clean in batch["clean"]]
+        read[k % len(read)] = batch["read"][-1]
+    return numbers, read
+
+
+def test_a_stream_keeps_its_order_and_loses_nothing(parquet):
+    numbers, _ = take(parquet, 9)
+    assert numbers[:ROWS] == list(range(ROWS))
+    assert numbers[ROWS:] == list(range(6))  # the next epoch begins where the first ended
+
+
+@pytest.mark.parametrize("kind", ["shards", "parquet"])
+def test_readers_share_an_epoch(kind, request):
+    """Two processes of two workers read every row once, whether the shards can be dealt out or not."""
+    path = request.getfixturevalue(kind)
+    seen = [take(path, 2, size=3 - 1, process=p, processes=2, workers=2)[0] for p in range(2)]
+    first = [take(path, 6, size=1, process=p, processes=2, workers=2)[0] for p in range(2)]
+    assert sorted(first[0] + first[1]) == list(range(ROWS))
+    assert not set(seen[0]) & set(seen[1])
+
+
+def test_noise_is_of_the_position_and_not_shared_by_readers(parquet):
+    noises = set()
+    for process in range(2):
+        images = load_images(str(parquet), streaming=True)
+        stream = PaletteStream(images, PaletteScheduler(), ["inpainting"], size=32, process=process, processes=2)
+        samples = [sample for _, sample in zip(range(10), stream, strict=False)]
+        noises |= {sample["noise"].numpy().tobytes() for sample in samples}
+    assert len(noises) == 20
+
+
+@pytest.mark.parametrize("options", [{}, dict(workers=2), dict(shuffle_buffer=5), dict(shuffle_buffer=5, workers=2)])
+def test_a_stream_goes_on_where_it_was(parquet, options):
+    """Also inside the second epoch, and with a shuffle buffer, which is filled again."""
+    whole, _ = take(parquet, 11, **options)
+    for cut in (1, 3, 8):
+        before, read = take(parquet, cut, **options)
+        after, _ = take(parquet, 11 - cut, begun=cut, read=read, **options)
+        assert before + after == whole
+    assert (sorted(whole[:ROWS]) != whole[:ROWS]) == bool(options)
+
+
+@pytest.mark.parametrize(
+    ("cut", "changes"), [(1, {}), (3, dict(workers=2, accumulate=2)), (2, dict(shuffle_buffer=5, workers=1))]
+)
+def test_a_streamed_run_equals_an_uninterrupted_one(shards, tmp_path, cut, changes):
+    changes = changes | dict(streaming=True, tasks="inpainting,uncropping")
+    train(settings(shards, tmp_path / "a", **changes))
+    _stopped_at(cut, settings(shards, tmp_path / "b", save_every=1, **changes))
+    train(settings(shards, tmp_path / "b", resume=True, **changes))
+    same(last_state(tmp_path / "a"), last_state(tmp_path / "b"))
+    logs = [[line["loss"] for line in read_log(tmp_path / name / "log.jsonl")] for name in "ab"]
+    assert logs[0] == logs[1] and len(logs[0]) == 4
+
+
+def test_two_processes_stream_and_go_on(shards, tmp_path):
+    """gloo: stopped after half of the steps and continued, against a run that was not."""
+
+    def arguments(name, steps):
+        return [*options(shards, tmp_path / name, steps=steps), "--streaming", "--tasks", "inpainting,uncropping"]
+
+    whole = launch(*arguments("a", 4), processes=2)
+    finish(launch(*arguments("b", 2), processes=2))
+    finish(launch(*arguments("b", 4), "--resume", processes=2))
+    finish(whole)
+    state = last_state(tmp_path / "a")
+    same(state, last_state(tmp_path / "b"))
+    assert state["read"].shape == (2, 1, 2) and (state["read"][..., 1] > 0).any()
+
+
+def test_a_stream_goes_on_only_as_it_was_divided(shards, tmp_path):
+    train(settings(shards, tmp_path / "run", streaming=True, steps=2, tasks="inpainting"))
+    with pytest.raises(ValueError, match="1 processes of 1 workers, now over 1 of 2"):
+        train(settings(shards, tmp_path / "run", streaming=True, resume=True, workers=2, tasks="inpainting"))
+
+
+def test_broken_rows_of_a_stream_are_counted(shards, tmp_path):
+    with tarfile.open(shards / "0a.tar", "w") as tar:
+        for name, data in (("a.png", file_of(picture(1))[:60]), ("b.png", file_of(picture(1).resize((9, 9))))):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    images = load_images(str(shards), streaming=True)
+    stream = PaletteStream(images, PaletteScheduler(), ["inpainting"], size=32)
+    samples = [sample for _, sample in zip(range(ROWS + 1), stream, strict=False)]
+    assert [int(sample["skipped"]) for sample in samples] == [0, 0, 0, 2] + [0] * (ROWS - 3)
+    assert sorted(number_of(sample["clean"]) for sample in samples[:ROWS]) == list(range(ROWS))
+    with pytest.raises(ValueError, match="row 3 of the stream can't be decoded"):
+        rows = iter(PaletteStream(images, PaletteScheduler(), ["inpainting"], size=32, strict=True))
+        [next(rows) for _ in range(ROWS)]
+
+
+def test_what_is_looked_at_does_not_move_the_stream(parquet):
+    images = load_images(str(parquet), streaming=True)
+    stream = PaletteStream(images, PaletteScheduler(), ["inpainting"], size=32)
+    rows = iter(stream)
+    assert [number_of(next(rows)["clean"]) for _ in range(2)] == [0, 1]
+    assert [number_of(clean) for clean, _ in stream.fixed("inpainting", 3)] == [0, 1, 2]
+    assert number_of(next(rows)["clean"]) == 2
+
+
+def test_streams_are_mixed_by_weight(shards, parquet, tmp_path):
+    images, weights = load_sources(f"{shards}@1,{parquet}@3", streaming=True)
+    stream = PaletteStream(images, PaletteScheduler(), ["inpainting"], size=32, source_weights=weights)
+    numbers = [number_of(sample["clean"]) for _, sample in zip(range(16), stream, strict=False)]
+    assert numbers == [number_of(s["clean"]) for _, s in zip(range(16), stream, strict=False)]
+    assert 2 <= sum(a != b for a, b in zip(numbers, sorted(numbers), strict=True))  # of both, interleaved
+
+
+def test_pairs_are_streamed(tmp_path, parquet):
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    lines = []
+    for number in range(3):
+        picture(number).save(folder / f"{number}.png")
+        picture(number + 5).save(folder / f"{number}-source.png")
+        lines.append({"file_name": f"{number}.png", "source_file_name": f"{number}-source.png"})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    images = load_images(str(folder), streaming=True)
+    stream = PaletteStream(images, PaletteScheduler(), ["paired"], size=32, source_column="source")
+    sample = next(iter(stream))
+    assert number_of(sample["condition"]) == number_of(sample["clean"]) + 5

@@ -1,0 +1,180 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from palette_diffusers import folders
+from palette_diffusers.folders import Job, plan, run
+
+
+@pytest.fixture
+def album(tmp_path, photo):
+    """Photographs of two shapes in two folders, a file that is none, and one that is broken."""
+    root = tmp_path / "album"
+    (root / "old").mkdir(parents=True)
+    for i in range(4):
+        Image.fromarray(photo[i : i + 90, : 120 - 40 * (i % 2)]).save(root / f"{i}.png")
+    Image.fromarray(photo[:60, :60]).save(root / "old" / "grandma.jpg", exif=Image.Exif().tobytes())
+    (root / "old" / "broken.jpg").write_bytes(b"\xff\xd8no")
+    (root / "notes.txt").write_text("not a photograph")
+    return root
+
+
+def negative(jobs, pictures, masks):
+    """Stands for a model, where only the handling of files is looked at."""
+    return [Image.fromarray(((1 - p.image[0].permute(1, 2, 0).numpy()) * 127.5).astype(np.uint8)) for p in pictures]
+
+
+def test_names_and_folders_are_kept(album, tmp_path):
+    jobs = plan(album, tmp_path / "out", recursive=True)
+    assert [str(job.target.relative_to(tmp_path / "out")) for job in jobs] == [
+        "0.png", "1.png", "2.png", "3.png", "old/broken.png", "old/grandma.png",
+    ]  # fmt: skip
+    assert len(plan(album, tmp_path / "out")) == 4
+
+
+def test_a_broken_file_is_told_and_stops_nothing(album, tmp_path):
+    report = run(plan(album, tmp_path / "out", recursive=True), negative)
+    assert (report.done, report.skipped) == (5, 0)
+    assert [path.name for path, _ in report.failed] == ["broken.jpg"]
+    assert Image.open(tmp_path / "out" / "old" / "grandma.png").size == (60, 60)
+
+
+def test_what_is_done_is_passed_over(album, tmp_path):
+    jobs = plan(album, tmp_path / "out")
+    run(jobs[:2], negative)
+    before = jobs[0].target.stat().st_mtime_ns
+    report = run(jobs, negative)
+    assert (report.done, report.skipped) == (2, 2) and jobs[0].target.stat().st_mtime_ns == before
+    assert run(jobs, negative, overwrite=True).done == 4 and jobs[0].target.stat().st_mtime_ns > before
+
+
+def test_one_that_the_model_cannot_mend_fails_alone(album, tmp_path):
+    def moody(jobs, pictures, masks):
+        if any(job.source.name == "2.png" for job in jobs):
+            raise FloatingPointError("the sample is not finite")
+        return negative(jobs, pictures, masks)
+
+    report = run(plan(album, tmp_path / "out"), moody)
+    assert report.done == 3 and report.failed == [(album / "2.png", "the sample is not finite")]
+
+
+def test_a_full_disk_leaves_nothing_half_written(album, tmp_path, monkeypatch):
+    def full(self, stream, *args, **kwargs):
+        stream.write(b"half a picture")
+        raise OSError(28, "No space left on device")
+
+    jobs = plan(album, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", full)
+        with pytest.raises(OSError, match="No space left"):
+            run(jobs, negative)
+    assert not [p for p in (tmp_path / "out").iterdir()]
+    assert run(jobs, negative).done == 4
+
+
+def test_bounded_look_ahead(album, tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "AHEAD_PIXELS", 20_000)
+    sizes = []
+
+    def counted(jobs, pictures, masks):
+        sizes.append(len(jobs))
+        return negative(jobs, pictures, masks)
+
+    assert run(plan(album, tmp_path / "out"), counted).done == 4
+    assert sizes == [3, 1]  # 90x120 + 90x80 + 90x120 pass the limit
+
+
+@pytest.mark.parametrize(
+    ("output", "options", "message"),
+    [
+        ("album", {}, "lies in"),
+        ("album/out", dict(recursive=True), "lies in"),
+        ("out", dict(masks=Path("masks")), "no mask for 0.png"),
+    ],
+)
+def test_bad_plans(album, tmp_path, output, options, message):
+    (tmp_path / "masks").mkdir()
+    if "masks" in options:
+        options = dict(masks=tmp_path / options["masks"])
+    with pytest.raises((ValueError, OSError), match=message):
+        plan(album, tmp_path / output, **options)
+
+
+def test_two_that_would_write_one(album, tmp_path, photo):
+    Image.fromarray(photo).save(album / "0.jpg")
+    with pytest.raises(ValueError, match="0.jpg and .*0.png would both write"):
+        plan(album, tmp_path / "out")
+    with pytest.raises(ValueError, match="no photographs .*--recursive looks"):
+        (tmp_path / "empty").mkdir()
+        plan(tmp_path / "empty", tmp_path / "out")
+
+
+def test_masks_by_name(album, tmp_path):
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for i in range(4):
+        mask = np.zeros((90, 120 - 40 * (i % 2)), np.uint8)
+        mask[10:20, 10 : 20 + i] = 255
+        Image.fromarray(mask).save(masks / f"{i}.png")
+    holes = []
+
+    def seen(jobs, pictures, given):
+        holes.extend(int(mask.sum()) for mask in given)
+        return negative(jobs, pictures, given)
+
+    assert run(plan(album, tmp_path / "out", masks=masks), seen).done == 4
+    assert holes == [100, 110, 120, 130]
+    assert plan(album, tmp_path / "out", masks="0,0,9,9")[0] == Job(album / "0.png", tmp_path / "out/0.png", "0,0,9,9")
+
+
+def command(album, out, model, *more):
+    options = ["--model", str(model), "--steps", "2", "--dtype", "float32", *more]
+    return [sys.executable, "-m", "palette_diffusers.cli", "colorize", str(album), "-o", str(out), *options]
+
+
+def test_killed_and_started_again(album, tmp_path, pipe, photo):
+    """kill -9 as soon as a result is there; the second run makes the rest, and all equal an undisturbed run's."""
+    for i in range(40):
+        Image.fromarray(photo[i : i + 50, i : i + 50]).save(album / f"more-{i}.png")
+    pipe.save_pretrained(tmp_path / "model")
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command(album, tmp_path / "b", tmp_path / "model"), env=env)
+    while process.poll() is None and not list((tmp_path / "b").glob("*.png")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (tmp_path / "b").mkdir(exist_ok=True)
+    (tmp_path / "b" / ".0.png.abc.part").write_bytes(b"half")  # as a kill may leave it
+    (tmp_path / "b" / "0.png").unlink(missing_ok=True)
+    done = subprocess.run(command(album, tmp_path / "b", tmp_path / "model"), env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not list((tmp_path / "b").glob(".*.part"))
+    # two processes as accelerate launch starts them: each its share, nothing twice
+    shares = [
+        subprocess.Popen(
+            command(album, tmp_path / "a", tmp_path / "model"), stdout=subprocess.PIPE, text=True,
+            env=env | {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    assert sorted(share.communicate()[0] for share in shares) == ["22 done, 0 there already, 0 failed\n"] * 2
+    for path in sorted((tmp_path / "a").glob("*.png")):
+        a, b = (np.asarray(Image.open(tmp_path / name / path.name)).astype(int) for name in "ab")
+        assert np.abs(a - b).max() <= 2, path.name
+    assert len(list((tmp_path / "a").glob("*.png"))) == len(list((tmp_path / "b").glob("*.png"))) == 44
+
+
+def test_a_broken_file_makes_exit_code_1(album, tmp_path, pipe):
+    pipe.save_pretrained(tmp_path / "model")
+    done = subprocess.run(
+        command(album, tmp_path / "out", tmp_path / "model", "--recursive"), capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "5 done, 0 there already, 1 failed" in done.stdout
+    assert "broken.jpg" in done.stderr and "Traceback" not in done.stderr

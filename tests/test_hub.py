@@ -1,0 +1,383 @@
+"""Publishing and loading over real HTTP, to and from a hub on this machine, in processes of their own."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import toy_unet
+from hub_server import TOKEN, Repo, serve
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file
+
+from palette_diffusers import PalettePipeline, PaletteScheduler
+from palette_diffusers.bundle import FILES, bundle
+from palette_diffusers.hub import publish
+
+ROOT = Path(__file__).parents[1]
+NAME = "me/palette-v1.0"  # a dot, as versions have: loaders make module names of it
+
+FILES_EXPECTED = {
+    ".gitattributes", "README.md", "SHA256SUMS", "samples.png", "model_index.json", "palette_pipeline.py",
+    "scheduler/scheduler_config.json", "scheduler/palette_scheduler.py",
+    "unet/config.json", "unet/palette_unet.py",
+    "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors",
+}  # fmt: skip
+
+
+def small_pipe(seed: int = 0) -> PalettePipeline:
+    pipe = PalettePipeline(toy_unet(seed), PaletteScheduler(sampling_spacing="logsnr"), default_steps=2)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sample(pipe, path) -> str:
+    """The digest of the picture that seed 3 makes."""
+    image = pipe(str(path), task="colorization", generator=torch.Generator().manual_seed(3)).images[0]
+    return hashlib.sha256(np.asarray(image).tobytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with serve() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A training run's folder with what must never be uploaded, a photograph and an evaluation."""
+    from skimage import data
+
+    folder = tmp_path_factory.mktemp("place")
+    Image.fromarray(data.astronaut()[:80, 150:250]).save(folder / "photo.png")
+    small_pipe().save_pretrained(folder / "run" / "pipeline")
+    (folder / "run" / "settings.json").write_text(json.dumps({"init": ""}))
+    (folder / "run" / "step-0000010.pt").write_bytes(b"optimiser")
+    (folder / "run" / "pipeline" / ".env").write_text("HF_TOKEN=hf_secret")
+    (folder / "run" / "pipeline" / "unet" / "optimizer.pt").write_bytes(b"optimiser")
+    figures = {"Palette": {"PSNR": 21.5}, "degraded": {"PSNR": 20.0}}
+    report = {"count": 7, "dataset": "me/photos", "results": {"colorization": figures}}
+    (folder / "evaluation.json").write_text(json.dumps(report))
+    return folder
+
+
+def run(hub, home, *arguments, code: str | None = None, check: bool = True, **more: str):
+    """A process whose hub is ours and whose cache is `home`."""
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home),
+        "HF_TOKEN": TOKEN,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        **more,
+    }
+    command = ["-c", code] if code else ["-m", "palette_diffusers.cli"]
+    done = subprocess.run(
+        [sys.executable, *command, *map(str, arguments)], env=environment, cwd=home, capture_output=True, text=True
+    )
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def published(hub, place):
+    """What the command printed; the first upload is cut off on the way."""
+    hub.drop_uploads = 1
+    done = run(
+        hub, place, "publish", "run", NAME, "--license", "cc0-1.0", "--dataset", "me/photos", "--base-model",
+        "me/base", "--evaluation", "evaluation.json", "--photo", "photo.png",
+    )  # fmt: skip
+    return done.stdout.strip()
+
+
+def test_one_commit_of_what_is_listed(hub, published):
+    assert published == f"{hub.url}/{NAME}"
+    files = hub.repos[NAME].files()
+    assert set(files) == FILES_EXPECTED
+    assert sum("/commit/main" in line for line in hub.log) == 1
+    uploads = [line for line in hub.log if line.startswith("PUT")]
+    assert len(uploads) == 4 and len(set(uploads)) == 3  # the one that was cut off came again
+    content = b"".join(files.values())
+    assert b"optimiser" not in content and b"hf_secret" not in content and TOKEN.encode() not in content
+
+
+def test_sums_hold(hub, published, tmp_path):
+    for name, content in hub.repos[NAME].files().items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count(": OK") == len(FILES_EXPECTED) - 2
+    full = load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    half = load_file(tmp_path / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    assert all(torch.equal(half[name], value.half()) and value.dtype == torch.float32 for name, value in full.items())
+
+
+def test_card(hub, published):
+    card = ModelCard(hub.repos[NAME].files()["README.md"].decode())
+    data = card.data
+    assert (data.license, data.library_name, data.pipeline_tag) == ("cc0-1.0", "diffusers", "image-to-image")
+    assert data.datasets == ["me/photos"] and data.base_model == "me/base" and "colorization" in data.tags
+    result = data.eval_results[0]
+    assert (result.task_name, result.metric_name, result.metric_value) == ("colorization", "PSNR", 21.5)
+    assert "| colorization | PSNR | 21.5 |" in card.text and "samples.png" in card.text and NAME in card.text
+
+
+def test_loads_without_the_package(hub, published, place, tmp_path):
+    """The package's name is blocked, because an editable install would be found even by `python -I`."""
+    code = f"""
+import sys
+sys.modules["palette_diffusers"] = None
+from diffusers import DiffusionPipeline
+import hashlib, numpy, torch
+pipe = DiffusionPipeline.from_pretrained("{NAME}", trust_remote_code=True)
+image = pipe({str(place / "photo.png")!r}, task="colorization", generator=torch.Generator().manual_seed(3)).images[0]
+assert type(pipe).__name__ == "PalettePipeline" and not type(pipe).__module__.startswith("palette_diffusers")
+print(hashlib.sha256(numpy.asarray(image).tobytes()).hexdigest())
+"""
+    done = run(hub, tmp_path, code=code, PYTHONPATH="")
+    assert done.stdout.split()[-1] == sample(small_pipe(), place / "photo.png")
+    assert "Expected types" not in done.stderr
+
+
+LOADING = f"""
+import json, sys, torch
+from pathlib import Path
+from palette_diffusers import PalettePipeline
+from test_hub import sample
+
+photo, first, out = sys.argv[1], sys.argv[2], {{}}
+
+def attempt(label, *arguments, **options):
+    try:
+        pipe = PalettePipeline.from_pretrained(*arguments, **options)
+        pipe.set_progress_bar_config(disable=True)
+        out[label] = [str(pipe.unet.dtype), sample(pipe, photo)]
+    except (ValueError, OSError) as error:
+        out[label] = f"{{type(error).__name__}}: {{error}}"
+
+attempt("plain", "{NAME}")
+attempt("revision", "{NAME}", revision=first)
+attempt("variant", "{NAME}", variant="fp16", dtype=torch.float32, cache_dir="other")
+attempt("low", "{NAME}", dtype=torch.bfloat16, local_files_only=True)
+attempt("no such variant", "{NAME}", variant="bf16")
+attempt("no such revision", "{NAME}", revision="v9")
+attempt("no token", "me/private", token=False)
+attempt("private", "me/private")
+attempt("gated", "me/gated", token=False)
+attempt("not found", "me/nothing")
+attempt("no name", "no name at all")
+attempt("wrong class", "me/other")
+attempt("too new", "me/newer")
+attempt("never loaded", "me/nothing", local_files_only=True)
+
+blob = next(Path("hub").glob("models--me--palette*/snapshots/*/unet/diffusion_pytorch_model.safetensors")).resolve()
+blob.write_bytes(blob.read_bytes()[:5000])
+attempt("truncated, offline", "{NAME}", local_files_only=True)
+attempt("truncated", "{NAME}")
+print(json.dumps(out))
+"""
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def test_loads_with_the_package(hub, published, place, cache):
+    """Every way in one process, with what is said where it can't be done."""
+    repo = hub.repos[NAME]
+    files = repo.files()
+    index = json.loads(files["model_index.json"])
+    hub.repos["me/private"] = Repo(private=True)
+    hub.repos["me/private"].commit(files)
+    hub.repos["me/gated"] = Repo(gated=True)
+    hub.repos["me/gated"].commit(files)
+    for name, change in (("me/other", {"_class_name": "DDPMPipeline"}), ("me/newer", {"_format": 99})):
+        hub.repos[name] = Repo()
+        hub.repos[name].commit(files | {"model_index.json": json.dumps(index | change).encode()})
+    hub.truncate = 1
+    begin = len(hub.log)
+    done = run(hub, cache, place / "photo.png", repo.refs["main"], code=LOADING)
+    out = json.loads(done.stdout.splitlines()[-1])
+    assert not any(line.endswith(".py") for line in hub.log[begin:])  # no code is even downloaded
+    picture = sample(small_pipe(), place / "photo.png")
+    for label in ("plain", "revision", "private", "truncated"):
+        assert out.pop(label) == ["torch.float32", picture], label
+    rounded = small_pipe()
+    rounded.unet.half().float()
+    assert out.pop("variant") == ["torch.float32", sample(rounded, place / "photo.png")]
+    assert out.pop("low")[0] == "torch.bfloat16"
+    says = {
+        "no such variant": ("ValueError", "variant=bf16", "no variant, variant='fp16'"),
+        "no such revision": ("FileNotFoundError", "no revision 'v9'"),
+        "no token": ("FileNotFoundError", "me/private", "log in"),
+        "gated": ("PermissionError", "gated", "accept its terms"),
+        "not found": ("FileNotFoundError", "me/nothing", "no such repository"),
+        "no name": ("FileNotFoundError", "no name of a repository"),
+        "wrong class": ("ValueError", "DDPMPipeline", "expected a PalettePipeline"),
+        "too new": ("ValueError", "format 99", "upgrade"),
+        "never loaded": ("FileNotFoundError", "not in the cache"),
+        "truncated, offline": ("OSError", "incomplete"),
+    }
+    assert set(out) == set(says)
+    for label, parts in says.items():
+        assert all(part in out[label] for part in parts), (label, out[label])
+
+
+def test_offline(hub, published, place, cache):
+    """No hub answers: what the test above loaded is in the cache, the rest is refused in one line."""
+    code = f"""
+import sys
+from palette_diffusers import PalettePipeline
+from palette_diffusers.cli import app
+from test_hub import sample
+pipe = PalettePipeline.from_pretrained("{NAME}")
+print(sample(pipe, sys.argv[1]))
+app(["info", "--model", "me/nothing"])
+"""
+    done = run(hub, cache, place / "photo.png", code=code, check=False, HF_ENDPOINT="http://127.0.0.1:9")
+    assert done.stdout.split()[-1] == sample(small_pipe(), place / "photo.png")
+    said = [line for line in done.stderr.splitlines() if line.startswith("palette: ")]
+    assert done.returncode == 2 and len(said) == 1 and "not in the cache" in said[0]
+
+
+AGAIN = """
+import json, sys
+from palette_diffusers.hub import publish
+
+def attempt(*arguments, **options):
+    try:
+        return publish(*arguments, **options)
+    except (ValueError, OSError) as error:
+        return f"{type(error).__name__}: {error}"
+
+pipeline = sys.argv[1] + "/pipeline"
+print(json.dumps([
+    attempt(pipeline, "me/again", private=True, max_shard_size="200KB"),
+    attempt(pipeline, "me/again", private=True),
+    attempt(pipeline, "me/again", create_pr=True, license="mit"),
+    attempt(pipeline, "me/edited"),
+    attempt(pipeline, "me/edited", overwrite_card=True),
+    attempt(pipeline, "me/edited", private=True),
+    attempt(pipeline, "me/again", token="hf_wrong"),
+]))
+"""
+
+
+def test_published_again(hub, published, place, tmp_path):
+    hub.repos["me/edited"] = Repo()
+    hub.repos["me/edited"].commit(hub.repos[NAME].files() | {"README.md": b"edited by hand"})
+    done = run(hub, tmp_path, place / "run", code=AGAIN)
+    first, second, proposed, kept, replaced, public, refused = json.loads(done.stdout.splitlines()[-1])
+    repo = hub.repos["me/again"]
+    commits = list(repo.commits.values())
+    assert first == second == f"{hub.url}/me/again" and repo.private
+    assert sum("model-0" in name for name in commits[1]) > 1
+    assert "unet/diffusion_pytorch_model.safetensors.index.json" in commits[1]
+    assert not any("-of-" in name for name in commits[2])  # files of the first that the second lacks are gone
+    assert proposed == f"{hub.url}/me/again/discussions/1"
+    assert "license: mit" in commits[3]["README.md"].decode() and "mit" not in commits[2]["README.md"].decode()[:80]
+    assert kept.startswith("ValueError: the card of me/edited was edited") and replaced == f"{hub.url}/me/edited"
+    assert b"edited by hand" not in hub.repos["me/edited"].files()["README.md"]
+    assert "public" in public and "401" in refused
+
+
+def test_dry_run_is_what_is_published(hub, published, place, tmp_path):
+    options = dict(license="cc0-1.0", datasets=["me/photos"], base_model="me/base")
+    folder = publish(
+        place / "run", NAME, dry_run=tmp_path / "tree", evaluation=place / "evaluation.json",
+        photos=[place / "photo.png"], **options,
+    )  # fmt: skip
+    written = {p.relative_to(folder).as_posix(): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+    online = dict(hub.repos[NAME].files())
+    del online[".gitattributes"]
+    assert written == online
+    assert sample(PalettePipeline.from_pretrained(folder), place / "photo.png") == sample(
+        small_pipe(), place / "photo.png"
+    )
+    assert str(place).encode() not in b"".join(online.values())
+    with pytest.raises(ValueError, match="not empty"):
+        publish(place / "run", NAME, dry_run=folder)
+    with pytest.raises(ValueError, match="no LICENSE"):
+        publish(place / "run", NAME, license="other", dry_run=tmp_path / "new")
+    (tmp_path / "empty.json").write_text('{"results": {"colorization": {}}}')
+    with pytest.raises(ValueError, match="no evaluation"):
+        publish(place / "run", NAME, evaluation=tmp_path / "empty.json", dry_run=tmp_path / "new")
+    with pytest.raises(FileNotFoundError, match="holds no pipeline"):
+        publish(place, NAME, dry_run=tmp_path / "new")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.json", "tree"]  # nothing half-written stays
+
+
+def test_code_that_one_file_cannot_hold():
+    with pytest.raises(ValueError, match="tasks.py imports color"):
+        bundle(("masks", "tasks"), "0")
+    assert all(compile(bundle(rooms, "0"), name, "exec") for name, rooms in FILES.items())
+
+
+def test_weights_beyond_float16_are_refused(tmp_path):
+    pipe = small_pipe()
+    with torch.no_grad():
+        pipe.unet.conv_out.weight[0, 0, 0, 0] = 1e6
+    pipe.save_pretrained(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="beyond float16, conv_out.weight"):
+        publish(tmp_path / "pipe", NAME, dry_run=tmp_path / "tree")
+
+
+def test_saved_and_loaded_bit_for_bit(tmp_path, place):
+    pipe = small_pipe()
+    pipe.save_pretrained(tmp_path / "one")
+    loaded = PalettePipeline.from_pretrained(tmp_path / "one")
+    loaded.save_pretrained(tmp_path / "two")
+    files = sorted(p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*") if p.is_file())
+    assert len(files) == 4
+    for name in files:
+        one, two = ((tmp_path / folder / name).read_bytes() for folder in ("one", "two"))
+        if name.suffix == ".json":  # where it was loaded from is noted
+            one, two = (json.loads(content) | {"_name_or_path": None} for content in (one, two))
+        assert one == two, name
+    assert json.loads((tmp_path / "one" / "model_index.json").read_text())["_format"] == 1
+
+
+def test_format_1_stays_loadable():
+    folder = Path(__file__).parent / "fixtures" / "format1"
+    pipe = PalettePipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    image = torch.linspace(-1, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)
+    out = pipe(image, task="colorization", output_type="np", generator=torch.Generator().manual_seed(0)).images
+    assert pipe.config.default_steps == 3 and pipe.config.tasks == ["colorization", "jpeg_restoration"]
+    np.testing.assert_allclose(out, np.load(folder / "output.npy"), atol=1e-5)
+
+
+def test_adapters(tmp_path, place):
+    """Low-rank adapters are added, saved, loaded, fused and unfused as PEFT users do, and published."""
+    from peft import LoraConfig
+
+    pipe = small_pipe()
+    plain = sample(pipe, place / "photo.png")
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"]), adapter_name="mine")
+    with torch.no_grad():
+        for name, p in pipe.unet.named_parameters():
+            if "lora_" in name:
+                p.normal_(0, 0.5)
+    adapted = sample(pipe, place / "photo.png")
+    pipe.unet.save_lora_adapter(tmp_path / "pipe" / "lora", adapter_name="mine")
+    pipe = small_pipe()
+    pipe.save_pretrained(tmp_path / "pipe")
+    tree = Path(publish(tmp_path / "pipe", NAME, dry_run=tmp_path / "tree"))
+
+    pipe = PalettePipeline.from_pretrained(tree)
+    pipe.unet.load_lora_adapter(tree / "lora", prefix=None, use_safetensors=True, adapter_name="mine")
+    assert sample(pipe, place / "photo.png") == adapted != plain
+    before = pipe.unet.state_dict()
+    pipe.unet.fuse_lora(adapter_names=["mine"])
+    pipe.unet.unfuse_lora()
+    assert all(torch.allclose(value, before[name], atol=1e-5) for name, value in pipe.unet.state_dict().items())
+    assert "lora" in (tree / "README.md").read_text()
