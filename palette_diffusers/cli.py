@@ -305,6 +305,96 @@ def info(model: Model = None) -> None:
 
 
 @app.command()
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(help="starter, a pipeline's folder or Hub id, a folder of results, FILE.py:FUNCTION, "
+                                 "'COMMAND {inputs} {masks} {outputs}', or a baseline; NAME=... names its row")
+    ],
+    data: Annotated[str, typer.Option(help="originals: folder of images or of validation-*.parquet, or Hub id")],
+    features: Annotated[str, typer.Option(help="FILE.py:FUNCTION, a transformers classifier, or inception")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder; a killed run goes on with the same command")],
+    task: Annotated[str, typer.Option(help="names, with commas: colorization, jpeg_restoration:5, ...")] = "",
+    protocol: Annotated[str, typer.Option(help="a set of tasks: starter, palette (the paper's)")] = "starter",
+    count: Annotated[int | None, typer.Option(min=1, help="the first so many photographs; default: all")] = None,
+    against: Annotated[list[str], typer.Option(help="further rows: identity, telea, navier-stokes, or as MODEL")]
+    = ["identity", "telea"],  # noqa: B006
+    classifier: Annotated[str | None, typer.Option(help="whose accuracy is told; default: --features")] = None,
+    names: Annotated[Path | None, typer.Option("--list", help="file of names in --data: ctest10k, places10k")] = None,
+    reference: Annotated[str | None, typer.Option(help="set to compare with, like --data; default: the originals")]
+    = None,
+    manifest: Annotated[Path | None, typer.Option(help="another run's: the pixels must be the same")] = None,
+    samples: Annotated[int, typer.Option(help="of each of the first 100 photographs, for diversity")] = 1,
+    size: Annotated[int | None, typer.Option(min=8, help="pixels a side; default: the model's, else 64")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="photographs at a time")] = 50,
+    steps: Steps = None, seed: Seed = 0, device: Device = "auto", dtype: DType = "auto",
+) -> None:  # fmt: skip
+    """Measure restorers by the paper's protocol: tables, pictures and a page. Share it with accelerate launch."""
+    import logging
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        from .evaluation import inputs, run
+        from .evaluation.features import load_features
+        from .evaluation.pages import markdown
+        from .evaluation.restorers import load_restorer
+        from .machine import best_device
+
+        if protocol not in inputs.PROTOCOLS:
+            raise ValueError(f"protocol is {protocol!r}, expected {', '.join(inputs.PROTOCOLS)}")
+        variants = task.split(",") if task else inputs.PROTOCOLS[protocol]
+        pipes: list[Any] = []
+
+        def load(name: str | None) -> Any:
+            pipes.append(_load(name, device, dtype))
+            return pipes[-1]
+
+        rows = [load_restorer(spec, load, steps) for spec in dict.fromkeys([*against, model])]
+        pixels = size or (pipes[-1].unet.config.sample_size if pipes else 64)
+        photographs = inputs.Photographs(data, pixels, count, names)
+        others = inputs.Photographs(reference, pixels) if reference else None
+        place = best_device() if device == "auto" else device
+        network = load_features(features, place)
+        judge = load_features(classifier, place) if classifier else None
+        results = run.evaluate(
+            rows, photographs, variants, network, output, judge, others, manifest, batch, samples, seed
+        )
+        if results is not None:
+            print(markdown(results), end="")
+            print(output / "index.html")
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        _fail(error)
+
+
+@app.command("fool-rate")
+def fool_rate(
+    results: Annotated[Path, typer.Argument(help="folder of results")],
+    originals: Annotated[Path, typer.Argument(help="folder of originals of the same names")],
+    votes: Annotated[Path, typer.Option(help="SQLite file; the votes in it are kept")] = Path("votes.sqlite"),
+    seconds: Annotated[float, typer.Option(help="that a pair is shown; the paper: 3 or 5")] = 3,
+    count: Annotated[int | None, typer.Option(min=1, help="pairs, drawn by the seed; default: all")] = None,
+    seed: Annotated[int, typer.Option(help="of pairs, order and sides")] = 0,
+    host: Annotated[str, typer.Option(help="0.0.0.0 lets others in")] = "127.0.0.1",
+    port: Annotated[int, typer.Option()] = 7861,
+    export: Annotated[Path | None, typer.Option(help="write all votes as CSV, print the fool rate, and stop")] = None,
+) -> None:  # fmt: skip
+    """Ask people: a page that shows results beside originals, and the share that is taken for a photograph."""
+    try:
+        from .evaluation.fool_rate import Study, build, find_pairs, say
+
+        study = Study(find_pairs(results, originals, count, seed), votes, seed)
+        print(say(study.summary()), flush=True)
+        if export is not None:
+            study.export(export)
+            print(export)
+            return
+        build(study, seconds).launch(server_name=host, server_port=port)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        _fail(error)
+
+
+@app.command()
 def publish(
     source: Annotated[str, typer.Argument(help="a pipeline's or a training run's folder, or starter")],
     repo_id: Annotated[str, typer.Argument(help="USER/NAME on the Hub; created if it doesn't exist")],

@@ -98,7 +98,7 @@ def read_log(path: Path) -> list[dict]:
     return [lines[step] for step in sorted(lines)]
 
 
-def _grid(rows: list[tuple[str, torch.Tensor]], path: Path) -> None:
+def draw_grid(rows: list[tuple[str, torch.Tensor]], path: Path) -> None:
     """Named rows of pictures (N, 3, H, W), in [-1, 1] => one PNG."""
     height, width = rows[0][1].shape[-2:]
     number = max(len(pictures) for _, pictures in rows)
@@ -120,7 +120,7 @@ def draw_batch(batch: dict[str, torch.Tensor], tasks: list[str], path: Path) -> 
         some = torch.nonzero(batch["task"] == number).flatten()[:8]
         if len(some):
             rows += [(task, batch["condition"][some, :3]), ("", batch["clean"][some])]
-    _grid(rows, path)
+    draw_grid(rows, path)
 
 
 def draw_samples(unet: Any, scheduler: Any, dataset: Any, steps: int, path: Path, number: int = 6) -> None:
@@ -138,7 +138,7 @@ def draw_samples(unet: Any, scheduler: Any, dataset: Any, steps: int, path: Path
         sample = pipe.denoise(given, generators, steps, task=get_task(name)).cpu()
         out = get_task(name).compose(sample, given)
         rows += [(name, given.known), ("sample", out), ("original", torch.cat([clean for clean, _ in fixed]))]
-    _grid(rows, path)
+    draw_grid(rows, path)
 
 
 # the page

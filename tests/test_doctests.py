@@ -5,7 +5,10 @@ import importlib
 
 import pytest
 
-ROOMS = ("canvas", "masks", "pipeline", "scheduler", "sizes", "tasks", "training", "unet")
+ROOMS = (
+    "canvas", "evaluation.fool_rate", "evaluation.inputs", "evaluation.metrics", "evaluation.pages", "masks",
+    "pipeline", "scheduler", "sizes", "tasks", "training", "unet",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("room", ROOMS)

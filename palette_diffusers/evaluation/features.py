@@ -1,0 +1,173 @@
+"""The network that measures. Its name is part of every figure's: only Inception's distance is called FID.
+
+Images are (B, 3, H, W), RGB, [-1, 1].
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+Extract = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class FeatureNetwork:
+    """images (B, 3, H, W) => features (B, D) and logits (B, C), both float32 on the CPU.
+
+    name: as the figures say it. classes: the names of the classes where they are known.
+    """
+
+    name: str
+    extract: Extract
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    classes: tuple[str, ...] | None = None
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features, logits = self.extract(images.to(self.device, self.dtype))
+        return features.float().cpu(), logits.float().cpu()
+
+    @property
+    def figures(self) -> dict[str, str]:
+        """What the figures are called."""
+        if self.name == "inception":
+            return {"frechet": "FID", "kernel": "KID", "score": "IS", "distance": "PD"}
+        return {
+            "frechet": f"FD-{self.name}",
+            "kernel": f"KD-{self.name}",
+            "score": f"score-{self.name}",
+            "distance": f"distance-{self.name}",
+        }
+
+
+def load_features(spec: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> FeatureNetwork:
+    """A feature network by its name:
+
+    - `inception`: FID's own, by torch-fidelity;
+    - `FILE.py:FUNCTION`: a local module; the function takes nothing and returns an `nn.Module` with
+      `features(images)` => (B, D) and `head(features)` => logits (B, C);
+    - a folder or Hub id of a `transformers` image classifier; the features are what its last layer sees.
+
+    Raises:
+        ValueError: no such network, or a module without `features` and `head`.
+        ImportError: torch-fidelity, or the torchvision that it needs, is missing; the message says what to install.
+    """
+    if spec == "inception":
+        return FeatureNetwork("inception", _inception(device), device)
+    path, _, function = spec.rpartition(":")
+    if path.endswith(".py"):
+        return FeatureNetwork(Path(path).stem, _local(path, function, device, dtype), device, dtype)
+    return _transformers(spec, device, dtype)
+
+
+def load_function(path: str, function: str) -> Callable:
+    """FUNCTION of the Python file at `path`.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: it has no such function.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file, expected FILE.py:FUNCTION")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise ValueError(f"{path} has no function {function!r}, expected FILE.py:FUNCTION")
+    return found
+
+
+def _local(path: str, function: str, device: str, dtype: torch.dtype) -> Extract:
+    model: Any = load_function(path, function)()
+    if not (callable(getattr(model, "features", None)) and callable(getattr(model, "head", None))):
+        raise ValueError(f"{path}:{function} gave a {type(model).__name__}, expected one with features() and head()")
+    model = model.eval().to(device, dtype)
+
+    def extract(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features = model.features(images)
+        return features, model.head(features)
+
+    return extract
+
+
+def _inception(device: str) -> Extract:
+    """Inception of 2015-12-05, with TensorFlow's resizing; features of pool_3, logits without bias, as for FID and IS.
+
+    PALETTE_INCEPTION_WEIGHTS names the weights' file where they can't be downloaded.
+    """
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except (ImportError, RuntimeError) as error:  # a torchvision built for another torch raises RuntimeError
+        raise ImportError(
+            f"--features inception needs torch-fidelity and a torchvision that fits torch {torch.__version__}: "
+            f"pip install 'palette-diffusers[inception]' ({error})"
+        ) from None
+    try:
+        model = FeatureExtractorInceptionV3(
+            "inception",
+            ["2048", "logits_unbiased"],
+            feature_extractor_weights_path=os.environ.get("PALETTE_INCEPTION_WEIGHTS"),
+        ).to(device)
+    except OSError as error:  # URLError among them
+        raise OSError(
+            f"Inception's weights could not be loaded ({error}): download weights-inception-2015-12-05-6726825d.pth "
+            "from torch-fidelity's releases and name it in PALETTE_INCEPTION_WEIGHTS"
+        ) from None
+    return lambda images: model(((images + 1) * 127.5).round().clamp(0, 255).byte())
+
+
+def _transformers(name: str, device: str, dtype: torch.dtype) -> FeatureNetwork:
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    if name.startswith((".", "/")) and not (Path(name) / "config.json").is_file():
+        raise FileNotFoundError(f"{name} is no folder with a config.json, as save_pretrained of transformers writes it")
+    model: Any = AutoModelForImageClassification.from_pretrained(name, dtype=dtype).eval().to(device)
+    prepare = _preprocessing(AutoImageProcessor.from_pretrained(name, backend="pil"))
+    heads = [
+        module
+        for module in model.modules()
+        if isinstance(module, torch.nn.Linear) and module.out_features == model.config.num_labels
+    ]
+    if not heads:
+        raise ValueError(f"{name} has no linear layer of {model.config.num_labels} classes, its features are unknown")
+    seen: list[torch.Tensor] = []
+    heads[-1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+
+    def extract(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.clear()
+        logits = model(pixel_values=prepare(images)).logits
+        return seen[-1].flatten(1), logits
+
+    labels = model.config.id2label
+    classes = tuple(str(labels[i]) for i in range(len(labels)))
+    return FeatureNetwork(Path(name).name, extract, device, dtype, classes)
+
+
+def _preprocessing(processor: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What a processor does to square pictures, in torch and by the batch: (B, 3, S, S) => (B, 3, s, s)."""
+    size = dict(processor.size)
+    side = size.get("shortest_edge") or size["height"]
+    crop = dict(processor.crop_size)["height"] if getattr(processor, "do_center_crop", None) else side
+    share = getattr(processor, "crop_pct", None)
+    if share and side < 384:  # ConvNeXt's: larger first, then its middle
+        side, crop = int(side / share), side
+    mode = {2: "bilinear", 3: "bicubic"}.get(int(processor.resample), "bilinear")
+    mean, std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (processor.image_mean, processor.image_std))
+
+    def prepare(images: torch.Tensor) -> torch.Tensor:
+        x = (images.float() + 1) / 2
+        if x.shape[-1] != side:
+            x = F.interpolate(x, (side, side), mode=mode, antialias=True, align_corners=False).clamp(0, 1)
+        low = (side - crop) // 2
+        x = x[..., low : low + crop, low : low + crop]
+        return ((x - mean.to(x)) / std.to(x)).to(images.dtype)
+
+    return prepare

@@ -1,0 +1,421 @@
+"""`evaluate`: restorers, photographs and tasks => a folder of pictures and figures.
+
+OUTPUT/originals/               features and pictures of the originals
+OUTPUT/TASK/manifest.json       the hashes of what every restorer saw
+OUTPUT/TASK/inputs/, masks/     the same as pictures
+OUTPUT/TASK/ROW/                batches of figures, and pictures/NAME.png
+OUTPUT/results.json, results.md, index.html, TASK.png
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import canvas
+from ..report import write_text
+from . import inputs, metrics
+from .features import FeatureNetwork
+from .inputs import Batch, Photographs
+from .restorers import Restorer, folder_name
+from .store import Store, keep_facts
+
+DIVERSE = 100  # photographs that several samples are drawn of
+SUBSETS, SUBSET = 20, 1000  # of the kernel distance
+BUDGET = 2**28  # bytes of second moments held at once by the bootstrap
+
+
+def evaluate(
+    restorers: Sequence[Restorer],
+    photographs: Photographs,
+    variants: Sequence[str],
+    features: FeatureNetwork,
+    output: Path,
+    classifier: FeatureNetwork | None = None,
+    reference: Photographs | None = None,
+    manifest: Path | None = None,
+    batch: int = 50,
+    samples: int = 1,
+    seed: int = 0,
+    replicates: int = 100,
+    progress: bool = True,
+) -> dict[str, Any] | None:
+    """Measures restorers on the same degraded photographs; the same call goes on where a killed one stopped.
+
+    Under `accelerate launch` the batches are shared by the processes; the figures are those of one process.
+
+    Args:
+        restorers: rows of the table; those that don't handle a task are left out of it.
+        photographs: the originals.
+        variants: tasks, as "jpeg_restoration" or "jpeg_restoration:5" (`inputs.VARIANTS`).
+        features: the network that distances and scores are measured by.
+        output: a folder; restorers can be added to one that is there.
+        classifier: the one whose accuracy is told, if it is not `features`.
+        reference: the set that the Frechet and kernel distances compare with, if it is not the originals.
+        manifest: another run's, whose pixels these must be; one task only.
+        batch: images at a time.
+        samples: of each of the first 100 photographs, for diversity.
+        seed: of inputs and sampling.
+        replicates: bootstrap samples.
+
+    Returns:
+        What `results.json` holds; None in processes other than the main one.
+
+    Raises:
+        ValueError: too few photographs for the features, another run in `output`, a restorer's wrong results.
+    """
+    from accelerate import PartialState
+
+    state = PartialState()
+    run = _Run(photographs, features, classifier or features, output, batch, samples, seed, progress, state)
+    run.check(restorers, variants, reference, manifest)
+    run.originals("originals", photographs)
+    if reference is not None:
+        run.originals("reference", reference)
+    for variant in variants:
+        run.task(variant, [r for r in restorers if r.handles(inputs.check_variant(variant))], manifest)
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return None
+    from .pages import write_pages
+
+    results = _Summary(run, "originals" if reference is None else "reference", replicates).results(restorers, variants)
+    write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
+    write_pages(output, results)
+    return results
+
+
+class _Run:
+    """The photographs, cut into batches of which each process takes its share."""
+
+    def __init__(
+        self, photographs: Photographs, features: FeatureNetwork, classifier: FeatureNetwork, output: Path,
+        batch: int, samples: int, seed: int, progress: bool, state: Any,
+    ):  # fmt: skip
+        if batch < 1 or samples < 1:
+            raise ValueError(f"batch is {batch}, samples {samples}: expected at least 1")
+        self.photographs, self.features, self.classifier = photographs, features, classifier
+        self.output, self.batch, self.samples, self.seed = output, batch, samples, seed
+        self.progress, self.state = progress, state
+        self.names = [f"{i:05d}" for i in range(len(photographs))]
+        self.notes = self._notes()
+
+    def _notes(self) -> list[str]:
+        """Why accuracy is left out, if it is."""
+        labels, classes = self.photographs.labels, self.photographs.classes
+        _, logits = self.classifier(self.photographs.batch([0]))
+        number = logits.shape[1]
+        if min(labels) < 0:
+            return ["accuracy is left out: the photographs have no labels"]
+        if max(labels) >= number or (classes and len(classes) != number):
+            return [
+                f"accuracy is left out: {self.classifier.name} has {number} classes, "
+                f"the photographs {len(classes) if classes else max(labels) + 1}"
+            ]
+        return []
+
+    @property
+    def labelled(self) -> bool:
+        return not self.notes
+
+    def check(
+        self, restorers: Sequence[Restorer], variants: Sequence[str], reference: Photographs | None, manifest: Any
+    ) -> None:
+        """All that can be known to fail before anything is computed."""
+        dimension = self.features(self.photographs.batch([0]))[0].shape[1]
+        for name, few in (("", len(self.photographs)), ("reference ", len(reference or self.photographs))):
+            if few <= dimension:
+                raise ValueError(
+                    f"{few} {name}photographs came, a distance in the {dimension} features of "
+                    f"{self.features.name} needs at least {dimension + 1}"
+                )
+        if manifest is not None and len(variants) != 1:
+            raise ValueError(f"a manifest belongs to one task, {len(variants)} came")
+        rows = [restorer.name for restorer in restorers]
+        if len(set(rows)) < len(rows) or {"originals", "inputs", "masks"} & set(rows):
+            raise ValueError(f"rows are {', '.join(rows)}: expected names that differ, write NAME=... before one")
+        for variant in variants:
+            task = inputs.check_variant(variant)
+            for restorer in restorers:
+                if restorer.handles(task):
+                    restorer.check(variant, self.names)
+        settings = {
+            "data": Path(self.photographs.path).name,
+            "count": len(self.photographs),
+            "size": self.photographs.size,
+            "features": self.features.name,
+            "classifier": self.classifier.name,
+            "reference": None if reference is None else [Path(reference.path).name, len(reference)],
+            "batch": self.batch,
+            "seed": self.seed,
+        }
+        self.output.mkdir(parents=True, exist_ok=True)
+        self._main_first(partial(keep_facts, self.output / "settings.json", settings))
+        for variant in variants:
+            for restorer in restorers:
+                folder = self.output / folder_name(variant) / restorer.name
+                about = restorer.about | ({"samples": self.samples} if restorer.stochastic else {})
+                if restorer.handles(inputs.check_variant(variant)):
+                    folder.mkdir(parents=True, exist_ok=True)
+                    self._main_first(partial(keep_facts, folder / "about.json", about))
+
+    def _main_first(self, do: Callable[[], None]) -> None:
+        if self.state.is_main_process:
+            do()
+        self.state.wait_for_everyone()
+        do()
+
+    def batches(self, what: str, count: int, finished: Callable[[int], bool]) -> Any:
+        """The numbers of this process's batches that are still to be done."""
+        from tqdm import tqdm
+
+        mine = range(-(-count // self.batch))[self.state.process_index :: self.state.num_processes]
+        todo = [i for i in mine if not finished(i)]
+        quiet = not (self.progress and self.state.is_main_process)
+        return tqdm(todo, what, total=len(mine), initial=len(mine) - len(todo), disable=quiet)
+
+    def _indices(self, i: int, photographs: Photographs) -> range:
+        return range(i * self.batch, min((i + 1) * self.batch, len(photographs)))
+
+    def store(self, *folders: str, count: int | None = None) -> Store:
+        number = -(-(len(self.photographs) if count is None else count) // self.batch)
+        return Store(self.output.joinpath(*folders), number)
+
+    def originals(self, name: str, photographs: Photographs) -> None:
+        store = self.store(name, count=len(photographs))
+        for i in self.batches(name, len(photographs), store.done):
+            begin = time.perf_counter()
+            indices = self._indices(i, photographs)
+            clean = photographs.batch(indices)
+            if name == "originals":
+                save_pictures(store.folder / "pictures", [self.names[k] for k in indices], clean)
+            store.write(
+                i, self.measure(clean, indices if name == "originals" else None), 0, time.perf_counter() - begin
+            )
+        self.state.wait_for_everyone()
+
+    def measure(self, images: torch.Tensor, labelled: range | None) -> dict[str, torch.Tensor]:
+        """What the networks say of pictures (B, 3, S, S), those of the photographs `labelled`."""
+        features, logits = self.features(images)
+        out = {"features": features, "logits": logits}
+        if labelled is not None and self.labelled:
+            other = self.classifier.name != self.features.name
+            classes = (self.classifier(images)[1] if other else logits).argmax(1)
+            out["accuracy"] = (classes == torch.tensor([self.photographs.labels[k] for k in labelled])).float()
+        return out
+
+    def compare(
+        self, several: list[torch.Tensor], clean: torch.Tensor, i: int, indices: range
+    ) -> dict[str, torch.Tensor]:
+        """All figures of restored pictures; those of further samples are in the list too."""
+        several = [metrics.eight_bits(images) for images in several]  # as they are once written to files
+        images, out = several[0], self.measure(several[0], indices)
+        (original,) = self.store("originals").read(i, "features")
+        out["distance"] = (out["features"] - original).norm(dim=1)
+        out |= {"psnr": metrics.psnr(images, clean), "ssim": metrics.ssim(images, clean)}
+        if len(several) > 1:
+            out |= self.diversity(several)
+        return out
+
+    def task(self, variant: str, restorers: Sequence[Restorer], manifest: Path | None) -> None:
+        folder = self.output / folder_name(variant)
+        stores = [self.store(folder.name, restorer.name) for restorer in restorers]
+        seen = Seen(folder, variant, self.photographs, self.seed, manifest)
+        for i in self.batches(variant, len(self.photographs), lambda i: all(s.done(i) for s in stores)):
+            indices = self._indices(i, self.photographs)
+            clean = self.photographs.batch(indices)
+            given = inputs.Given.cat(
+                [inputs.degrade(variant, one, k, self.seed) for k, one in zip(indices, clean.split(1), strict=True)]
+            )
+            seen.keep(i, indices, clean, given)
+            names = [self.names[k] for k in indices]
+            batch = Batch(variant, names, given, [inputs.sampling_seed(k, self.seed) for k in indices])
+            for restorer, store in zip(restorers, stores, strict=True):
+                if store.done(i):
+                    continue
+                begin = time.perf_counter()
+                images = [restorer(batch), *self._more(restorer, batch, indices)]
+                restored = time.perf_counter()
+                save_pictures(store.folder / "pictures", names, images[0])
+                figures = self.compare(images, clean, i, indices)
+                store.write(i, figures, restored - begin, time.perf_counter() - restored)
+        self.state.wait_for_everyone()
+        if self.state.is_main_process:
+            seen.write_manifest()
+
+    def _more(self, restorer: Restorer, batch: Batch, indices: range) -> list[torch.Tensor]:
+        """Further samples of the same inputs."""
+        if not restorer.stochastic or indices.start >= DIVERSE:
+            return []
+        seeds = [[inputs.sampling_seed(k, self.seed, sample) for k in indices] for sample in range(1, self.samples)]
+        return [restorer(replace(batch, seeds=some)) for some in seeds]
+
+    def diversity(self, several: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Of samples of the same inputs: MS-SSIM of the first with each of the rest, the features' distance of
+        consecutive ones (the paper's section on diversity, with another network than LPIPS's)."""
+        features = [self.features(images)[0] for images in several]
+        alike = [metrics.ms_ssim(several[0], images) for images in several[1:]]
+        apart = [(a - b).norm(dim=1) for a, b in zip(features[:-1], features[1:], strict=True)]
+        return {"ms_ssim": torch.stack(alike).mean(0), "spread": torch.stack(apart).mean(0)}
+
+
+class Seen:
+    """What the restorers of a task saw: pictures, masks, and the manifest."""
+
+    def __init__(self, folder: Path, variant: str, photographs: Photographs, seed: int, manifest: Path | None):
+        self.folder, self.variant, self.photographs, self.seed = folder, variant, photographs, seed
+        self.expected = None
+        if manifest is not None:
+            self.expected = inputs.read_manifest(manifest)
+            for key, here in (("variant", variant), ("count", len(photographs))):
+                if self.expected.get(key) != here:
+                    raise ValueError(f"{manifest} has {key} {self.expected.get(key)!r}, this run {here!r}")
+            self.manifest = manifest
+
+    def _lines(self, i: int) -> Path:
+        return self.folder / "inputs" / f"batch-{i:05d}.json"
+
+    def keep(self, i: int, indices: range, clean: torch.Tensor, given: inputs.Given) -> None:
+        """Raises:
+        ValueError: other pixels than an earlier run's or the manifest's.
+        """
+        single = [
+            inputs.Given(known, known, None if given.mask is None else given.mask[k : k + 1])
+            for k, known in enumerate(given.known.split(1))
+        ]
+        lines = [
+            inputs.describe(k, self.photographs.labels[k], one, source)
+            for k, one, source in zip(indices, clean.split(1), single, strict=True)
+        ]
+        if self.expected is not None:
+            inputs.compare(lines, self.expected["images"][indices.start : indices.stop], self.manifest)
+        if self._lines(i).is_file():
+            inputs.compare(lines, json.loads(self._lines(i).read_text()), self._lines(i).parent.parent)
+            return
+        names = [line["name"] for line in lines]
+        save_pictures(self.folder / "inputs", names, given.known)
+        if given.mask is not None:
+            save_pictures(self.folder / "masks", names, given.mask.expand(-1, 3, -1, -1) * 2 - 1)
+        write_text(self._lines(i), json.dumps(lines) + "\n")
+
+    def write_manifest(self) -> None:
+        """The batches' lines in one file, which the other runs are compared with."""
+        lines = [
+            line
+            for path in sorted((self.folder / "inputs").glob("batch-*.json"))
+            for line in json.loads(path.read_text())
+        ]
+        manifest = {
+            "variant": self.variant,
+            "data": Path(self.photographs.path).name,
+            "count": len(self.photographs),
+            "size": self.photographs.size,
+            "seed": self.seed,
+            "images": lines,
+        }
+        write_text(self.folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+
+
+def save_pictures(folder: Path, names: list[str], images: torch.Tensor) -> None:
+    """NAME.png of each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, image in zip(names, images.split(1), strict=True):
+        canvas.save(canvas.to_pil(image), folder / f"{name}.png")
+
+
+class _Summary:
+    """From batches on disk to figures with intervals."""
+
+    def __init__(self, run: _Run, reference: str, replicates: int):
+        self.run, self.replicates = run, replicates
+        state = json.loads((run.output / "settings.json").read_text())
+        count = state["reference"][1] if state["reference"] else state["count"]
+        self.reference = run.store(reference, count=count)
+        self.reference_count, self.paired = count, reference == "originals"
+        self.frechet = metrics.Frechet(metrics.Moments.of(self.reference.stream("features")))
+        self.counts = metrics.resamples(len(run.photographs), replicates, run.seed)
+
+    def results(self, restorers: Sequence[Restorer], variants: Sequence[str]) -> dict[str, Any]:
+        """The whole table: rows of this call, and those that an earlier one left in the folder."""
+        begin = time.perf_counter()
+        rows = [{"task": "originals", "images": "originals", **self.row(self.run.store("originals"))}]
+        for variant in variants:
+            folder = self.run.output / folder_name(variant)
+            order = [r.name for r in restorers]
+            there = [path.parent for path in folder.glob("*/about.json")]
+            for path in sorted(there, key=lambda p: (order.index(p.name) if p.name in order else -1, p.name)):
+                store = self.run.store(folder.name, path.name)
+                if all(store.done(i) for i in range(store.number)):
+                    about = json.loads((path / "about.json").read_text())
+                    rows.append({"task": variant, "images": path.name, "about": about, **self.row(store)})
+        return {
+            "settings": json.loads((self.run.output / "settings.json").read_text()),
+            "figures": {
+                **self.run.features.figures,
+                "accuracy": f"accuracy ({self.run.classifier.name})",
+                "psnr": "PSNR (median, dB)",
+                "ssim": "SSIM",
+                "ms_ssim": metrics.ms_ssim_name(self.run.photographs.size),
+                "spread": f"{self.run.features.figures['distance']} between samples",
+            },
+            "notes": self.run.notes,
+            "summary_seconds": round(time.perf_counter() - begin, 2),
+            "rows": rows,
+        }
+
+    def row(self, store: Store) -> dict[str, Any]:
+        """Every figure of a set with its 95% interval: {"value", "low", "high"}."""
+        out: dict[str, Any] = {"restoring_seconds": store.seconds(0), "measuring_seconds": store.seconds(1)}
+        out |= {"frechet": self._frechet(store), "kernel": self._kernel(store)}
+        out["score"] = _figure(metrics.inception_scores(store.stream("logits"), self.counts))
+        for name in ("accuracy", "distance", "psnr", "ssim", "ms_ssim", "spread"):
+            numbers = store.column(name)
+            if len(numbers):
+                statistic = np.median if name == "psnr" else np.mean
+                counts = metrics.resamples(len(numbers), self.replicates, self.run.seed)
+                out[name] = _figure([float(statistic(np.repeat(numbers, count))) for count in counts])
+        return out
+
+    def _frechet(self, store: Store) -> dict[str, float]:
+        dimension = len(self.frechet.reference.mean)
+        held = max(1, BUDGET // (8 * dimension**2))
+        values: list[float] = []
+        for first in range(0, len(self.counts), held):
+            some = metrics.Moments.resampled(store.stream("features"), self.counts[first : first + held])
+            values += [self.frechet(moments) for moments in some]
+        figure = _figure(values)
+        return figure | {"low": max(0.0, figure["low"])}
+
+    def _kernel(self, store: Store) -> dict[str, float]:
+        """The mean over random subsets, as KID's authors do; its interval from how subsets of m of n scatter.
+
+        A result and its own original are never in subsets that are compared: a pair would count as similarity.
+        """
+        rng = np.random.default_rng(self.run.seed)
+        number, other = len(self.run.photographs), self.reference_count
+        size = min(SUBSET, number // 4, other // 4)
+        values = []
+        for _ in range(SUBSETS):
+            drawn = rng.permutation(number)
+            theirs = drawn[size:] if self.paired else rng.permutation(other)
+            a, b = np.sort(drawn[:size]), np.sort(theirs[:size])
+            values.append(metrics.kernel_distance(store.rows("features", a), self.reference.rows("features", b)))
+        mean = float(np.mean(values))
+        error = 1.96 * float(np.std(values, ddof=1)) * (size / (number - size)) ** 0.5
+        return {"value": _round(mean), "low": _round(mean - error), "high": _round(mean + error)}
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def _figure(values: Sequence[float]) -> dict[str, float]:
+    """Of a figure and its values in bootstrap samples."""
+    low, high = metrics.interval(values)
+    return {"value": _round(values[0]), "low": _round(low), "high": _round(high)}

@@ -1,0 +1,435 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from palette_diffusers import Given, canvas
+from palette_diffusers.cli import app
+from palette_diffusers.evaluation import evaluate, load_features, load_restorer, metrics
+from palette_diffusers.evaluation.inputs import Photographs, degrade
+from palette_diffusers.evaluation.restorers import baseline, from_function
+
+ROOT = Path(__file__).parents[1]
+COUNT, BATCH = 24, 4
+
+TOY = """
+import os, time, torch
+
+class Colors(torch.nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = torch.nn.Linear(6, classes)
+
+    def features(self, images):
+        return torch.cat([images.mean((2, 3)), images.std((2, 3))], 1)
+
+def four(): return Colors(4)
+def nine(): return Colors(9)
+
+def gray(known, mask): return known * 0.5
+def slow(known, mask):
+    with open(os.environ["RANKS"], "a") as ranks:
+        print(os.environ["RANK"], os.getpid(), file=ranks)
+    time.sleep(0.4)
+    return known * 0.5
+def narrow(known, mask): return known[..., 1:]
+"""
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate keeps one state a process, whose precision can't be changed."""
+    yield
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory, photo):
+    """24 photographs of four classes in a parquet file, and a file with toy networks and restorers."""
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
+
+    folder = tmp_path_factory.mktemp("evaluation")
+    (folder / "toy.py").write_text(TOY)
+    crops = [Image.fromarray(photo[i * 4 : i * 4 + 32, i * 6 : i * 6 + 32]) for i in range(COUNT)]
+    columns = Features({"image": ImageFeature(), "label": Value("int64")})
+    rows = {"image": crops, "label": [i % 4 for i in range(COUNT)]}
+    (folder / "data").mkdir()
+    Dataset.from_dict(rows, columns).to_parquet(folder / "data" / "validation-0.parquet")
+    (folder / "images").mkdir()
+    for i, crop in enumerate(crops):
+        crop.save(folder / "images" / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def features(work):
+    return load_features(f"{work}/toy.py:four")
+
+
+@pytest.fixture
+def photographs(work):
+    return Photographs(str(work / "data"), 32)
+
+
+def features_of(seed, number=60, dimension=8):
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(dimension, dimension, generator=generator)
+    return torch.randn(number, dimension, generator=generator) @ mix + seed
+
+
+def test_frechet_distance_equals_torchmetrics_and_scipy():
+    from scipy.linalg import sqrtm
+    from torchmetrics.image.fid import _compute_fid
+
+    a, b = features_of(1).double(), features_of(2).double()
+    ours = metrics.frechet_distance(a, b)
+    covariance = [np.cov(x.numpy().T) for x in (a, b)]
+    means = [x.mean(0).numpy() for x in (a, b)]
+    root = sqrtm(covariance[0] @ covariance[1]).real
+    closed = np.square(means[0] - means[1]).sum() + np.trace(covariance[0] + covariance[1] - 2 * root)
+    assert ours == pytest.approx(closed, rel=1e-6)
+    torchs = _compute_fid(a.mean(0), torch.cov(a.T), b.mean(0), torch.cov(b.T)).item()
+    assert ours == pytest.approx(torchs, rel=1e-4)
+    assert metrics.frechet_distance(a, a[torch.randperm(len(a))]) < 1e-6
+    # more features than images: singular covariances
+    assert metrics.frechet_distance(a[:5], a[:5]) < 1e-5
+
+
+def test_kernel_distance_and_score_equal_torchmetrics():
+    from torchmetrics.image.inception import InceptionScore
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    class Identity(torch.nn.Module):
+        num_features = 8
+
+        def forward(self, x):
+            return x
+
+    a, b = features_of(1), features_of(2)
+    theirs = KernelInceptionDistance(feature=Identity(), subsets=1, subset_size=60)
+    theirs.update(b, real=True)
+    theirs.update(a, real=False)
+    assert metrics.kernel_distance(a, b) == pytest.approx(theirs.compute()[0].item(), rel=1e-4)
+    score = InceptionScore(feature=Identity(), splits=1)
+    score.update(a)
+    (ours,) = metrics.inception_scores(a.split(7))
+    assert ours == pytest.approx(score.compute()[0].item(), rel=1e-4)
+
+
+def test_ssim_equals_torchmetrics(photo):
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    a = canvas.read(photo).image
+    b = (a + 0.2 * torch.randn(a.shape, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
+    theirs = structural_similarity_index_measure(b, a, reduction="none", data_range=2.0)
+    assert metrics.ssim(b, a).item() == pytest.approx(theirs.item(), rel=1e-4)
+
+
+def test_ms_ssim_has_its_name_only_at_full_scale(photo):
+    small = canvas.read(photo[:64, :64]).image
+    noisy = (small + 0.3 * torch.randn(small.shape, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
+    assert metrics.ms_ssim(small, small).item() == pytest.approx(1)
+    assert metrics.ms_ssim(small, noisy).item() < 0.95
+    assert metrics.ms_ssim_name(176) == "MS-SSIM" != metrics.ms_ssim_name(175)
+    for size in (32, 64, 100, 128, 176):
+        image = torch.nn.functional.interpolate(small, size)
+        assert metrics.ms_ssim(image, image).item() == pytest.approx(1), size
+
+
+def test_resampled_moments_are_those_of_repeated_images():
+    x = features_of(3, 10)
+    counts = metrics.resamples(10, 2, seed=1)
+    for moments, count in zip(metrics.Moments.resampled(x.split(3), counts), counts, strict=True):
+        repeated = x.double()[np.repeat(np.arange(10), count)]
+        assert torch.allclose(moments.mean, repeated.mean(0))
+        assert torch.allclose(moments.covariance, torch.cov(repeated.T))
+    scores = metrics.inception_scores(x.split(4), counts)
+    for score, count in zip(scores, counts, strict=True):
+        assert score == pytest.approx(metrics.inception_scores([x[np.repeat(np.arange(10), count)]])[0])
+
+
+def test_interval_covers_a_distance_whose_bootstrap_is_biased():
+    """The truth, between two sets of one distribution, is zero plus what few images add to every estimate."""
+    x, reference = features_of(4, 200), metrics.Frechet(metrics.Moments.of([features_of(5, 5000)]))
+    values = [reference(m) for m in metrics.Moments.resampled([x], metrics.resamples(200, 100))]
+    low, high = metrics.interval(values)
+    assert low < values[0] < high
+    assert np.mean(values[1:]) > values[0]
+
+
+def test_results_are_those_of_the_pictures_on_disk(work, features, photographs, tmp_path):
+    rows = [baseline("identity"), baseline("telea"), from_function(lambda known, mask: known * 0.5, "dim")]
+    results = evaluate(rows, photographs, ["inpainting", "jpeg_restoration:5"], features, tmp_path, batch=BATCH,
+        replicates=10, progress=False)  # fmt: skip
+    table = {(row["task"], row["images"]): row for row in results["rows"]}
+    assert set(table) == {("originals", "originals"), ("inpainting", "degraded"), ("inpainting", "Telea"),
+        ("inpainting", "dim"), ("jpeg_restoration:5", "degraded"), ("jpeg_restoration:5", "dim")}  # fmt: skip
+    assert table["originals", "originals"]["frechet"]["value"] < 1e-6
+
+    def read(folder):
+        files = sorted((tmp_path / folder).glob("*.png"))
+        assert [f.stem for f in files] == [f"{i:05d}" for i in range(COUNT)]
+        return torch.cat([canvas.read(f).image for f in files])
+
+    clean = read("originals/pictures")
+    assert torch.equal(clean, photographs.batch(range(COUNT)))
+    original, _ = features(clean)
+    for variant in ("inpainting", "jpeg_restoration-5"):
+        images = read(f"{variant}/dim/pictures")
+        found, logits = features(images)
+        row = table[variant.replace("-", ":"), "dim"]
+        assert row["frechet"]["value"] == pytest.approx(metrics.frechet_distance(found, original), rel=1e-4)
+        assert row["distance"]["value"] == pytest.approx((found - original).norm(dim=1).mean().item(), rel=1e-4)
+        hits = (logits.argmax(1) == torch.arange(COUNT) % 4).float().mean().item()
+        assert row["accuracy"]["value"] == pytest.approx(hits)
+        assert row["psnr"]["value"] == pytest.approx(np.median(metrics.psnr(images, clean).numpy()), rel=1e-4)
+        assert row["psnr"]["low"] <= row["psnr"]["value"] <= row["psnr"]["high"]
+    assert results["figures"]["frechet"] == "FD-toy"
+    manifest = json.loads((tmp_path / "inpainting" / "manifest.json").read_text())
+    assert len({line["source"] for line in manifest["images"]}) == COUNT
+    page = (tmp_path / "index.html").read_text()
+    assert "FD-toy" in page and 'src="inpainting/dim/pictures/00003.png"' in page
+    assert Image.open(tmp_path / "inpainting.png").size[0] > 8 * 32
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_sources_are_fixed_by_the_seed(photographs):
+    clean = photographs.batch([0])
+    for variant in ("inpainting", "uncropping", "jpeg_restoration:5", "colorization"):
+        first, again = degrade(variant, clean, 0), degrade(variant, clean, 0)
+        assert torch.equal(first.condition, again.condition)
+    assert not torch.equal(degrade("inpainting", clean, 0).mask, degrade("inpainting", clean, 1).mask)
+    assert not torch.equal(degrade("inpainting", clean, 0).mask, degrade("inpainting", clean, 0, seed=1).mask)
+    right = degrade("uncropping:right", clean, 0).mask[0, 0]
+    assert right[:, 16:].all() and not right[:, :16].any()
+
+
+def test_several_samples_give_diversity(pipe, photographs, features, tmp_path):
+    from palette_diffusers.evaluation.restorers import from_pipeline
+
+    row = evaluate([from_pipeline(pipe, steps=2)], photographs, ["inpainting"], features, tmp_path / "a", batch=BATCH,
+        samples=2, replicates=5, progress=False)["rows"][1]  # fmt: skip
+    assert 0 < row["ms_ssim"]["value"] < 1 and row["spread"]["value"] > 0
+
+    def constant(known, mask):
+        return known
+
+    row = evaluate([from_function(constant, "constant")], photographs, ["inpainting"], features, tmp_path / "b",
+        batch=BATCH, samples=2, replicates=5, progress=False)["rows"][1]  # fmt: skip
+    assert "ms_ssim" not in row
+
+
+def launch(*arguments):
+    """By two processes."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
+        str(ROOT / "train" / "configs" / "two_cpu_processes.yaml"), "--main_process_port", "0", "-m",
+        "palette_diffusers.cli", "evaluate", *map(str, arguments)]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "1"}
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,
+        start_new_session=True)  # fmt: skip
+
+
+def test_killed_with_two_processes_and_gone_on_equals_one(work, features, photographs, tmp_path, monkeypatch):
+    ranks = tmp_path / "ranks"
+    monkeypatch.setenv("RANKS", str(ranks))
+    arguments = [f"{work}/toy.py:slow", "--data", work / "data", "--features", f"{work}/toy.py:four", "--task",
+        "inpainting", "--against", "identity", "--batch", BATCH, "--size", 32, "-o", tmp_path / "two"]  # fmt: skip
+    process = launch(*arguments)
+    done = tmp_path / "two" / "inpainting" / "slow"
+    begin = time.time()
+    while len(list(done.glob("*.safetensors"))) < 1 and process.poll() is None and time.time() - begin < 120:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    for worker in {line.split()[1] for line in ranks.read_text().splitlines()}:  # each in a group of its own
+        os.kill(int(worker), signal.SIGKILL)
+    process.communicate(timeout=60)
+    kept = {path: path.stat().st_mtime_ns for path in done.glob("*.safetensors")}
+    assert 1 <= len(kept) < COUNT // BATCH and not (tmp_path / "two" / "results.json").exists()
+    process = launch(*arguments)
+    out, err = process.communicate(timeout=180)
+    assert process.returncode == 0, out + err
+    assert "| inpainting | slow |" in out
+    assert {line.split()[0] for line in ranks.read_text().splitlines()} == {"0", "1"}
+    assert all(path.stat().st_mtime_ns == kept[path] for path in kept)
+
+    rows = [baseline("identity"), from_function(lambda known, mask: known * 0.5, "slow")]
+    one = evaluate(rows, photographs, ["inpainting"], features, tmp_path / "one", batch=BATCH, progress=False)
+    two = json.loads((tmp_path / "two" / "results.json").read_text())
+    for a, b in zip(one["rows"], two["rows"], strict=True):
+        for name in ("frechet", "kernel", "score", "accuracy", "distance", "psnr", "ssim"):
+            assert a.get(name) == b.get(name), (a["images"], name)
+    paths = [tmp_path / n / "inpainting" / "manifest.json" for n in ("one", "two")]
+    assert paths[0].read_text() == paths[1].read_text()
+
+
+def invoke(work, *arguments, features="four"):
+    return CliRunner().invoke(app, ["evaluate", *map(str, arguments), "--data", str(work / "data"), "--features",
+        f"{work}/toy.py:{features}", "--size", "32", "--batch", str(BATCH)])  # fmt: skip
+
+
+def test_results_of_others(work, tmp_path):
+    """Inputs first, then a folder of results and a command that were made from them, on the same pixels."""
+    out = invoke(work, "identity", "--task", "inpainting", "--against", "telea", "-o", tmp_path / "run")
+    assert out.exit_code == 0, out.output
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    for path in (tmp_path / "run" / "inpainting" / "inputs").glob("*.png"):
+        Image.open(path).point(lambda v: v // 2).save(theirs / path.name)
+    copy = tmp_path / "copy.py"
+    copy.write_text("import shutil, sys\nshutil.copytree(sys.argv[1], sys.argv[2], dirs_exist_ok=True)\n")
+    command = f"copy={sys.executable} {copy} {{inputs}} {{outputs}}"
+    manifest = tmp_path / "run" / "inpainting" / "manifest.json"
+    out = invoke(work, theirs, "--against", command, "--task", "inpainting", "--manifest", manifest, "-o",
+        tmp_path / "run")  # fmt: skip
+    assert out.exit_code == 0, out.output
+    rows = {row["images"]: row for row in json.loads((tmp_path / "run" / "results.json").read_text())["rows"]}
+    assert set(rows) == {"originals", "degraded", "Telea", "theirs", "copy"}
+    assert rows["copy"]["frechet"] == rows["degraded"]["frechet"] != rows["theirs"]["frechet"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda folder: (folder / "00003.png").unlink(), "lacks 1 of 24 pictures (00003.png)"),
+        (lambda folder: (folder / "00003.png").rename(folder / "x.png"), "and has 1 that no input belongs to (x.png)"),
+        (lambda folder: Image.new("RGB", (32, 30)).save(folder / "00003.png"), "is 32x30, the original 32x32"),
+        (lambda folder: (folder / "00003.png").write_bytes(b"no"), "not an image"),
+    ],
+)
+def test_a_wrong_folder_of_results_is_one_line(work, tmp_path, spoil, words):
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    for i in range(COUNT):
+        Image.new("RGB", (32, 32)).save(folder / f"{i:05d}.png")
+    spoil(folder)
+    out = invoke(work, folder, "--task", "colorization", "--against", "identity", "-o", tmp_path / "run")
+    assert out.exit_code == 2 and words in out.output.splitlines()[-1]
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_bad_input_is_one_line(work, tmp_path):
+    run = tmp_path / "run"
+    assert invoke(work, "identity", "--against", "telea", "--task", "inpainting", "-o", run).exit_code == 0
+    missing = "inception" if _no_inception() else "none.py:f"
+    lists = tmp_path / "list.txt"
+    lists.write_text("nothing.png 3\n")
+    (tmp_path / "empty").mkdir()
+    for arguments, words in (
+        (["identity", "--count", 6, "-o", tmp_path / "a"], "needs at least 7"),
+        (["identity", "--count", 99, "-o", tmp_path / "a"], "has 24 photographs, 99 were asked for"),
+        (["identity", "--task", "ironing", "-o", tmp_path / "a"], "task is 'ironing'"),
+        (["identity", "--task", "inpainting:left", "-o", tmp_path / "a"], "expected a task's name or one of"),
+        (["identity", "--protocol", "mine", "-o", tmp_path / "a"], "expected starter, palette"),
+        (["identity", "--seed", 1, "-o", run], "holds a run with seed 0, 1 came"),
+        (["x=identity", "--against", "x=telea", "-o", tmp_path / "a"], "names that differ"),
+        ([f"{work}/toy.py:none", "-o", tmp_path / "a"], "has no function 'none'"),
+        ([f"{work}/toy.py:narrow", "--task", "inpainting", "-o", tmp_path / "a"], "narrow gave (4, 3, 32, 31)"),
+        (["x=false {outputs}", "--task", "inpainting", "-o", tmp_path / "a"], "false ended with code 1"),
+        ([tmp_path / "empty", "-o", tmp_path / "a"], "holds neither a model_index.json nor results"),
+        (["identity", "--list", lists, "-o", tmp_path / "a"], "1 files of"),
+        (["identity", "--classifier", missing, "-o", tmp_path / "a"], missing),
+        (["identity", "--manifest", run / "results.json", "--task", "inpainting", "-o", tmp_path / "b"], "no manifest"),
+    ):
+        out = invoke(work, *arguments)
+        line = out.output.strip().splitlines()[-1]
+        assert out.exit_code == 2 and line.startswith("palette: ") and words in line, (arguments, out.output)
+
+
+def _no_inception():
+    try:
+        import torch_fidelity  # noqa: F401
+    except (ImportError, RuntimeError):
+        return True
+    return False
+
+
+def test_other_pixels_are_refused(work, tmp_path):
+    assert invoke(work, "identity", "--against", "telea", "--task", "inpainting", "-o", tmp_path / "a").exit_code == 0
+    manifest = tmp_path / "a" / "inpainting" / "manifest.json"
+    lines = json.loads(manifest.read_text())
+    lines["images"][5]["source"] = "0" * 16
+    manifest.write_text(json.dumps(lines))
+    out = invoke(work, "telea", "--against", "identity", "--task", "inpainting", "--manifest", manifest, "-o",
+        tmp_path / "b")  # fmt: skip
+    assert out.exit_code == 2 and "picture 00005: its source is" in out.output
+    assert len(list((tmp_path / "b" / "inpainting" / "Telea").glob("*.safetensors"))) == 1  # the first batch is kept
+
+
+def test_a_classifier_with_other_classes_has_no_accuracy(work, tmp_path):
+    out = invoke(work, "identity", "--against", "telea", "--task", "inpainting", "-o", tmp_path, features="nine")
+    assert out.exit_code == 0 and "accuracy is" not in out.output  # nine classes may hold the labels 0 to 3
+    from palette_diffusers.evaluation.inputs import Photographs
+
+    photographs = Photographs(str(work / "data"), 32)
+    photographs.classes = ["a", "b", "c", "d"]
+    results = evaluate([baseline("identity")], photographs, ["colorization"], load_features(f"{work}/toy.py:nine"),
+        tmp_path / "a", batch=BATCH, progress=False)  # fmt: skip
+    assert results["notes"] == ["accuracy is left out: toy has 9 classes, the photographs 4"]
+    assert all("accuracy" not in row and "frechet" in row for row in results["rows"])
+
+
+def test_a_file_list_names_pictures_and_labels(work, tmp_path):
+    lists = tmp_path / "ctest.txt"
+    lists.write_text("5.png 1\n2.png 3\n\n7.png\n")
+    photographs = Photographs(str(work / "images"), 16, names=lists)
+    assert photographs.labels == [1, 3, -1] and photographs[0].shape == (3, 16, 16)
+    whole = Photographs(str(work / "images"), 32, names=lists)
+    assert torch.equal(whole[1].permute(1, 2, 0), torch.from_numpy(np.array(Image.open(work / "images" / "2.png"))))
+
+
+def test_a_transformers_classifier_measures(tmp_path, photo):
+    from transformers import ConvNextImageProcessorPil, ResNetConfig, ResNetForImageClassification
+
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic", num_labels=5)
+    model = ResNetForImageClassification(config).eval()
+    processor = ConvNextImageProcessorPil(size={"shortest_edge": 56}, crop_pct=0.875, resample=3)
+    model.save_pretrained(tmp_path / "resnet-toy")
+    processor.save_pretrained(tmp_path / "resnet-toy")
+    network = load_features(str(tmp_path / "resnet-toy"))
+    picture = Image.fromarray(photo[:64, :64])
+    found, logits = network(canvas.read(picture).image)
+    with torch.no_grad():
+        inputs = processor(picture, return_tensors="pt")
+        theirs = model(**inputs).logits
+        pooled = model.resnet(**inputs).pooler_output.flatten(1)
+    assert found.shape == (1, 12) and network.figures["frechet"] == "FD-resnet-toy"
+    assert torch.allclose(logits, theirs, atol=0.02 * theirs.std().item())
+    assert torch.allclose(found, pooled, rtol=0.02, atol=0.01)
+
+
+def test_a_restorer_is_told_by_its_name(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "model")
+    from palette_diffusers import PalettePipeline
+
+    found = load_restorer(f"twin={tmp_path}/model", PalettePipeline.from_pretrained, 3)
+    assert (found.name, found.about["steps"], found.stochastic) == ("twin", 3, True)
+    assert load_restorer("telea", PalettePipeline.from_pretrained).handles("inpainting")
+    assert not load_restorer("telea", PalettePipeline.from_pretrained).handles("colorization")
+    with pytest.raises(ValueError, match="knows colorization"):
+        found.check("paired", [])
+
+
+def test_given_is_not_changed_by_a_restorer(photographs):
+    given = degrade("inpainting", photographs.batch([0]), 0)
+    assert isinstance(given, Given)
+    from palette_diffusers.evaluation.inputs import Batch
+
+    before = given.known.clone()
+    filled = baseline("telea")(Batch("inpainting", ["00000"], given, [0]))
+    assert torch.equal(given.known, before) and not torch.equal(filled, before)
+    keep = given.mask.expand_as(filled) == 0
+    assert torch.allclose(filled[keep], before[keep], atol=1e-6)
