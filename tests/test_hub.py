@@ -58,6 +58,9 @@ def place(tmp_path_factory):
     Image.fromarray(data.astronaut()[:80, 150:250]).save(folder / "photo.png")
     small_pipe().save_pretrained(folder / "run" / "pipeline")
     (folder / "run" / "settings.json").write_text(json.dumps({"init": ""}))
+    (folder / "run" / "samples").mkdir()
+    for number in (1, 2):
+        (folder / "run" / "samples" / f"step-{number:07d}.png").write_bytes(b"sheet %d" % number)
     (folder / "run" / "step-0000010.pt").write_bytes(b"optimiser")
     (folder / "run" / "pipeline" / ".env").write_text("HF_TOKEN=hf_secret")
     (folder / "run" / "pipeline" / "unet" / "optimizer.pt").write_bytes(b"optimiser")
@@ -315,6 +318,15 @@ def test_dry_run_is_what_is_published(hub, published, place, tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no pipeline"):
         publish(place, NAME, dry_run=tmp_path / "new")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.json", "tree"]  # nothing half-written stays
+
+
+def test_the_sheet_of_a_run_is_published_only_when_asked_for(place, tmp_path):
+    publish(place / "run", NAME, dry_run=tmp_path / "without")
+    assert not (tmp_path / "without" / "samples.png").exists()
+    publish(place / "run", NAME, sheet=True, dry_run=tmp_path / "with")
+    assert (tmp_path / "with" / "samples.png").read_bytes() == b"sheet 2"
+    with pytest.raises(FileNotFoundError, match="no sheet"):
+        publish("starter", NAME, sheet=True, dry_run=tmp_path / "starter")
 
 
 def test_code_that_one_file_cannot_hold():
