@@ -406,6 +406,7 @@ def publish(
     base_model: Annotated[str | None, typer.Option(help="Hub id of the model that this one was tuned from")] = None,
     evaluation: Annotated[Path | None, typer.Option(help="JSON of an evaluation, for the card's figures")] = None,
     photo: Annotated[list[Path] | None, typer.Option(help="picture that samples are made of; repeatable")] = None,
+    sheet: Annotated[bool, typer.Option("--sheet", help="the run's sheet of samples, with photos of its data")] = False,
     overwrite_card: Annotated[bool, typer.Option("--overwrite-card", help="even if edited on the Hub")] = False,
 ) -> None:  # fmt: skip
     """Upload a pipeline that loads with this package and without it."""
@@ -415,7 +416,7 @@ def publish(
         url = upload(
             source, repo_id, private=private, create_pr=create_pr, dry_run=dry_run, license=license,
             datasets=dataset or (), base_model=base_model, evaluation=evaluation, photos=photo or (),
-            overwrite_card=overwrite_card,
+            sheet=sheet, overwrite_card=overwrite_card,
         )  # fmt: skip
     except (ValueError, TypeError, OSError) as error:
         _fail(error)

@@ -50,6 +50,7 @@ def publish(
     base_model: str | None = None,
     evaluation: str | os.PathLike | None = None,
     photos: Sequence[str | os.PathLike] = (),
+    sheet: bool = False,
     max_shard_size: str = SHARD,
     overwrite_card: bool = False,
     token: str | None = None,
@@ -67,7 +68,8 @@ def publish(
             folder's own card says.
         evaluation: a JSON file with `results`, task => "Palette" => metric => number, as `benchmarks/quality.py`
             writes it; becomes the card's table and its model-index.
-        photos: pictures that samples are made of; without any, the newest sheet of the run.
+        photos: pictures that samples are made of. sheet: instead of these, the run's newest sheet of samples, which
+            shows photographs of its data.
         max_shard_size: weights are split into files of at most this size.
         overwrite_card: also where the card was edited on the Hub.
         token: the login's, if None.
@@ -76,8 +78,9 @@ def publish(
         The URL of the repository or the pull request; the folder of a dry run.
 
     Raises:
-        FileNotFoundError: no pipeline there. ValueError: a card that was edited on the Hub, a public repository
-            where a private one was asked for, weights beyond float16, a dry run's folder that isn't empty.
+        FileNotFoundError: no pipeline there, or no sheet. ValueError: a card that was edited on the Hub, a public
+            repository where a private one was asked for, weights beyond float16, a dry run's folder that isn't
+            empty, a licence "other" without a LICENSE.
     """
     folder, run = find_pipeline(source)
     if dry_run is not None and Path(dry_run).exists() and any(Path(dry_run).iterdir()):
@@ -92,8 +95,11 @@ def publish(
         write_weights(pipe, tree, max_shard_size)
         write_code(tree)
         _copy_extras(folder, run, tree)
-        if photos:
-            draw_samples(pipe.unet, pipe.scheduler, _Photos(pipe, photos), pipe.config.default_steps, tree / SHEET, 4)
+        if sheet:
+            shutil.copyfile(_newest_sheet(run), tree / SHEET)
+        elif photos:
+            steps, number = pipe.config.default_steps, len(photos)
+            draw_samples(pipe.unet, pipe.scheduler, _Photos(pipe, photos), steps, tree / SHEET, number)
         results = read_evaluation(evaluation) if evaluation else {}
         card = make_card(pipe, repo_id, folder, run, results, (tree / SHEET).is_file(), license, datasets, base_model)
         card.save(tree / "README.md")
@@ -159,17 +165,22 @@ def write_code(tree: Path) -> None:
 
 
 def _copy_extras(folder: Path, run: Path | None, tree: Path) -> None:
-    """The licence, low-rank adapters, and the newest sheet of samples."""
+    """The licence and low-rank adapters."""
     licence = STARTER / "LICENSE" if _from_starter(run) else folder / "LICENSE"
-    sheets = sorted((run / "samples").glob("step-*.png")) if run else []
     for path, name in (
         (licence, "LICENSE"),
         (folder / "lora" / "pytorch_lora_weights.safetensors", "lora/pytorch_lora_weights.safetensors"),
-        *((sheet, SHEET) for sheet in sheets[-1:]),
     ):
         if path.is_file():
             (tree / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, tree / name)
+
+
+def _newest_sheet(run: Path | None) -> Path:
+    sheets = sorted((run / "samples").glob("step-*.png")) if run else []
+    if not sheets:
+        raise FileNotFoundError("there is no sheet of samples: a training run's folder was expected, that drew one")
+    return sheets[-1]
 
 
 def _from_starter(run: Path | None) -> bool:

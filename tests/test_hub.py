@@ -58,6 +58,9 @@ def place(tmp_path_factory):
     Image.fromarray(data.astronaut()[:80, 150:250]).save(folder / "photo.png")
     small_pipe().save_pretrained(folder / "run" / "pipeline")
     (folder / "run" / "settings.json").write_text(json.dumps({"init": ""}))
+    (folder / "run" / "samples").mkdir()
+    for number in (1, 2):
+        (folder / "run" / "samples" / f"step-{number:07d}.png").write_bytes(b"sheet %d" % number)
     (folder / "run" / "step-0000010.pt").write_bytes(b"optimiser")
     (folder / "run" / "pipeline" / ".env").write_text("HF_TOKEN=hf_secret")
     (folder / "run" / "pipeline" / "unet" / "optimizer.pt").write_bytes(b"optimiser")
@@ -208,6 +211,7 @@ def test_loads_with_the_package(hub, published, place, cache):
     done = run(hub, cache, place / "photo.png", repo.refs["main"], code=LOADING)
     out = json.loads(done.stdout.splitlines()[-1])
     assert not any(line.endswith(".py") for line in hub.log[begin:])  # no code is even downloaded
+    assert hub.truncate == 0  # the first download was cut off in the middle
     picture = sample(small_pipe(), place / "photo.png")
     for label in ("plain", "revision", "private", "truncated"):
         assert out.pop(label) == ["torch.float32", picture], label
@@ -316,6 +320,15 @@ def test_dry_run_is_what_is_published(hub, published, place, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.json", "tree"]  # nothing half-written stays
 
 
+def test_the_sheet_of_a_run_is_published_only_when_asked_for(place, tmp_path):
+    publish(place / "run", NAME, dry_run=tmp_path / "without")
+    assert not (tmp_path / "without" / "samples.png").exists()
+    publish(place / "run", NAME, sheet=True, dry_run=tmp_path / "with")
+    assert (tmp_path / "with" / "samples.png").read_bytes() == b"sheet 2"
+    with pytest.raises(FileNotFoundError, match="no sheet"):
+        publish("starter", NAME, sheet=True, dry_run=tmp_path / "starter")
+
+
 def test_code_that_one_file_cannot_hold():
     with pytest.raises(ValueError, match="tasks.py imports color"):
         bundle(("masks", "tasks"), "0")
@@ -376,8 +389,10 @@ def test_adapters(tmp_path, place):
     pipe = PalettePipeline.from_pretrained(tree)
     pipe.unet.load_lora_adapter(tree / "lora", prefix=None, use_safetensors=True, adapter_name="mine")
     assert sample(pipe, place / "photo.png") == adapted != plain
-    before = pipe.unet.state_dict()
+    attention = pipe.unet.mid_block.attentions[0].to_q.base_layer
+    before = attention.weight.clone()
     pipe.unet.fuse_lora(adapter_names=["mine"])
+    assert (attention.weight - before).abs().max() > 0.01
     pipe.unet.unfuse_lora()
-    assert all(torch.allclose(value, before[name], atol=1e-5) for name, value in pipe.unet.state_dict().items())
+    torch.testing.assert_close(attention.weight, before, atol=1e-5, rtol=0)
     assert "lora" in (tree / "README.md").read_text()
