@@ -1,0 +1,85 @@
+"""What measuring costs, beside sampling, and what half precision does to a figure.
+
+python benchmarks/evaluation.py --data PATH/TO/tiny-imagenet
+"""
+
+import argparse
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from palette_diffusers import PalettePipeline
+from palette_diffusers.evaluation import Photographs, load_features, metrics
+from palette_diffusers.evaluation.inputs import Batch, degrade
+from palette_diffusers.evaluation.restorers import from_pipeline
+from palette_diffusers.evaluation.store import Store
+from palette_diffusers.machine import best_dtype
+from palette_diffusers.tasks import Given
+
+CLASSIFIER = f"{Path(__file__).with_name('classifier.py')}:load_classifier"
+
+
+def seconds(work: Callable[[], object], rounds: int = 5) -> float:
+    """Processor seconds, the least of some rounds."""
+    work()
+    times = []
+    for _ in range(rounds):
+        begin = time.process_time()
+        work()
+        times.append(time.process_time() - begin)
+    return min(times)
+
+
+def peak_of_streaming(count: int, folder: Path, rows: int = 500) -> float:
+    """MiB of this process after a Frechet distance over `count` stored features of 224."""
+    store = Store(folder, count // rows)
+    for index in range(store.number):
+        store.write(index, {"features": torch.randn(rows, 224)})
+    metrics.Frechet(metrics.Moments.of(store.stream("features")))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--batch", type=int, default=50)
+    args = parser.parse_args()
+
+    photographs = Photographs(args.data, 64, 400)
+    clean = photographs.batch(range(args.batch))
+    network = load_features(CLASSIFIER)
+    given = Given.cat([degrade("colorization", one, i) for i, one in enumerate(clean.split(1))])
+    batch = Batch("colorization", [str(i) for i in range(args.batch)], given, list(range(args.batch)))
+    palette = from_pipeline(PalettePipeline.from_pretrained(dtype=best_dtype("cpu")))
+    sampling = seconds(lambda: palette(batch), 2)
+    images = palette(batch)
+
+    @torch.no_grad()
+    def alone() -> None:
+        network.extract(clean)
+
+    def figures() -> None:
+        metrics.psnr(images, clean)
+        metrics.ssim(images, clean)
+
+    bare, wrapped, figure = seconds(alone), seconds(lambda: network(clean)), seconds(figures)
+    print(f"features: {bare / wrapped:.1%} of the network's own speed")
+    print(f"features {wrapped / sampling:.1%}, PSNR and SSIM {figure / sampling:.1%} of the time of sampling (8 steps)")
+
+    everything = photographs.batch(range(400))
+    degraded = torch.cat([degrade("jpeg_restoration", one, i).known for i, one in enumerate(everything.split(1))])
+    for dtype in (torch.float32, torch.bfloat16):
+        half = load_features(CLASSIFIER, dtype=dtype)
+        a, b = (torch.cat([half(part)[0] for part in x.split(args.batch)]) for x in (degraded, everything))
+        print(f"FD-classifier of JPEGs, network in {dtype}: {metrics.frechet_distance(a, b):.4f}")
+    for count in (5_000, 50_000):
+        with tempfile.TemporaryDirectory() as folder:
+            print(f"{count} images streamed: peak {peak_of_streaming(count, Path(folder)):.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()
