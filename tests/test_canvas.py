@@ -141,3 +141,10 @@ def test_a_mask_may_be_as_large_as_its_picture(monkeypatch):
     assert canvas.read_mask(Image.fromarray(pixels), (20, 30)).sum() == 1
     with pytest.raises(ValueError, match="30x20, 600 pixels: the limit is 100"):
         canvas.read_mask(Image.fromarray(pixels), (5, 5))
+
+
+@pytest.mark.parametrize("quality", [1, 5, 23, 50, 75, 95, 100])
+def test_jpeg_quality_is_found(quality, photo, tmp_path):
+    Image.fromarray(photo).save(tmp_path / "a.jpg", quality=quality)
+    assert canvas.jpeg_quality(Image.open(tmp_path / "a.jpg")) == quality
+    assert canvas.jpeg_quality(Image.open(png(tmp_path, Image.fromarray(photo)))) is None

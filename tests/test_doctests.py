@@ -5,7 +5,7 @@ import importlib
 
 import pytest
 
-ROOMS = ("canvas", "masks", "pipeline", "scheduler", "sizes", "tasks", "training", "unet")
+ROOMS = ("canvas", "demo_handlers", "demo_limits", "masks", "pipeline", "scheduler", "sizes", "tasks", "training", "unet")
 
 
 @pytest.mark.parametrize("room", ROOMS)
