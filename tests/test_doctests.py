@@ -5,7 +5,9 @@ import importlib
 
 import pytest
 
-ROOMS = ("canvas", "demo_handlers", "demo_limits", "masks", "pipeline", "scheduler", "sizes", "tasks", "training", "unet")
+ROOMS = (
+    "canvas", "demo_handlers", "demo_limits", "masks", "pipeline", "scheduler", "sizes", "tasks", "training", "unet",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("room", ROOMS)
