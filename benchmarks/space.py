@@ -95,19 +95,19 @@ def load(url: str, clients: int, seconds: float) -> tuple[Counter, list[float], 
     return outcomes, times, time.monotonic() - begun
 
 
-def page_share(url: str, number: int = 15) -> tuple[float, float]:
+def page_share(url: str, number: int = 9) -> tuple[float, float]:
     """Median seconds of a picture by the pipeline alone, in this process, and by the endpoint."""
     import torch
 
     from palette_diffusers.demo import load as load_pipe
 
     pipe, direct, served = load_pipe(), [], []
-    image = Image.effect_noise((512, 512), 60)
+    image = Image.effect_noise((256, 256), 60)
     for _ in range(number):
         start = time.monotonic()
         pipe(image, task="jpeg_restoration", generator=torch.Generator().manual_seed(0))
         direct.append(time.monotonic() - start)
-    body = {"url": picture(512, 512), "meta": {"_type": "gradio.FileData"}}
+    body = {"url": picture(256, 256), "meta": {"_type": "gradio.FileData"}}
     for _ in range(number):
         start = time.monotonic()
         asked = requests.post(f"{url}gradio_api/call/restore_jpeg", json={"data": [body, 0, 8]}, timeout=60).json()
@@ -126,15 +126,16 @@ def main() -> None:
         print(
             f"first byte of the page: median {statistics.median(first) * 1000:.0f} ms, most {max(first) * 1000:.0f} ms"
         )
-        direct, served = page_share(url, 5)
-        print(f"512x512 JPEG: pipeline {direct:.2f} s, endpoint {served:.2f} s, {served / direct - 1:+.0%}")
+        direct, served = page_share(url)
+        print(f"256x256 JPEG: pipeline {direct:.2f} s, endpoint {served:.2f} s, {served / direct - 1:+.0%}")
         load(url, 1, 5)
         before = process.memory_info().rss
         for clients in (1, 8, args.clients):
             outcomes, times, spent = load(url, clients, args.seconds if clients == args.clients else 10)
             rate = outcomes["answered"] / spent
             middle = statistics.median(times) if times else float("nan")
-            print(f"{clients} clients, {spent:.0f} s: {dict(outcomes)}, {rate:.1f} a second, median {middle:.1f} s")
+            print(f"{clients} clients, {spent:.0f} s: {dict(outcomes)}")
+            print(f"    {rate:.1f} pictures a second, median {middle:.1f} s from asking to having")
         after = process.memory_info().rss
         print(f"memory: {before / 2**20:.0f} MiB idle, {after / 2**20:.0f} MiB after, {after / before:.2f} times")
         print(f"health: {requests.get(f'{url}health', timeout=5).json()}, cores: {os.cpu_count()}")

@@ -479,7 +479,7 @@ def demo(
 
     missing = [name for name, wanted in (("gradio", True), ("mcp", mcp)) if wanted and find_spec(name) is None]
     if missing:
-        _fail(f"{' and '.join(missing)} is missing: pip install 'palette-diffusers[demo]' {' '.join(missing)}")
+        _fail(f"{' and '.join(missing)} is missing: pip install 'palette-diffusers[demo]'{' mcp' if mcp else ''}")
     try:
         from .demo import launch
 

@@ -23,6 +23,7 @@ from .demo_handlers import (
     ASPECTS,
     BATCH_TASKS,
     SEEDS,
+    SHOWN,
     Handlers,
     Moment,
     Result,
@@ -361,7 +362,7 @@ class Page:
         folder.mkdir()
         full.append(write(result.after, folder / f"{result.name}.png"))
         pairs.append(write(smaller(result.before), folder / "before.png"))
-        pairs.append(write(smaller(result.after), folder / "after.png") if max(result.after.size) > 1280 else full[-1])
+        pairs.append(write(smaller(result.after), folder / "after.png") if max(result.after.size) > SHOWN else full[-1])
 
     # for programs
 

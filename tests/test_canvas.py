@@ -158,3 +158,10 @@ def test_masks_in_words(photo):
             ("9,9,9,12", "within 50x40"), ("0,0,50,40", "full"), ("#12", "no such file")):  # fmt: skip
         with pytest.raises((ValueError, OSError), match=message):
             canvas.mask_for(words, picture)
+
+
+@pytest.mark.parametrize("quality", [1, 5, 23, 50, 75, 95, 100])
+def test_jpeg_quality_is_found(quality, photo, tmp_path):
+    Image.fromarray(photo).save(tmp_path / "a.jpg", quality=quality)
+    assert canvas.jpeg_quality(Image.open(tmp_path / "a.jpg")) == quality
+    assert canvas.jpeg_quality(Image.open(png(tmp_path, Image.fromarray(photo)))) is None

@@ -6,8 +6,8 @@ import importlib
 import pytest
 
 ROOMS = (
-    "canvas", "evaluation.fool_rate", "evaluation.inputs", "evaluation.metrics", "evaluation.pages", "masks",
-    "pipeline", "scheduler", "sizes", "tasks", "training", "unet",
+    "canvas", "demo_limits", "evaluation.fool_rate", "evaluation.inputs", "evaluation.metrics", "evaluation.pages",
+    "folders", "masks", "pipeline", "scheduler", "sizes", "tasks", "training", "unet",
 )  # fmt: skip
 
 
