@@ -226,19 +226,31 @@ def sha256(content: bytes) -> str:
 
 
 def read_evaluation(path: str | os.PathLike) -> dict[str, Any]:
-    """An evaluation's JSON => itself, checked.
+    """An evaluation's JSON => `results`, task => "Palette" => metric => number, beside `count` and `dataset`.
+
+    It may be what `palette evaluate` wrote (results.json) or already of this form.
 
     Raises:
-        ValueError: no JSON with `results`.
+        ValueError: no JSON with such results.
     """
     try:
         report = json.loads(Path(path).read_text())
+        if "rows" in report:
+            report = _of_rows(report)
         ours = _ours(report)
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError):
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError, KeyError):
         ours = []
     if not ours:
         raise ValueError(f'{path} is no evaluation: expected JSON with results, task => "Palette" => metric => number')
     return report
+
+
+def _of_rows(table: dict[str, Any]) -> dict[str, Any]:
+    results: dict[str, dict] = {}
+    for row in table["rows"]:
+        figures = {name: round(row[key]["value"], 4) for key, name in table["figures"].items() if key in row}
+        results.setdefault(row["task"], {})[row["images"]] = figures
+    return {"count": table["settings"]["count"], "dataset": table["settings"]["data"], "results": results}
 
 
 def make_card(

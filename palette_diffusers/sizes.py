@@ -235,6 +235,24 @@ def _at(image: torch.Tensor, position: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.lerp(image.index_select(dim, low), image.index_select(dim, high), (position - low).reshape(shape))
 
 
+def tile_places(
+    height: int, width: int, tile: int, overlap: int, where: torch.Tensor | None = None
+) -> list[tuple[int, int]]:
+    """The left upper corners of the tiles that cover a picture, (y, x), row by row; those without a pixel of `where`
+    (1, 1, H, W) are left out."""
+
+    def starts(length: int) -> list[int]:
+        if length <= tile:
+            return [0]
+        count = math.ceil((length - tile) / (tile - overlap))
+        return sorted({min(i * (tile - overlap), (length - tile) // 16 * 16) for i in range(count)} | {length - tile})
+
+    places = [(y, x) for y in starts(height) for x in starts(width)]
+    if where is None or (height <= tile and width <= tile):
+        return places
+    return [(y, x) for y, x in places if where[..., y : y + tile, x : x + tile].any()]
+
+
 def tiled(predict: Predict, tile: int, overlap: int, where: torch.Tensor | None = None, batch: int = 32) -> Predict:
     """Wraps a noise-predicting callable: tiles overlap, and their estimates are blended at every step.
 
@@ -244,12 +262,6 @@ def tiled(predict: Predict, tile: int, overlap: int, where: torch.Tensor | None 
     if tile % 16 or overlap % 16 or not 0 <= overlap < tile:
         raise ValueError(f"tile is {tile}, overlap {overlap}: expected multiples of 16, overlap below tile")
 
-    def starts(length: int) -> list[int]:
-        if length <= tile:
-            return [0]
-        count = math.ceil((length - tile) / (tile - overlap))
-        return [min(i * (tile - overlap), (length - tile) // 16 * 16) for i in range(count)] + [length - tile]
-
     def blended(sample: torch.Tensor, gamma: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         height, width = sample.shape[-2:]
         if height <= tile and width <= tile:
@@ -258,9 +270,7 @@ def tiled(predict: Predict, tile: int, overlap: int, where: torch.Tensor | None 
         ramp = [torch.minimum(torch.arange(n) + 1, torch.arange(n, 0, -1)).clamp(max=max(1, overlap)) for n in (h, w)]
         window = (ramp[0][:, None] * ramp[1][None]).to(sample)
         total, weight = torch.zeros_like(sample), torch.zeros_like(sample[:1, :1])
-        places = [(y, x) for y in sorted(set(starts(height))) for x in sorted(set(starts(width)))]
-        if where is not None:
-            places = [(y, x) for y, x in places if where[..., y : y + h, x : x + w].any()]
+        places = tile_places(height, width, tile, overlap, where)
         step = max(1, batch // sample.shape[0])
         for i in range(0, len(places), step):
             some = places[i : i + step]

@@ -294,6 +294,23 @@ def test_published_again(hub, published, place, tmp_path):
     assert "public" in public and "401" in refused
 
 
+def test_an_evaluations_table_is_read(tmp_path):
+    """results.json of `palette evaluate` and what `benchmarks/quality.py --output` makes of it say the same."""
+    figure = {"value": 3.25, "low": 3.0, "high": 3.5}
+    table = {
+        "settings": {"count": 7, "data": "photos"},
+        "figures": {"frechet": "FD-classifier", "accuracy": "accuracy (classifier)"},
+        "rows": [
+            {"task": "originals", "images": "originals", "accuracy": figure},
+            {"task": "inpainting", "images": "Palette", "about": {}, "frechet": figure},
+        ],
+    }
+    (tmp_path / "results.json").write_text(json.dumps(table))
+    report = read_evaluation(tmp_path / "results.json")
+    assert (report["count"], report["dataset"]) == (7, "photos")
+    assert measured(report).splitlines()[-1] == "| inpainting | FD-classifier | 3.25 |"
+
+
 def test_dry_run_is_what_is_published(hub, published, place, tmp_path):
     options = dict(license="cc0-1.0", datasets=["me/photos"], base_model="me/base")
     folder = publish(
