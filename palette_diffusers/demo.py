@@ -220,7 +220,7 @@ class Page:
             show_progress="hidden",
             **private,
         )
-        self.aspect.input(self._aspect, [self.photo, self.aspect], sides, preprocess=False, queue=False, **private)
+        self.aspect.input(self._aspect, [self.photo, self.aspect], sides, preprocess=False, **private)
         gr.on([side.input for side in sides], lambda: OWN, None, self.aspect, queue=False, **private)
         gr.on([self.photo.upload, self.photo.clear], lambda: None, None, self.mask, queue=False, **private)
         self.gallery.select(
