@@ -66,8 +66,8 @@ def publish(
         dry_run: write the repository's files to this new folder, and upload nothing.
         license: as the Hub names it, "other" for instance; datasets, base_model: Hub ids. Without them, what the
             folder's own card says.
-        evaluation: a JSON file with `results`, task => "Palette" => metric => number, as `benchmarks/quality.py`
-            writes it; becomes the card's table and its model-index.
+        evaluation: results.json of `palette evaluate`, or JSON with `results`, task => "Palette" => metric =>
+            number; becomes the card's table and its model-index.
         photos: pictures that samples are made of. sheet: instead of these, the run's newest sheet of samples, which
             shows photographs of its data.
         max_shard_size: weights are split into files of at most this size.

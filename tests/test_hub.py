@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from palette_diffusers import PalettePipeline, PaletteScheduler
 from palette_diffusers.bundle import FILES, bundle
-from palette_diffusers.hub import publish
+from palette_diffusers.hub import measured, publish, read_evaluation
 
 ROOT = Path(__file__).parents[1]
 NAME = "me/palette-v1.0"  # a dot, as versions have: loaders make module names of it
