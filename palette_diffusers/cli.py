@@ -24,6 +24,7 @@ DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
 Limit = Annotated[float, typer.Option(help="larger files are refused before they are decoded")]
 Recursive = Annotated[bool, typer.Option("--recursive", help="folders within the folder, too")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="make results of a folder anew that are there")]
+PlanOnly = Annotated[bool, typer.Option("--plan", help="only say what it will take: evaluations, time, memory")]
 NoExif = Annotated[bool, typer.Option("--no-exif", help="drop date, place and camera; the colour profile stays")]
 
 
@@ -65,6 +66,7 @@ class _Work:
     recursive: bool
     overwrite: bool
     no_exif: bool
+    plan: bool
     options: dict[str, Any]
 
     @property
@@ -125,6 +127,9 @@ def _file(work: _Work, mask: str | None) -> None:
     picture = canvas.read(work.source, work.limit)  # before the model is loaded: bad input answers at once
     if mask is not None:
         canvas.mask_for(mask, picture)
+    if work.plan:
+        _say_plan(work, work.source, picture, mask)
+        return
     images = _sample(work, picture, mask)
     for i, image in enumerate(images):
         path = target if work.samples == 1 else target.with_stem(f"{target.stem}-{i + 1}")
@@ -135,6 +140,19 @@ def _file(work: _Work, mask: str | None) -> None:
         canvas.save(canvas.sheet(images), path)
         print(path)
         print(f"diversity: {canvas.diversity(images):.1f} levels of 255 between two samples on average")
+
+
+def _say_plan(work: _Work, source: Path, picture: Any, mask: Any) -> None:
+    from .plan import plan
+
+    pipe = _load(work.model, work.device, work.dtype)
+    pipe.set_progress_bar_config(disable=True)
+    height, width = picture.size
+    print(f"{source}: {width}x{height}, {work.task}")
+    print(plan(
+        pipe, picture, task=work.task, num_inference_steps=work.steps, num_images_per_input=work.samples,
+        max_pixels=work.limit, **_masked(mask), **work.options,
+    ))  # fmt: skip
 
 
 def _sample(work: _Work, picture: Any, mask: Any) -> list:
@@ -160,6 +178,14 @@ def _folder(work: _Work, mask: str | None) -> None:
     from . import folders
 
     jobs = folders.plan(work.source, work.output, work.recursive, mask)
+    if work.plan:
+        from . import canvas
+
+        todo = [job for job in jobs if work.overwrite or not job.target.exists()]
+        print(f"{len(jobs)} photographs, {len(jobs) - len(todo)} there already" + ("; the next one:" if todo else ""))
+        for job in todo[:1]:
+            _say_plan(work, job.source, canvas.read(job.source, work.limit), job.mask)
+        return
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     import torch
 
@@ -185,7 +211,7 @@ def _folder(work: _Work, mask: str | None) -> None:
 def colorize(
     source: Source, output: Output = None, steps: Steps = None, seed: Seed = 0, samples: Samples = 1,
     model: Model = None, device: Device = "auto", dtype: DType = "auto", max_megapixels: Limit = 50,
-    recursive: Recursive = False, overwrite: Overwrite = False, no_exif: NoExif = False,
+    recursive: Recursive = False, overwrite: Overwrite = False, no_exif: NoExif = False, plan: PlanOnly = False,
 ) -> None:  # fmt: skip
     """Colour for a grayscale photograph; its own luma is kept."""
     _run(task="colorization", **locals())
@@ -199,7 +225,7 @@ def inpaint(
              "or a box LEFT,TOP,RIGHT,BOTTOM")],
     output: Output = None, steps: Steps = None, seed: Seed = 0, samples: Samples = 1,
     model: Model = None, device: Device = "auto", dtype: DType = "auto", max_megapixels: Limit = 50,
-    recursive: Recursive = False, overwrite: Overwrite = False, no_exif: NoExif = False,
+    recursive: Recursive = False, overwrite: Overwrite = False, no_exif: NoExif = False, plan: PlanOnly = False,
 ) -> None:  # fmt: skip
     """Fill a hole; every other pixel is kept bit for bit."""
     _run(task="inpainting", **locals())
@@ -233,7 +259,7 @@ def uncrop(
     aspect: Annotated[str | None, typer.Option(help="or the shape to reach on both sides evenly: 16:9")] = None,
     output: Output = None, steps: Steps = None, seed: Seed = 0, samples: Samples = 1,
     model: Model = None, device: Device = "auto", dtype: DType = "auto", max_megapixels: Limit = 50,
-    recursive: Recursive = False, overwrite: Overwrite = False, no_exif: NoExif = False,
+    recursive: Recursive = False, overwrite: Overwrite = False, no_exif: NoExif = False, plan: PlanOnly = False,
 ) -> None:  # fmt: skip
     """Extend a photograph beyond its border; the given pixels are kept bit for bit."""
     asked = locals()
@@ -245,7 +271,7 @@ def uncrop(
 def restore(
     source: Source, output: Output = None, steps: Steps = None, seed: Seed = 0, samples: Samples = 1,
     model: Model = None, device: Device = "auto", dtype: DType = "auto", max_megapixels: Limit = 50,
-    recursive: Recursive = False, overwrite: Overwrite = False, no_exif: NoExif = False,
+    recursive: Recursive = False, overwrite: Overwrite = False, no_exif: NoExif = False, plan: PlanOnly = False,
 ) -> None:  # fmt: skip
     """Take the blocks and ringing out of a JPEG."""
     _run(task="jpeg_restoration", **locals())
@@ -270,7 +296,7 @@ def again(
             hole = str(recipes.find(hole, folder, mask, "mask"))
         work = _Work(
             source=recipes.find(recipe["source"], folder, source, "source"), output=output, device=device,
-            max_megapixels=max_megapixels, recursive=False, overwrite=False, no_exif=False,
+            max_megapixels=max_megapixels, recursive=False, overwrite=False, no_exif=False, plan=False,
             **{k: recipe[k] for k in ("task", "model", "dtype", "steps", "seed", "samples", "options")},
         )  # fmt: skip
         target = output or picture.with_stem(f"{picture.stem}-again")

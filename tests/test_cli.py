@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from palette_diffusers import sizes
 from palette_diffusers.cli import app
 
 run = CliRunner()
@@ -80,6 +81,16 @@ def test_a_picture_is_made_again(files, command, sample):
     Image.new("RGB", (200, 150)).save(files / "in.png")
     out = invoke("again", files / f"a-{sample}.png", *named)
     assert out.exit_code == 2 and "its bytes differ" in out.output
+
+
+def test_plan_writes_nothing(files):
+    out = invoke("colorize", files / "in.png", "--model", files / "model", "--steps", 3, "--plan")
+    assert out.exit_code == 0 and "in.png: 200x150, colorization" in out.output, out.output
+    height, width = sizes.fit(150, 200, 32, 2).outer
+    assert f"3 x 1 of {width}x{height} pixels" in out.output and "about" in out.output, out.output
+    assert not (files / "in-colorization.png").exists()
+    out = invoke("colorize", files, "-o", files / "out", "--model", files / "model", "--plan")
+    assert "2 photographs, 0 there already" in out.output and not (files / "out").exists()
 
 
 def test_what_can_not_be_made_again(files):
