@@ -127,6 +127,10 @@ def _file(work: _Work, mask: str | None) -> None:
     picture = canvas.read(work.source, work.limit)  # before the model is loaded: bad input answers at once
     if mask is not None:
         canvas.mask_for(mask, picture)
+    if work.task == "jpeg_restoration":
+        with Image.open(work.source) as file:
+            quality = canvas.jpeg_quality(file)
+        print(f"{work.source}: " + ("no JPEG" if quality is None else f"a JPEG of quality {quality}"), file=sys.stderr)
     if work.plan:
         _say_plan(work, work.source, picture, mask)
         return

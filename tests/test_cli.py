@@ -83,6 +83,13 @@ def test_a_picture_is_made_again(files, command, sample):
     assert out.exit_code == 2 and "its bytes differ" in out.output
 
 
+def test_the_quality_of_a_jpeg_is_told(files, photo):
+    Image.fromarray(photo).save(files / "in.jpg", quality=17)
+    for name, words in (("in.jpg", "in.jpg: a JPEG of quality 17"), ("in.png", "in.png: no JPEG")):
+        out = invoke("restore", files / name, "-o", files / "out.png", "--model", files / "model", "--steps", 1)
+        assert out.exit_code == 0 and words in out.stderr and words not in out.stdout
+
+
 def test_plan_writes_nothing(files):
     out = invoke("colorize", files / "in.png", "--model", files / "model", "--steps", 3, "--plan")
     assert out.exit_code == 0 and "in.png: 200x150, colorization" in out.output, out.output
