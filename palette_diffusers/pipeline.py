@@ -419,8 +419,13 @@ class PalettePipeline(DiffusionPipeline):
             estimate = task.compose(sample.clamp(-1, 1), given)[..., : view.inner[0], : view.inner[1]]
             latents, coarse = None, view
         assert estimate is not None
+        hole = view.crop(part)
+        if min(view.inner) > native:  # what was brought up is as smooth as the model's own size
+            missing = sizes.grain(view.crop(image), 1 - view.crop(mask)).square() - sizes.grain(estimate, hole).square()
+            noise = randn_tensor((number, 1, *view.inner), generator=generators)
+            estimate = (estimate + noise * missing.clamp_min(0).sqrt()).clamp(-1, 1)
         result = image.clone()
-        view.crop(result)[:] = torch.where(view.crop(part) > 0, estimate, view.crop(result))
+        view.crop(result)[:] = torch.where(hole > 0, estimate, view.crop(result))
         return result
 
 

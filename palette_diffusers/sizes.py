@@ -150,6 +150,22 @@ def separate(mask: torch.Tensor, grid: int = 128) -> list[torch.Tensor]:
     return sorted(holes, key=lambda hole: -hole.sum().item())
 
 
+def grain(image: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """The standard deviation of a photograph's grain (B, 3, H, W) where `where` (1, 1, H, W) is 1: (B, 1, 1, 1).
+
+    It is that of luma's finest detail in the calmest fifth of all 8x8 cells, where there is nothing but grain; 0
+    where no cells lie within.
+    """
+    light = luma(image)
+    detail = (light - box_mean(light, 1)).square() * where
+    share = F.avg_pool2d(where, 8)[0, 0]
+    cells = F.avg_pool2d(detail, 8)[:, 0, share > 0.9] if share.numel() else detail.new_zeros(len(image), 0)
+    if not cells.shape[1]:
+        return image.new_zeros(len(image), 1, 1, 1)
+    calm = cells.quantile(0.2, dim=1)
+    return (calm * 9 / 8).sqrt()[:, None, None, None]  # a mean of nine has taken a ninth of its variance
+
+
 def rings(mask: torch.Tensor) -> list[torch.Tensor]:
     """A border (1, 1, H, W) around a known rectangle => what is filled after what, each a mask, so that none reaches
     further than half the rectangle's short side; sides of a ring that lie apart are filled one after another.

@@ -7,7 +7,7 @@ import torch
 from conftest import toy_unet
 from PIL import Image
 
-from palette_diffusers import PalettePipeline, PaletteScheduler, Task
+from palette_diffusers import PalettePipeline, PaletteScheduler, Task, sizes
 from palette_diffusers.color import is_gray, luma
 from palette_diffusers.pipeline import STARTER
 from palette_diffusers.scheduler import output_for
@@ -323,6 +323,21 @@ def test_a_panorama_costs_by_its_width(pipe, photo):
     assert torch.equal(out[:, :, :64], torch.from_numpy(photo[:64, :64].copy()).permute(2, 0, 1) / 127.5 - 1)
     wide = pipe(photo[:64, :48], task="uncropping", aspect=1.5, output_type="pt").images[0]
     assert wide.shape == (3, 64, 96)
+
+
+def test_a_fill_has_the_grain_of_its_photograph(pipe, seeded):
+    """What was brought up from the model's size would be as smooth as that; a calm photograph gets none."""
+    calm = torch.linspace(-0.5, 0.5, 256).expand(1, 3, 256, 256).clone()
+    grainy = (calm + 0.1 * torch.randn(1, 1, 256, 256, generator=seeded(1))).clamp(-1, 1)
+    mask = torch.zeros(1, 1, 256, 256)
+    mask[..., 80:176, 80:176] = 1
+    pipe.scheduler = PaletteScheduler(prediction_type="sample", sampling_variance="zero")
+    pipe.unet.forward = lambda sample, gamma, condition, return_dict=False: (torch.zeros_like(sample),)
+    levels = []
+    for image in (calm, grainy):
+        out = pipe(image[0], task="inpainting", mask_image=mask, generator=seeded(2), output_type="pt").images
+        levels.append(sizes.grain(out, mask).item())
+    assert levels[0] < 0.02 and levels[1] == pytest.approx(0.1, rel=0.25)
 
 
 def test_scratches_on_a_large_picture(pipe):

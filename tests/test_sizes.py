@@ -218,3 +218,14 @@ def test_aspect_is_reached(size, aspect):
     assert width / height == pytest.approx(aspect) and min(sides.values()) == 0
     with pytest.raises(ValueError, match="aspect is -1"):
         sizes.sides_for(size, -1)
+
+
+def test_grain_is_that_of_the_calm_places(seeded):
+    """Noise of a known strength is found on a gradient with an edge, and none where there is none."""
+    ramp = torch.linspace(-0.5, 0.5, 128).expand(1, 3, 128, 128).clone()
+    ramp[..., 40:] += 0.3
+    where = torch.ones(1, 1, 128, 128)
+    noisy = ramp + 0.05 * torch.randn(1, 1, 128, 128, generator=seeded(1))
+    assert sizes.grain(noisy, where).item() == pytest.approx(0.05, rel=0.15)
+    assert sizes.grain(ramp, where).item() < 1e-3
+    assert sizes.grain(noisy, where * 0).item() == 0
