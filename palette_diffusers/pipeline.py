@@ -187,7 +187,8 @@ class PalettePipeline(DiffusionPipeline):
             if hasattr(self.scheduler, "set_begin_index"):
                 self.scheduler.set_begin_index(first)
             exploding = variance_exploding(self.scheduler)
-            noise = sample if exploding else sample * self.scheduler.init_noise_sigma
+            calm = self.scheduler.config.get("restart_noise")
+            noise = sample if exploding else sample * (self.scheduler.init_noise_sigma if calm is None else calm)
             sample = diffuse(estimate, noise, gamma)
             sample = sample / gamma.sqrt() if exploding else sample
         extra = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}

@@ -21,7 +21,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("paper", "logsnr")
 OWN_SETTINGS = {
     "sampling_timesteps", "sampling_beta_start", "sampling_beta_end", "sampling_spacing", "sampling_variance",
-    "logsnr_min", "logsnr_max", "initial_noise",
+    "logsnr_min", "logsnr_max", "initial_noise", "restart_noise",
 }  # fmt: skip
 VARIANCES = ("fixed_large", "fixed_small", "zero")
 
@@ -170,6 +170,8 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
             leaves no residual noise when steps are few; "zero" is deterministic (DDIM, Song et al. 2021).
         initial_noise: factor on the noise that sampling starts from. Below 1, samples are calmer and less diverse;
             0 for a regression, which starts from none.
+        restart_noise: the same where sampling starts from an estimate (a source, a coarser picture), so that it
+            brings no grain of its own; None is initial_noise.
         timestep_spacing, thresholding, dynamic_thresholding_ratio, sample_max_value: not used here, but by a
             solver built from this configuration: steps from the noisiest level on, and y0 clamped to [-1, 1].
 
@@ -206,6 +208,7 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
         logsnr_min: float = -9.0,
         logsnr_max: float = 9.0,
         initial_noise: float = 1.0,
+        restart_noise: float | None = None,
         timestep_spacing: str = "trailing",
         thresholding: bool = True,
         dynamic_thresholding_ratio: float = 1.0,

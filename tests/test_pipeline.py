@@ -243,6 +243,26 @@ def test_sampling_can_start_from_an_estimate(solver):
     assert torch.equal(again, picture)
 
 
+def test_a_restart_may_be_calmer_than_the_start(pipe, photo, seeded):
+    """`restart_noise` is for what starts from an estimate alone; without it, `initial_noise` is for both."""
+    given = tasks_given(photo)
+    estimate = torch.zeros_like(given.known)
+    for config, expected in ((dict(initial_noise=1.0, restart_noise=0.25), 0.25), (dict(initial_noise=0.5), 0.5)):
+        pipe.scheduler = PaletteScheduler(sampling_spacing="logsnr", **config)
+        seen = []
+        for start in (estimate, None):
+            predict = lambda y, gamma, x: seen.append((y, gamma)) or torch.zeros_like(y)  # noqa: B023, E731
+            pipe.denoise(given, seeded(1), 8, predict=predict, estimate=start, start=0.0)
+        restart, begin = seen[0], next(s for s in seen[1:] if s[1] == min(g for _, g in seen))
+        assert (restart[0] / (1 - restart[1]).sqrt()).std().item() == pytest.approx(expected, rel=0.05)
+        assert begin[0].std().item() == pytest.approx(config["initial_noise"], rel=0.05)
+
+
+def tasks_given(photo):
+    image = torch.from_numpy(photo[:64, :64].copy()).permute(2, 0, 1)[None] / 127.5 - 1
+    return Given(known=image, condition=image)
+
+
 def test_a_task_may_start_from_its_source(pipe, photo):
     """JPEG restoration takes the later half of the steps; with too few of them, all, from noise."""
     pipe.scheduler = PaletteScheduler(sampling_spacing="logsnr")
