@@ -1,3 +1,5 @@
+import socket
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,12 @@ from palette_diffusers import PalettePipeline, PaletteScheduler, PaletteUNet2DMo
 
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
 def toy_unet(seed: int = 0, **options) -> PaletteUNet2DModel:

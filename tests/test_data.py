@@ -128,10 +128,8 @@ def test_two_processes_stream_and_go_on(shards, tmp_path):
     def arguments(name, steps):
         return [*options(shards, tmp_path / name, steps=steps), "--streaming", "--tasks", "inpainting,uncropping"]
 
-    whole = launch(*arguments("a", 4), processes=2)
-    finish(launch(*arguments("b", 2), processes=2))
-    finish(launch(*arguments("b", 4), "--resume", processes=2))
-    finish(whole)
+    for name, steps, more in (("a", 4, []), ("b", 2, []), ("b", 4, ["--resume"])):
+        finish(launch(*arguments(name, steps), *more, processes=2))
     state = last_state(tmp_path / "a")
     same(state, last_state(tmp_path / "b"))
     assert state["read"].shape == (2, 1, 2) and (state["read"][..., 1] > 0).any()

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import free_port
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -235,7 +236,7 @@ def test_several_samples_give_diversity(pipe, photographs, features, tmp_path):
 def launch(*arguments):
     """By two processes."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
-        str(ROOT / "train" / "configs" / "two_cpu_processes.yaml"), "--main_process_port", "0", "-m",
+        str(ROOT / "train" / "configs" / "two_cpu_processes.yaml"), "--main_process_port", str(free_port()), "-m",
         "palette_diffusers.cli", "evaluate", *map(str, arguments)]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "1"}
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,

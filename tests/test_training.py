@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import toy_unet
+from conftest import free_port, toy_unet
 from PIL import Image
 
 from palette_diffusers import Given, PalettePipeline, PaletteScheduler, Task, register_task, tasks
@@ -199,7 +199,7 @@ def launch(*arguments, processes=1, **more):
             "--config_file",
             str(TRAIN.parent / "configs" / "two_cpu_processes.yaml"),
             "--main_process_port",
-            "0",
+            str(free_port()),  # given 0, two runs at a time may meet at one port, and wait for each other
         ]
     else:
         command += ["--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
