@@ -551,6 +551,9 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
             again = shlex.join([*sys.argv, *([] if "--resume" in sys.argv else ["--resume"])])
             print(f"stopped at step {step} of {settings.steps}; to go on: accelerate launch {again}", flush=True)
         print(f"step {step}: the pipeline is in {final}, the report in {folder / 'report.html'}", flush=True)
+    # while the process group is there: the network's end would otherwise be the group's too, which waits for a thread
+    # that may be waiting for the interpreter
+    unet, optimizer = accelerator.free_memory(unet, optimizer)
     accelerator.end_training()
     return final
 
