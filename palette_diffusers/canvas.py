@@ -9,7 +9,7 @@ import math
 import os
 import re
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 from urllib.parse import urlparse
@@ -19,6 +19,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")  # of photographs, where a folder is searched
 RECIPE = "palette"  # the text chunk of a PNG that says how it was made
 MAX_PIXELS = 50_000_000  # a decompression bomb is refused before it is decoded
 
@@ -255,6 +256,12 @@ def mask_for(source: ImageInput, picture: Picture) -> torch.Tensor:
         mask[..., top:bottom, left:right] = 1
         return read_mask(mask, picture.size)
     return read_mask(source, picture.size)
+
+
+def with_mask(picture: Picture, source: ImageInput) -> tuple[Picture, torch.Tensor]:
+    """A picture and its mask (`mask_for`); a hole that is told by transparency is opaque once it is filled."""
+    mask = mask_for(source, picture)
+    return (replace(picture, alpha=None) if isinstance(source, str) and source == "alpha" else picture), mask
 
 
 def to_uint8(image: torch.Tensor) -> np.ndarray:

@@ -3,6 +3,8 @@
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,13 +36,23 @@ def _fail(message: object) -> None:
     raise typer.Exit(2)
 
 
+@contextmanager
+def _one_line(*more: type[Exception]) -> Iterator[None]:
+    """What was refused, as one line."""
+    refused: tuple[type[Exception], ...] = (ValueError, TypeError, OSError, *more)
+    try:
+        yield
+    except refused as error:
+        _fail(error)
+
+
 def _load(model: str | None, device: str, dtype: str) -> Any:
     import torch
 
-    from .machine import best_device, best_dtype
+    from .machine import best_dtype, chosen_device
     from .pipeline import PalettePipeline
 
-    device = best_device() if device == "auto" else device
+    device = chosen_device(device)
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in ("auto", *known):
         raise ValueError(f"dtype is {dtype!r}, expected auto, {', '.join(known)}")
@@ -73,20 +85,20 @@ class _Work:
     def limit(self) -> int:
         return round(self.max_megapixels * 1e6)
 
-    def recipe(self, source: Path, mask: Path | str | None, sample: int) -> str:
+    def recipe(self, source: Path, mask: Path | str | None = None) -> dict[str, Any]:
         from . import recipes
 
         entry = recipes.fingerprint(Path(mask)) if mask is not None and Path(mask).is_file() else mask
-        return json.dumps({
+        return {
             "task": self.task, "source": recipes.fingerprint(source), "mask": entry, "model": self.model,
-            "dtype": self.dtype, "steps": self.steps, "seed": self.seed, "sample": sample, "samples": self.samples,
+            "dtype": self.dtype, "steps": self.steps, "seed": self.seed, "sample": 0, "samples": self.samples,
             "options": self.options,
-        })  # fmt: skip
+        }  # fmt: skip
 
-    def finish(self, image: Any, source: Path, mask: Path | str | None = None, sample: int = 0) -> Any:
+    def finish(self, image: Any, recipe: dict[str, Any]) -> Any:
         from .canvas import RECIPE
 
-        image.info[RECIPE] = self.recipe(source, mask, sample)
+        image.info[RECIPE] = json.dumps(recipe)
         if self.no_exif:
             image.info.pop("exif", None)
         return image
@@ -103,13 +115,11 @@ def _quiet() -> None:
 def _run(mask: str | None = None, options: dict[str, Any] | None = None, **asked: Any) -> None:
     work = _Work(**asked, options=options or {})
     _quiet()
-    try:
+    with _one_line():
         if work.source.is_dir():
             _folder(work, mask)
         else:
             _file(work, mask)
-    except (ValueError, TypeError, OSError) as error:
-        _fail(error)
 
 
 def _file(work: _Work, mask: str | None) -> None:
@@ -125,19 +135,20 @@ def _file(work: _Work, mask: str | None) -> None:
     from . import canvas
 
     picture = canvas.read(work.source, work.limit)  # before the model is loaded: bad input answers at once
+    hole = None
     if mask is not None:
-        canvas.mask_for(mask, picture)
+        picture, hole = canvas.with_mask(picture, mask)
     if work.task == "jpeg_restoration":
         with Image.open(work.source) as file:
             quality = canvas.jpeg_quality(file)
         print(f"{work.source}: " + ("no JPEG" if quality is None else f"a JPEG of quality {quality}"), file=sys.stderr)
     if work.plan:
-        _say_plan(work, work.source, picture, mask)
+        _say_plan(work, work.source, picture, hole)
         return
-    images = _sample(work, picture, mask)
+    images, recipe = _sample(work, picture, hole), work.recipe(work.source, mask)
     for i, image in enumerate(images):
         path = target if work.samples == 1 else target.with_stem(f"{target.stem}-{i + 1}")
-        canvas.save(work.finish(image, work.source, mask, i), path)
+        canvas.save(work.finish(image, recipe | {"sample": i}), path)
         print(path)
     if work.samples > 1:
         path = target.with_stem(f"{target.stem}-sheet")
@@ -201,7 +212,7 @@ def _folder(work: _Work, mask: str | None) -> None:
             pictures, task=work.task, num_inference_steps=work.steps, max_pixels=work.limit,
             generator=[torch.Generator().manual_seed(work.seed) for _ in some], **_masked(masks), **work.options,
         ).images  # fmt: skip
-        return [work.finish(image, job.source, job.mask) for image, job in zip(images, some, strict=True)]
+        return [work.finish(image, work.recipe(job.source, job.mask)) for image, job in zip(images, some, strict=True)]
 
     report = folders.run(jobs[rank::processes], restore, work.overwrite, work.limit, sys.stderr.isatty())
     print(f"{report.done} done, {report.skipped} there already, {len(report.failed)} failed")
@@ -291,7 +302,7 @@ def again(
 ) -> None:  # fmt: skip
     """Make a picture again, by the recipe that is kept inside it."""
     _quiet()
-    try:
+    with _one_line():
         from . import canvas, recipes
 
         recipe = recipes.read(picture)
@@ -308,14 +319,12 @@ def again(
         image.info[canvas.RECIPE] = json.dumps(recipe)
         canvas.save(image, target)
         print(target)
-    except (ValueError, TypeError, OSError) as error:
-        _fail(error)
 
 
 @app.command()
 def info(model: Model = None) -> None:
     """What a checkpoint is and what this machine offers."""
-    try:
+    with _one_line():
         import diffusers
         import torch
 
@@ -323,8 +332,6 @@ def info(model: Model = None) -> None:
         from .machine import best_dtype
 
         pipe = _load(model, "cpu", "float32")
-    except (ValueError, TypeError, OSError) as error:
-        _fail(error)
     parameters = sum(p.numel() for p in pipe.unet.parameters())
     print(f"palette-diffusers {__version__}, diffusers {diffusers.__version__}, torch {torch.__version__}")
     print(f"model: {model or 'starter'}, {parameters / 1e6:.1f}M parameters, {pipe.unet.config.sample_size} pixels")
@@ -359,17 +366,13 @@ def evaluate(
     steps: Steps = None, seed: Seed = 0, device: Device = "auto", dtype: DType = "auto",
 ) -> None:  # fmt: skip
     """Measure restorers by the paper's protocol: tables, pictures and a page. Share it with accelerate launch."""
-    import logging
-    import warnings
-
-    warnings.filterwarnings("ignore")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    try:
+    _quiet()
+    with _one_line(ImportError):
         from .evaluation import inputs, run
         from .evaluation.features import load_features
         from .evaluation.pages import markdown
         from .evaluation.restorers import load_restorer
-        from .machine import best_device
+        from .machine import chosen_device
 
         if protocol not in inputs.PROTOCOLS:
             raise ValueError(f"protocol is {protocol!r}, expected {', '.join(inputs.PROTOCOLS)}")
@@ -384,7 +387,7 @@ def evaluate(
         pixels = size or (pipes[-1].unet.config.sample_size if pipes else 64)
         photographs = inputs.Photographs(data, pixels, count, names)
         others = inputs.Photographs(reference, pixels) if reference else None
-        place = best_device() if device == "auto" else device
+        place = chosen_device(device)
         network = load_features(features, place)
         judge = load_features(classifier, place) if classifier else None
         results = run.evaluate(
@@ -393,8 +396,6 @@ def evaluate(
         if results is not None:
             print(markdown(results), end="")
             print(output / "index.html")
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        _fail(error)
 
 
 @app.command("fool-rate")
@@ -410,7 +411,7 @@ def fool_rate(
     export: Annotated[Path | None, typer.Option(help="write all votes as CSV, print the fool rate, and stop")] = None,
 ) -> None:  # fmt: skip
     """Ask people: a page that shows results beside originals, and the share that is taken for a photograph."""
-    try:
+    with _one_line(ImportError):
         from .evaluation.fool_rate import Study, build, find_pairs, say
 
         study = Study(find_pairs(results, originals, count, seed), votes, seed)
@@ -420,8 +421,6 @@ def fool_rate(
             print(export)
             return
         build(study, seconds).launch(server_name=host, server_port=port)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        _fail(error)
 
 
 @app.command()
@@ -440,7 +439,7 @@ def publish(
     overwrite_card: Annotated[bool, typer.Option("--overwrite-card", help="even if edited on the Hub")] = False,
 ) -> None:  # fmt: skip
     """Upload a pipeline that loads with this package and without it."""
-    try:
+    with _one_line():
         from .hub import publish as upload
 
         url = upload(
@@ -448,8 +447,6 @@ def publish(
             datasets=dataset or (), base_model=base_model, evaluation=evaluation, photos=photo or (),
             sheet=sheet, overwrite_card=overwrite_card,
         )  # fmt: skip
-    except (ValueError, TypeError, OSError) as error:
-        _fail(error)
     print(url)
 
 
@@ -469,15 +466,13 @@ def convert(
     no_ema: Annotated[bool, typer.Option("--no-ema", help="not the averaged weights that lie beside")] = False,
 ) -> None:
     """Take in a checkpoint of another implementation."""
-    try:
+    with _one_line():
         from .convert import convert as take_in
 
         folder = take_in(
             source, output, config=config, head_channels=head_channels, new_attention_order=new_attention_order,
             image_size=image_size, tasks=task or (), ema=not no_ema,
         )  # fmt: skip
-    except (ValueError, TypeError, OSError) as error:
-        _fail(error)
     print(folder)
 
 
@@ -487,12 +482,10 @@ def export(
     output: Annotated[Path, typer.Argument(help="new folder for the UNet2DModel and its DDPMScheduler")],
 ) -> None:
     """Write the network as diffusers' own UNet2DModel, where that can express it."""
-    try:
+    with _one_line():
         from .convert import export as write
 
         folder = write(source, output)
-    except (ValueError, TypeError, OSError) as error:
-        _fail(error)
     print(folder)
 
 
@@ -510,12 +503,10 @@ def demo(
     missing = [name for name, wanted in (("gradio", True), ("mcp", mcp)) if wanted and find_spec(name) is None]
     if missing:
         _fail(f"{' and '.join(missing)} is missing: pip install 'palette-diffusers[demo]'{' mcp' if mcp else ''}")
-    try:
+    with _one_line():
         from .demo import launch
 
         launch(model, host, port, device, mcp)
-    except (ValueError, TypeError, OSError) as error:
-        _fail(error)
 
 
 @app.command()
@@ -525,18 +516,16 @@ def publish_space(
     private: Annotated[bool, typer.Option("--private", help="only you can open it")] = False,
 ) -> None:
     """Publish the demo as a Space on the Hugging Face Hub."""
-    from . import space
-
-    try:
+    with _one_line():
         from huggingface_hub.utils import validate_repo_id
+
+        from . import space
 
         validate_repo_id(repo_id)
         if dry_run is None:
             print(space.publish_space(repo_id, private))
         else:
             print("\n".join(space.write_space(dry_run)))
-    except (ValueError, OSError) as error:
-        _fail(error)
 
 
 def main() -> None:

@@ -7,8 +7,6 @@ import json
 import os
 import pickle
 import re
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from safetensors.torch import load_file
 
+from .files import new_folder, occupied
 from .pipeline import PalettePipeline
 from .scheduler import PaletteScheduler
 from .tasks import get_task
@@ -26,6 +25,12 @@ from .unet import PaletteUNet2DModel
 State = dict[str, torch.Tensor]
 Converted = tuple[PaletteUNet2DModel, PaletteScheduler, int]
 
+# settings of the same name and meaning in a UNet2DModel and in ours
+SHARED = (
+    "block_out_channels", "down_block_types", "up_block_types", "layers_per_block", "attention_head_dim",
+    "norm_num_groups", "norm_eps", "downsample_padding", "resnet_time_scale_shift", "add_attention", "dropout",
+    "flip_sin_to_cos", "freq_shift", "out_channels",
+)  # fmt: skip
 TASKS = ("colorization", "inpainting", "uncropping", "jpeg_restoration")
 STOCK_DOWN = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
 
@@ -57,7 +62,7 @@ def convert(
         ValueError: another layout, or one that the network can't express; the message names it.
     """
     source, output = Path(source), Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if occupied(output):
         raise ValueError(f"{output} is not empty: name a new folder")
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist")
@@ -82,20 +87,9 @@ def convert(
     for name in names:
         get_task(name)
     pipe = PalettePipeline(unet, scheduler, tasks=names, default_task=names[0], default_steps=steps)
-    save_new(pipe, output)
+    with new_folder(output) as part:
+        pipe.save_pretrained(part)
     return output
-
-
-def save_new(part: Any, output: Path) -> None:
-    """`save_pretrained` beside, then renamed."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=".palette-", dir=output.parent))
-    try:
-        part.save_pretrained(beside)
-        beside.chmod(0o755)
-        os.replace(beside, output)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 # reading
@@ -214,12 +208,7 @@ def from_unet2d(folder: Path) -> Converted:
     config, weights = stock.config, dict(stock.state_dict())
     _check_stock(config)
     grow(weights, config.out_channels)
-    same = (
-        "block_out_channels", "down_block_types", "up_block_types", "layers_per_block", "attention_head_dim",
-        "norm_num_groups", "norm_eps", "downsample_padding", "resnet_time_scale_shift", "add_attention", "dropout",
-        "flip_sin_to_cos", "freq_shift", "out_channels",
-    )  # fmt: skip
-    unet = {name: config[name] for name in same} | dict(
+    unet = {name: config[name] for name in SHARED} | dict(
         sample_size=config.sample_size or 256, resample_type=config.downsample_type, in_channels=config.out_channels,
         condition_channels=weights["conv_in.weight"].shape[1] - config.out_channels,
         noise_embedding_type="timestep", noise_embedding_scale=1.0, timestep_betas=betas,
@@ -393,19 +382,14 @@ def export(source: str | os.PathLike | None, output: str | os.PathLike) -> Path:
         ValueError: a network that a `UNet2DModel` can't express; the message names the setting.
     """
     output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if occupied(output):
         raise ValueError(f"{output} is not empty: name a new folder")
-    save_new(_Stock(PalettePipeline.from_pretrained(source)), output)
+    pipe = PalettePipeline.from_pretrained(source)
+    unet, scheduler = to_unet2d(pipe.unet), to_ddpm(pipe)
+    with new_folder(output) as part:
+        unet.save_pretrained(part / "unet")
+        scheduler.save_pretrained(part / "scheduler")
     return output
-
-
-class _Stock:
-    def __init__(self, pipe: PalettePipeline):
-        self.unet, self.scheduler = to_unet2d(pipe.unet), to_ddpm(pipe)
-
-    def save_pretrained(self, folder: Path) -> None:
-        self.unet.save_pretrained(folder / "unet")
-        self.scheduler.save_pretrained(folder / "scheduler")
 
 
 def to_unet2d(unet: PaletteUNet2DModel) -> UNet2DModel:
@@ -417,13 +401,9 @@ def to_unet2d(unet: PaletteUNet2DModel) -> UNet2DModel:
     ):  # fmt: skip
         if config[name] != expected:
             raise ValueError(f"{name} is {config[name]!r}; a UNet2DModel can only express {expected!r}")
-    same = (
-        "sample_size", "out_channels", "block_out_channels", "down_block_types", "up_block_types", "layers_per_block",
-        "attention_head_dim", "norm_num_groups", "norm_eps", "downsample_padding", "resnet_time_scale_shift",
-        "add_attention", "dropout", "flip_sin_to_cos", "freq_shift",
-    )  # fmt: skip
     stock = UNet2DModel(
-        **{name: config[name] for name in same},
+        **{name: config[name] for name in SHARED},
+        sample_size=config.sample_size,
         in_channels=config.in_channels + config.condition_channels,
         downsample_type=config.resample_type,
         upsample_type=config.resample_type,

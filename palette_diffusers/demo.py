@@ -34,7 +34,7 @@ from .demo_handlers import (
 )
 from .demo_jobs import SOLVERS, Step, Stopped
 from .demo_limits import BodyLimit, Limits, choice, open_upload
-from .machine import best_device, best_dtype
+from .machine import best_dtype, chosen_device
 from .pipeline import PalettePipeline
 
 PHOTOGRAPHS = Path(__file__).with_name("photographs")
@@ -398,7 +398,7 @@ class Page:
 
 def load(model: str | None = None, device: str = "auto") -> PalettePipeline:
     """The pipeline on the fastest device, warm: a folder, a Hub id, or None for the starter checkpoint."""
-    device = best_device() if device == "auto" else device
+    device = chosen_device(device)
     pipe = PalettePipeline.from_pretrained(model, dtype=best_dtype(device)).to(device)
     pipe.set_progress_bar_config(disable=True)
     pipe(Image.new("L", (64, 64), 128), num_inference_steps=1, task="colorization")

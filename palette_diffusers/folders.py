@@ -7,16 +7,15 @@ is there already is passed over. A file that can't be read is reported at the en
 import glob
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from PIL import Image
 
 from . import canvas
-from .canvas import Picture
+from .canvas import SUFFIXES, Picture
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
 AHEAD, AHEAD_PIXELS = 32, 32_000_000  # photographs that are decoded before the model sees them
 
 
@@ -89,10 +88,7 @@ def _mask_of(name: Path, masks: Path | str | None) -> Path | str | None:
 
 def _read(job: Job, max_pixels: int) -> tuple[Picture, torch.Tensor | None]:
     picture = canvas.read(job.source, max_pixels)
-    if job.mask is None:
-        return picture, None
-    mask = canvas.mask_for(job.mask, picture)
-    return replace(picture, alpha=None) if job.mask == "alpha" else picture, mask
+    return (picture, None) if job.mask is None else canvas.with_mask(picture, job.mask)
 
 
 def _write(image: Image.Image, target: Path) -> None:

@@ -25,6 +25,7 @@ from huggingface_hub import (
 from . import __version__, canvas
 from .bundle import COMPONENTS, FILES, bundle
 from .checkpoint import variants
+from .files import new_folder, occupied
 from .pipeline import STARTER, PalettePipeline
 from .report import draw_samples
 from .sizes import resize
@@ -83,13 +84,10 @@ def publish(
             empty, a licence "other" without a LICENSE.
     """
     folder, run = find_pipeline(source)
-    if dry_run is not None and Path(dry_run).exists() and any(Path(dry_run).iterdir()):
+    if dry_run is not None and occupied(Path(dry_run)):
         raise ValueError(f"{dry_run} is not empty: name a new folder")
-    home = None if dry_run is None else Path(dry_run).absolute().parent
-    if home:
-        home.mkdir(parents=True, exist_ok=True)
-    tree = Path(tempfile.mkdtemp(prefix=".palette-", dir=home))
-    try:
+    with tempfile.TemporaryDirectory() if dry_run is None else new_folder(Path(dry_run)) as place:
+        tree = Path(place)
         pipe = PalettePipeline.from_pretrained(folder, **_precision(folder))
         pipe.set_progress_bar_config(disable=True)
         write_weights(pipe, tree, max_shard_size)
@@ -106,11 +104,7 @@ def publish(
         write_sums(tree)
         if dry_run is None:
             return upload(tree, repo_id, private, create_pr, overwrite_card, token)
-        tree.chmod(0o755)
-        os.replace(tree, dry_run)
-        return str(dry_run)
-    finally:
-        shutil.rmtree(tree, ignore_errors=True)
+    return str(dry_run)
 
 
 def find_pipeline(source: str | os.PathLike) -> tuple[Path, Path | None]:

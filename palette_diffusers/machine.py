@@ -20,3 +20,8 @@ def best_dtype(device: str) -> torch.dtype:
         except OSError:
             pass
     return torch.float32
+
+
+def chosen_device(name: str) -> str:
+    """The device of this name; "auto" is the fastest one that is there."""
+    return best_device() if name == "auto" else name

@@ -7,7 +7,7 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -278,11 +278,8 @@ class PalettePipeline(DiffusionPipeline):
             given_masks = list(mask_image) if isinstance(mask_image, (list, tuple)) else [mask_image]
             if len(given_masks) != len(pictures):
                 raise ValueError(f"{len(given_masks)} masks came for {len(pictures)} images, expected one for each")
-            masks = [canvas.mask_for(m, p) for m, p in zip(given_masks, pictures, strict=True)]
-            pictures = [  # what is filled is no longer transparent
-                replace(p, alpha=None) if isinstance(m, str) and m == "alpha" else p
-                for m, p in zip(given_masks, pictures, strict=True)
-            ]
+            masked = [canvas.with_mask(p, m) for p, m in zip(pictures, given_masks, strict=True)]
+            pictures, masks = [p for p, _ in masked], [m for _, m in masked]
         elif mask_image is not None:
             raise ValueError(f"task {chosen.name!r} takes no mask_image")
         if latents is not None and len(pictures) > 1:

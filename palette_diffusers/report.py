@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from . import canvas
+from .files import write_text
 from .settings import TrainSettings
 
 BINS = (-6.0, -3.0, 0.0, 3.0, 6.0)  # log-SNR; six bins
@@ -77,13 +78,6 @@ class Tally:
                 log.write("\n" * half + json.dumps(line) + "\n")
         self._reset()
         return line
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes beside and renames, so that no half-written file stays behind."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
 
 
 def read_log(path: Path) -> list[dict]:

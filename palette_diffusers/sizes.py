@@ -264,9 +264,7 @@ def tile_places(
         return sorted({min(i * (tile - overlap), (length - tile) // 16 * 16) for i in range(count)} | {length - tile})
 
     places = [(y, x) for y in starts(height) for x in starts(width)]
-    if where is None or (height <= tile and width <= tile):
-        return places
-    return [(y, x) for y, x in places if where[..., y : y + tile, x : x + tile].any()]
+    return [(y, x) for y, x in places if where is None or where[..., y : y + tile, x : x + tile].any()]
 
 
 def tiled(predict: Predict, tile: int, overlap: int, where: torch.Tensor | None = None, batch: int = 32) -> Predict:

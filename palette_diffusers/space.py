@@ -8,6 +8,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from .files import new_folder, occupied
+
 PACKAGE = Path(__file__).parent
 # in a wheel the files of the Space lie inside the package, in a checkout beside it
 APP = next((folder for folder in (PACKAGE / "spaces_app", PACKAGE.parent / "spaces_app") if folder.is_dir()), PACKAGE)
@@ -21,22 +23,17 @@ def write_space(folder: str | os.PathLike) -> list[str]:
         FileExistsError: something is there already. FileNotFoundError: the package came without `spaces_app`.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if occupied(folder):
         raise FileExistsError(f"{folder} is not empty: name a new folder")
     for name in FILES:
         if not (APP / name).is_file():
             raise FileNotFoundError(f"{name} of the Space is missing: install the package from its wheel or source")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as name:
-        part = Path(name) / "space"
+    with new_folder(folder) as part:
         shutil.copytree(
             PACKAGE, part / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__", "*.pyi", "spaces_app", ".*")
         )
         for file in FILES:
             shutil.copy(APP / file, part / file)
-        if folder.exists():
-            folder.rmdir()
-        part.rename(folder)
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 

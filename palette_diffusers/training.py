@@ -19,7 +19,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .report import Tally, draw_batch, draw_samples, write_card, write_report, write_text
+from .files import write_text
+from .report import Tally, draw_batch, draw_samples, write_card, write_report
 from .scheduler import PaletteScheduler, diffuse, training_target
 from .settings import FREE, PRESETS, TrainSettings, parse, preset
 from .unet import PaletteUNet2DModel
@@ -437,12 +438,13 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
         optimizer.load_state_dict(state["optimizer"])
         ema.load_state_dict(state["ema"])
         start = state["step"]
+    read = read[accelerator.process_index].clone()
     place = dict(
         process=accelerator.process_index,
         processes=accelerator.num_processes,
         batch=settings.batch // settings.accumulate // accelerator.num_processes,
         begun=start * settings.accumulate,
-        read=(read := read[accelerator.process_index].clone()),
+        read=read,
     )
     dataset = _dataset(settings, scheduler, bool(unet.config.hole_skip), **place)
     loader = _loader(dataset, settings, start, accelerator.num_processes)
@@ -467,7 +469,7 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
     before = {number: signal.signal(number, lambda n, _: stop.append(n)) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def save(step: int) -> None:
-        everywhere = accelerator.gather(read[None].to(accelerator.device)).cpu()
+        everywhere = accelerator.gather(read[None].to(accelerator.device)).cpu() if settings.streaming else None
         if main:
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
             parts = dict(unet=raw.state_dict(), optimizer=optimizer.state_dict(), ema=ema.state_dict(), scaler=scaler)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import requests
+from conftest import free_port
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -362,11 +363,7 @@ def test_a_thousand_strokes_are_one_mask(pipe, photo):
 
 def test_it_starts_and_asks_for_a_login(tmp_path):
     code = "import palette_diffusers.cli as c; c.app(['demo', '--port', '%d'])"
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     environment = os.environ | {"PALETTE_LOGIN": "anna:secret", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, "-c", code % port], env=environment, cwd=tmp_path)
     try:

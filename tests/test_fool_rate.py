@@ -4,7 +4,6 @@ import io
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import free_port
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -162,9 +162,7 @@ def test_two_raters_and_a_kill_in_the_middle(folders, tmp_path):
 
     votes = tmp_path / "votes.sqlite"
     study = Study(find_pairs(*folders, count=4), votes)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     server = serve(folders, votes, port)
     url = f"http://127.0.0.1:{port}/"
     try:

@@ -9,7 +9,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -22,9 +21,10 @@ import numpy as np
 from PIL import Image
 
 from .. import canvas
+from ..canvas import SUFFIXES
+from ..files import write_text
 
 QUESTION = "Which image would you guess is from a camera?"
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 CHECK_EVERY = 10  # one pair of ten has a picture that nobody takes for a photograph
 MISSED = 0.2  # raters who fail more than this share of them are left out
 HASTY = 0.3  # seconds below which a click is the last pair's second one
@@ -197,12 +197,11 @@ class Study:
 
     def export(self, path: Path) -> None:
         """Every vote as CSV."""
-        part = path.with_name(path.name + ".part")
-        with open(part, "w", newline="") as stream:
-            writer = csv.DictWriter(stream, COLUMNS)
-            writer.writeheader()
-            writer.writerows(self.rows())
-        os.replace(part, path)
+        table = io.StringIO()
+        writer = csv.DictWriter(table, COLUMNS)
+        writer.writeheader()
+        writer.writerows(self.rows())
+        write_text(path, table.getvalue())
 
 
 def say(summary: dict[str, Any]) -> str:

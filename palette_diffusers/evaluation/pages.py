@@ -4,7 +4,8 @@ import html
 from pathlib import Path
 from typing import Any
 
-from ..report import draw_grid, write_text
+from ..files import write_text
+from ..report import draw_grid
 from .restorers import folder_name, read_pictures
 from .store import Store
 

@@ -117,8 +117,9 @@ def baseline(name: str) -> Restorer:
 BASELINES = ("identity", "telea", "navier-stokes")
 
 
-def _write(folder: Path, names: list[str], images: torch.Tensor) -> None:
-    folder.mkdir()
+def write_pictures(folder: Path, names: list[str], images: torch.Tensor) -> None:
+    """NAME.png of each (B, 3, H, W)."""
+    folder.mkdir(parents=True, exist_ok=True)
     for name, image in zip(names, images.split(1), strict=True):
         canvas.save(canvas.to_pil(image), folder / f"{name}.png")
 
@@ -176,9 +177,9 @@ def from_command(command: str, name: str) -> Restorer:
     def restore(batch: Batch) -> torch.Tensor:
         with tempfile.TemporaryDirectory() as folder:
             inputs, masks, outputs = (Path(folder) / n for n in ("inputs", "masks", "outputs"))
-            _write(inputs, batch.names, batch.given.known)
+            write_pictures(inputs, batch.names, batch.given.known)
             if batch.given.mask is not None:
-                _write(masks, batch.names, batch.given.mask.expand(-1, 3, -1, -1) * 2 - 1)
+                write_pictures(masks, batch.names, batch.given.mask.expand(-1, 3, -1, -1) * 2 - 1)
             outputs.mkdir()
             words = [word.format(inputs=inputs, masks=masks, outputs=outputs) for word in shlex.split(command)]
             done = subprocess.run(words, capture_output=True, text=True)

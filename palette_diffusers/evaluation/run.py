@@ -18,12 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import canvas
-from ..report import write_text
+from ..files import write_text
 from . import inputs, metrics
 from .features import FeatureNetwork
 from .inputs import Batch, Photographs
-from .restorers import Restorer, folder_name
+from .restorers import Restorer, folder_name, write_pictures
 from .store import Store, keep_facts
 
 DIVERSE = 100  # photographs that several samples are drawn of
@@ -196,7 +195,7 @@ class _Run:
             indices = self._indices(i, photographs)
             clean = photographs.batch(indices)
             if name == "originals":
-                save_pictures(store.folder / "pictures", [self.names[k] for k in indices], clean)
+                write_pictures(store.folder / "pictures", [self.names[k] for k in indices], clean)
             store.write(
                 i, self.measure(clean, indices if name == "originals" else None), 0, time.perf_counter() - begin
             )
@@ -244,7 +243,7 @@ class _Run:
                 begin = time.perf_counter()
                 images = [restorer(batch), *self._more(restorer, batch, indices)]
                 restored = time.perf_counter()
-                save_pictures(store.folder / "pictures", names, images[0])
+                write_pictures(store.folder / "pictures", names, images[0])
                 figures = self.compare(images, clean, i, indices)
                 store.write(i, figures, restored - begin, time.perf_counter() - restored)
         self.state.wait_for_everyone()
@@ -301,9 +300,9 @@ class Seen:
             inputs.compare(lines, json.loads(self._lines(i).read_text()), self._lines(i).parent.parent)
             return
         names = [line["name"] for line in lines]
-        save_pictures(self.folder / "inputs", names, given.known)
+        write_pictures(self.folder / "inputs", names, given.known)
         if given.mask is not None:
-            save_pictures(self.folder / "masks", names, given.mask.expand(-1, 3, -1, -1) * 2 - 1)
+            write_pictures(self.folder / "masks", names, given.mask.expand(-1, 3, -1, -1) * 2 - 1)
         write_text(self._lines(i), json.dumps(lines) + "\n")
 
     def write_manifest(self) -> None:
@@ -322,13 +321,6 @@ class Seen:
             "images": lines,
         }
         write_text(self.folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
-
-
-def save_pictures(folder: Path, names: list[str], images: torch.Tensor) -> None:
-    """NAME.png of each."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, image in zip(names, images.split(1), strict=True):
-        canvas.save(canvas.to_pil(image), folder / f"{name}.png")
 
 
 class _Summary:

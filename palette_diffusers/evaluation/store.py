@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ..report import write_text
+from ..files import write_text
 
 
 class Store:

@@ -1,0 +1,33 @@
+"""Files and folders that are there whole or not at all: written beside, then renamed."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes beside and renames, so that no half-written file stays behind."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, newline="")
+    os.replace(part, path)
+
+
+def occupied(folder: Path) -> bool:
+    """Whether something is there already: a file, or a folder that is not empty."""
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, beside `folder`, whose name it takes at the end; where that is not reached, it is removed."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=".palette-", dir=folder.parent))
+    try:
+        yield part
+        part.chmod(0o755)
+        os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
