@@ -177,8 +177,8 @@ def _given(task: Task, pictures: list[np.ndarray], generator: torch.Generator) -
 class Samples:
     """How a sample is made of a photograph, wherever that comes from.
 
-    A sample is a dict of `clean`, `condition`, `mask` (ones where the task has none), `noise` (3, H, W), `gamma`,
-    `task` (its number), and `skipped` and `gray`: how many images could not be decoded or were below the
+    A sample is a dict of `clean`, `condition`, `known`, `mask` (ones where the task has none), `noise` (3, H, W),
+    `gamma`, `task` (its number), and `skipped` and `gray`: how many images could not be decoded or were below the
     resolution, and how many gray ones a colorization could not use, before this one was found.
 
     Args:
@@ -302,6 +302,7 @@ class Samples:
         return {
             "clean": clean,
             "condition": condition,
+            "known": given.known[0],
             "mask": torch.ones(1, *clean.shape[1:]) if given.mask is None else given.mask[0],
             "noise": torch.from_numpy(rng.standard_normal(clean.shape, np.float32)),
             "gamma": self.scheduler.sample_gamma(1, generator)[0],

@@ -63,6 +63,11 @@ class TrainSettings:
     weight_cap: float = _field(0.0, "cap on the weight of an error in the picture, SNR + 1 for v; 0 = none")
     regression: bool = _field(False, "the regression twin: zeros as noisy image, the picture in one step")
     condition_dropout: float = _field(0.0, "share of samples whose source is replaced by noise")
+    # distillation
+    teacher: str = _field("", "train a few-step student on the pictures of this pipeline: starter, a folder or Hub id")
+    teacher_steps: int = _field(0, "network evaluations of each of those pictures; 0 = the teacher's default")
+    levels: int = _field(4, "noise levels at which each of those pictures is trained")
+    student_steps: int = _field(4, "default steps of the student that is published")
     # optimiser
     steps: int = _field(1_000_000, "optimiser steps in all")
     batch: int = _field(1024, "samples an optimiser step, over all processes and accumulated parts")
@@ -105,12 +110,15 @@ class TrainSettings:
             value, choices = getattr(self, entry.name), entry.metadata["choices"]
             if choices and value not in choices:
                 raise ValueError(f"{entry.name} is {value!r}, expected one of {', '.join(c for c in choices if c)}")
-        for name in ("size", "steps", "batch", "accumulate", "save_every", "keep", "log_every", "validate_steps"):
+        for name in (
+            "size", "steps", "batch", "accumulate", "save_every", "keep", "log_every", "validate_steps", "levels",
+            "student_steps",
+        ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         for name in (
             "seed", "warmup", "decay", "workers", "validate_every", "lora_rank", "snr_gamma", "weight_cap", "max_hours",
-            "clip", "shuffle_buffer",
+            "clip", "shuffle_buffer", "teacher_steps",
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
@@ -124,6 +132,10 @@ class TrainSettings:
         self.numbers("task_weights"), self.numbers("loss_weights")
         if self.regression and self.prediction_type != "sample":
             raise ValueError(f"the regression twin predicts the picture: prediction_type is {self.prediction_type!r}")
+        if self.teacher and self.regression:
+            raise ValueError("a regression twin has no teacher: give teacher or regression")
+        if self.teacher and self.condition_dropout:
+            raise ValueError(f"condition_dropout is {self.condition_dropout}, but a teacher's source is never noise")
         if self.prediction_type != "v_prediction" and self.unet.get("condition_skip") and not self.init:
             raise ValueError(
                 f"prediction_type is {self.prediction_type!r}, but the network's condition_skip needs v_prediction: "
@@ -165,12 +177,14 @@ _PLAIN = _TINY | dict(
 _CAP = dict(weight_cap=10.0, loss_weights="colorization=2,uncropping=0.7,jpeg_restoration=3")
 _TWIN = _TINY | dict(condition_skip=0.0, hole_skip=0.0)
 _TUNE = dict(weight_cap=10.0, init="starter", save_every=100, validate_every=100, log_every=10)
+_DISTILL = dict(loss="huber", init="starter", teacher="starter", **_CAP)
 _V = "v_prediction"
 
 # preset                  size batch      steps  rate  warmup  ema     prediction network and the rest
 PRESETS: dict[str, tuple] = {
     "starter-64":           (64,   32,    20_000, 8e-4,    150, 0.999,  _V,        _STARTER, _CAP),
     "finetune-64":          (64,   16,       300, 2e-4,     20, 0.99,   _V,        _STARTER, _TUNE),
+    "distill-64":           (64,   16,     2_000, 3e-4,    100, 0.998,  _V,        _STARTER, _DISTILL),
     "tiny-64":              (64,   32,     6_000, 8e-4,    150, 0.999,  _V,        _TINY, _CAP),
     "tiny-64-l1":           (64,   32,     6_000, 8e-4,    150, 0.999,  _V,        _TINY, _CAP | dict(loss="l1")),
     "tiny-64-no-attention": (64,   32,     6_000, 8e-4,    150, 0.999,  _V,        _PLAIN, _CAP),

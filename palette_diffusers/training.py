@@ -192,27 +192,41 @@ def _check_state(state: dict, read: torch.Tensor, accelerator: Any) -> torch.Ten
 # the parts of a run
 
 
-def _network(settings: TrainSettings) -> tuple[PaletteUNet2DModel, PaletteScheduler, int]:
-    """The network, the scheduler and the steps that are published: new ones, or those of `init`."""
+def _pipeline(name: str, size: int) -> Any:
+    """The pipeline of a name, "starter" among them, if it is of this size."""
     from .pipeline import PalettePipeline
 
+    pipe = PalettePipeline.from_pretrained(None if name == "starter" else name)
+    if pipe.unet.config.sample_size != size:
+        raise ValueError(f"{name} is of {pipe.unet.config.sample_size} pixels, the settings say {size}")
+    return pipe
+
+
+def _network(settings: TrainSettings) -> tuple[PaletteUNet2DModel, PaletteScheduler, int]:
+    """The network, the scheduler and the steps that are published: new ones, or those of `init`."""
     if not settings.init:
         return (
             PaletteUNet2DModel(**settings.unet | {"sample_size": settings.size}),
             make_scheduler(settings),
             1 if settings.regression else 20,
         )
-    pipe = PalettePipeline.from_pretrained(None if settings.init == "starter" else settings.init)
+    pipe = _pipeline(settings.init, settings.size)
     kind = pipe.scheduler.config.prediction_type
     if kind != settings.prediction_type:
         raise ValueError(f"{settings.init} predicts {kind}, the settings say {settings.prediction_type}")
-    if pipe.unet.config.sample_size != settings.size:
-        raise ValueError(
-            f"{settings.init} is of {pipe.unet.config.sample_size} pixels, the settings say {settings.size}"
-        )
     if settings.regression:
         return pipe.unet.float(), make_scheduler(settings), 1
-    return pipe.unet.float(), pipe.scheduler, pipe.config.default_steps
+    return pipe.unet.float(), pipe.scheduler, settings.student_steps if settings.teacher else pipe.config.default_steps
+
+
+def _teacher(settings: TrainSettings, device: torch.device) -> Any:
+    """The teacher of a few-step student, if there is one."""
+    from .distillation import Teacher
+
+    if not settings.teacher:
+        return None
+    pipe = _pipeline(settings.teacher, settings.size)
+    return Teacher(pipe.to(device), settings.task_list, settings.teacher_steps, settings.levels)
 
 
 def _adapt(unet: PaletteUNet2DModel, settings: TrainSettings) -> None:
@@ -451,7 +465,7 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
     starts = accelerator.gather(torch.tensor([start], device=accelerator.device)).tolist()
     if len(set(starts)) > 1:
         raise ValueError(f"the processes would go on from steps {starts}: they must see one output folder")
-    raw = unet
+    raw, teacher = unet, _teacher(settings, accelerator.device)
     unet, optimizer = accelerator.prepare(unet, optimizer)
     if settings.streaming:  # which is divided over the processes already
         loader = (send_to_device(batch, accelerator.device) for batch in loader)
@@ -509,6 +523,7 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
                 last = part == settings.accumulate - 1
                 with accelerator.no_sync(unet) if not last else nullcontext():
                     with accelerator.autocast():
+                        batch = teacher.pairs(batch) if teacher else batch
                         losses = sample_losses(unet, batch, settings)
                     accelerator.backward((losses * shares[batch["task"]]).mean() / settings.accumulate)
                 tally.add(losses.detach(), batch)

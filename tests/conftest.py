@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from PIL import Image
 
 from palette_diffusers import PalettePipeline, PaletteScheduler, PaletteUNet2DModel
 
@@ -60,3 +61,12 @@ def photo() -> np.ndarray:
 @pytest.fixture
 def seeded():
     return lambda seed=0: torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def folder(tmp_path, photo):
+    """Six small photographs to train on."""
+    (tmp_path / "images").mkdir()
+    for i in range(6):
+        Image.fromarray(photo[i * 10 : i * 10 + 80, i * 10 : i * 10 + 90]).save(tmp_path / "images" / f"{i}.png")
+    return tmp_path / "images"

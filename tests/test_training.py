@@ -46,14 +46,6 @@ def fresh_accelerator():
 
 
 @pytest.fixture
-def folder(tmp_path, photo):
-    (tmp_path / "images").mkdir()
-    for i in range(6):
-        Image.fromarray(photo[i * 10 : i * 10 + 80, i * 10 : i * 10 + 90]).save(tmp_path / "images" / f"{i}.png")
-    return tmp_path / "images"
-
-
-@pytest.fixture
 def dataset(folder):
     images = load_images(str(folder))
     return PaletteDataset(images, PaletteScheduler(), TASKS, crops=images, size=32, seed=3)

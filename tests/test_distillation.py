@@ -1,0 +1,133 @@
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import toy_unet
+from torch.utils.data import default_collate
+
+from palette_diffusers import PalettePipeline, PaletteScheduler
+from palette_diffusers.data import PaletteDataset, load_images
+from palette_diffusers.distillation import Teacher
+from palette_diffusers.scheduler import diffuse, predicted_original
+from palette_diffusers.tasks import Given, get_task
+from palette_diffusers.training import TrainSettings, preset, training_loss
+
+DISTILL = Path(__file__).parents[1] / "train" / "distill_palette.py"
+TASKS = ["colorization", "inpainting", "uncropping", "jpeg_restoration"]
+
+
+def toy_teacher(**options) -> PalettePipeline:
+    settings = dict(prediction_type="v_prediction", sampling_spacing="logsnr", initial_noise=0.8, restart_noise=0.4)
+    return PalettePipeline(toy_unet(**options), PaletteScheduler(**settings), default_steps=4)
+
+
+def batch_of(folder, tasks, number=8, **options):
+    images = load_images(str(folder))
+    dataset = PaletteDataset(images, PaletteScheduler(), tasks, crops=images, size=32, seed=3, **options)
+    return default_collate([dataset[i] for i in range(number)])
+
+
+@pytest.mark.parametrize("holes", [False, True])
+def test_a_pair_is_what_the_pipeline_samples(folder, holes):
+    options = dict(hole_skip=0.5, condition_skip=0.2) if holes else {}
+    pipe = toy_teacher(**options)
+    batch = batch_of(folder, TASKS, holes=holes)
+    out = Teacher(pipe, TASKS, levels=3).pairs(batch)
+    assert len(out["clean"]) == len(out["gamma"]) == len(out["condition"]) == 24
+    assert len(set(batch["task"].tolist())) == 4
+    for i in range(8):
+        task = get_task(TASKS[batch["task"][i]])
+        mask = batch["mask"][i : i + 1] if task.takes_mask else None
+        given = Given(batch["known"][i : i + 1], batch["condition"][i : i + 1, :3], mask)
+        picture = pipe.denoise(given, latents=batch["noise"][i : i + 1], num_inference_steps=4, task=task)
+        assert torch.allclose(picture[0], out["clean"][3 * i], atol=1e-4)
+        # the line's first point is the teacher's first sample, of calmer noise
+        first = diffuse(out["clean"][3 * i : 3 * i + 1], out["noise"][3 * i : 3 * i + 1], out["gamma"][3 * i])
+        g = out["gamma"][3 * i]
+        known = given.known
+        expected = 0.8 * batch["noise"][i : i + 1] if task.start is None else diffuse(
+            known, 0.4 * batch["noise"][i : i + 1], g
+        )
+        assert torch.allclose(first, expected, atol=1e-4)
+
+
+def test_levels_lie_between_the_teachers_first_and_the_last(folder):
+    torch.manual_seed(0)
+    out = Teacher(toy_teacher(), TASKS, levels=50, steps=8).pairs(batch_of(folder, TASKS))
+    logsnr = torch.logit(out["gamma"].double()).reshape(8, 50)
+    jpeg = out["task"].reshape(8, 50)[:, 0] == 3
+    assert jpeg.any() and not jpeg.all()
+    assert torch.allclose(logsnr[~jpeg, 0], torch.tensor(-9.0).double(), atol=1e-3)
+    assert (logsnr[jpeg, 0] > 0).all() and (logsnr[jpeg].min(1).values == logsnr[jpeg, 0]).all()
+    assert logsnr.max() <= 9.01 and logsnr[:, 1:].max() > 8 and logsnr[~jpeg].std() > 4
+
+
+def test_a_teacher_samples_without_noise_of_its_own(folder):
+    pipe = toy_teacher()
+    pipe.scheduler = PaletteScheduler.from_config(pipe.scheduler.config, sampling_variance="fixed_large")
+    teacher, batch = Teacher(pipe, TASKS), batch_of(folder, TASKS)
+    a, b = teacher.pairs(batch), teacher.pairs(batch)
+    assert torch.equal(a["clean"], b["clean"])
+    assert not any(p.requires_grad for p in pipe.unet.parameters())
+
+
+def test_an_unknown_task_is_named():
+    with pytest.raises(ValueError, match="tasks has paired, the teacher knows colorization"):
+        Teacher(toy_teacher(), ["colorization", "paired"])
+
+
+def test_a_student_reaches_its_teachers_picture_in_one_step(folder):
+    """The straight line's velocity is the same all along, so that one step of the trained student ends where many of
+    the teacher's do; before, it does not."""
+    batch = batch_of(folder, ["colorization"])
+    teacher = Teacher(toy_teacher(), ["colorization"], levels=2)
+    student = toy_unet().train()
+    settings = TrainSettings(prediction_type="v_prediction", loss="l2")
+    target = teacher.pairs(batch)["clean"][::2]
+
+    def miss() -> float:
+        pairs = {k: v[::2] if len(v) == 16 else v for k, v in teacher.pairs(batch).items()}
+        y = diffuse(pairs["clean"], pairs["noise"], pairs["gamma"])
+        with torch.no_grad():
+            v = student(y, pairs["gamma"], pairs["condition"], return_dict=False)[0]
+        one_step = predicted_original(v, y, pairs["gamma"], "v_prediction")
+        return (one_step - target).square().mean().item()
+
+    before = miss()
+    optimizer = torch.optim.Adam(student.parameters(), 2e-3)
+    for _ in range(40):
+        training_loss(student, teacher.pairs(batch), settings).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert miss() < 0.3 * before
+
+
+def test_settings_say_what_does_not_go_together():
+    with pytest.raises(ValueError, match="a regression twin has no teacher"):
+        replace(preset("tiny-64-regression"), teacher="starter")
+    with pytest.raises(ValueError, match="condition_dropout is 0.1"):
+        replace(preset("distill-64"), condition_dropout=0.1)
+    with pytest.raises(ValueError, match="levels is 0"):
+        replace(preset("distill-64"), levels=0)
+
+
+@pytest.mark.parametrize("wrong", [{}, {"teacher": "nowhere"}])
+def test_the_script_makes_a_student(folder, tmp_path, wrong):
+    toy_teacher().save_pretrained(tmp_path / "teacher")
+    options = dict(
+        data=folder, output=tmp_path / "run", size=32, batch=4, steps=2, workers=0, warmup=1, validate_every=0,
+        save_every=1, student_steps=2, tracker="none", init=tmp_path / "teacher", teacher=tmp_path / "teacher",
+    ) | wrong  # fmt: skip
+    arguments = [x for k, v in options.items() for x in ("--" + k.replace("_", "-"), str(v))]
+    done = subprocess.run([sys.executable, DISTILL, *arguments], capture_output=True, text=True, cwd=tmp_path)
+    if wrong:
+        assert done.returncode == 2 and "nowhere" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    pipe = PalettePipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert pipe.config.default_steps == 2
+    before = PalettePipeline.from_pretrained(tmp_path / "teacher").unet.state_dict()
+    assert any(not torch.equal(value, before[name]) for name, value in pipe.unet.state_dict().items())

@@ -1,0 +1,16 @@
+"""Distils a few-step student of a Palette model:
+
+    accelerate launch train/distill_palette.py --teacher starter --init starter --data PATH
+
+The settings are those of train_palette.py, from the preset distill-64; `--teacher` and `--init` name the pipeline, and
+`--teacher-steps`, `--levels` and `--student-steps` say how. A run that was stopped goes on with --resume.
+"""
+
+import runpy
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    if "--preset" not in sys.argv:
+        sys.argv[1:1] = ["--preset", "distill-64"]
+    runpy.run_path(str(Path(__file__).with_name("train_palette.py")), run_name="__main__")
