@@ -77,7 +77,7 @@ def follow(documents: list[str]) -> None:
     for document in documents:
         names: dict = {}
         for kind, text in blocks(Path(document)):
-            if kind == "python" and not text.startswith("--8<--"):  # that is a file, with a test of its own
+            if kind == "python":
                 text = text.replace("http://127.0.0.1:7860", url)
                 exec(compile(text, f"{document}, {text[:40]!r}", "exec"), names)
             for words in commands(text) if kind == "bash" else []:
