@@ -464,6 +464,9 @@ def convert(
     image_size: Annotated[int | None, typer.Option(help="pixels a side; default: the configuration's, or 256")] = None,
     task: Annotated[list[str] | None, typer.Option(help="task it was trained for; repeatable")] = None,
     no_ema: Annotated[bool, typer.Option("--no-ema", help="not the averaged weights that lie beside")] = False,
+    label: Annotated[
+        int | None, typer.Option(min=0, help="the class to fold in, where the network is conditioned on classes")
+    ] = None,
 ) -> None:
     """Take in a checkpoint of another implementation."""
     with _one_line():
@@ -471,7 +474,7 @@ def convert(
 
         folder = take_in(
             source, output, config=config, head_channels=head_channels, new_attention_order=new_attention_order,
-            image_size=image_size, tasks=task or (), ema=not no_ema,
+            image_size=image_size, tasks=task or (), ema=not no_ema, label=label,
         )  # fmt: skip
     print(folder)
 
