@@ -92,7 +92,7 @@ class _Work:
         return {
             "task": self.task, "source": recipes.fingerprint(source), "mask": entry, "model": self.model,
             "dtype": self.dtype, "steps": self.steps, "seed": self.seed, "sample": 0, "samples": self.samples,
-            "options": self.options,
+            "options": self.options, "no_exif": self.no_exif,
         }  # fmt: skip
 
     def finish(self, image: Any, recipe: dict[str, Any]) -> Any:
@@ -311,13 +311,13 @@ def again(
             hole = str(recipes.find(hole, folder, mask, "mask"))
         work = _Work(
             source=recipes.find(recipe["source"], folder, source, "source"), output=output, device=device,
-            max_megapixels=max_megapixels, recursive=False, overwrite=False, no_exif=False, plan=False,
+            max_megapixels=max_megapixels, recursive=False, overwrite=False, plan=False,
+            no_exif=recipe.get("no_exif", False),
             **{k: recipe[k] for k in ("task", "model", "dtype", "steps", "seed", "samples", "options")},
         )  # fmt: skip
         target = output or picture.with_stem(f"{picture.stem}-again")
         image = _sample(work, canvas.read(work.source, work.limit), hole)[recipe["sample"]]
-        image.info[canvas.RECIPE] = json.dumps(recipe)
-        canvas.save(image, target)
+        canvas.save(work.finish(image, recipe), target)
         print(target)
 
 

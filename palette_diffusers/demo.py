@@ -36,6 +36,7 @@ from .demo_jobs import SOLVERS, Step, Stopped
 from .demo_limits import BodyLimit, Limits, choice, open_upload
 from .machine import best_dtype, chosen_device
 from .pipeline import PalettePipeline
+from .tasks import get_task
 
 PHOTOGRAPHS = Path(__file__).with_name("photographs")
 FRAME = 0.15  # seconds between two previews
@@ -401,7 +402,11 @@ def load(model: str | None = None, device: str = "auto") -> PalettePipeline:
     device = chosen_device(device)
     pipe = PalettePipeline.from_pretrained(model, dtype=best_dtype(device)).to(device)
     pipe.set_progress_bar_config(disable=True)
-    pipe(Image.new("L", (64, 64), 128), num_inference_steps=1, task="colorization")
+    task = get_task(pipe.config.default_task)
+    needed: dict[str, Any] = {"mask_image": "8,8,24,24"} if task.takes_mask else {}
+    if task.name == "uncropping":
+        needed = {"right": 8}
+    pipe(Image.new("RGB", (64, 64)), num_inference_steps=1, **needed)
     return pipe
 
 

@@ -1,6 +1,8 @@
 """The demo without a browser: programs that call it, and visitors who mean no good."""
 
+import asyncio
 import base64
+import importlib.util
 import io
 import os
 import subprocess
@@ -27,13 +29,14 @@ from palette_diffusers.demo_limits import Limits, whole  # noqa: E402
 
 LIMITS = {"PALETTE_MAX_PIXELS": "1000000", "PALETTE_MAX_BYTES": "2000000", "PALETTE_MAX_QUEUE": "2"}
 ROOT = Path(__file__).parents[1]
+MCP = importlib.util.find_spec("mcp") is not None
 
 
 @pytest.fixture(scope="module")
 def server():
     os.environ.update(LIMITS)
     try:
-        _, url, _ = demo.launch(host="127.0.0.1", prevent_thread_lock=True, quiet=True)
+        _, url, _ = demo.launch(host="127.0.0.1", prevent_thread_lock=True, quiet=True, mcp=MCP)
     finally:
         for name in LIMITS:
             del os.environ[name]
@@ -125,6 +128,37 @@ def test_heic(client, photo, tmp_path):
     pillow_heif.register_heif_opener()
     Image.fromarray(photo).save(tmp_path / "phone.heic")
     assert pixels(client.predict(handle_file(tmp_path / "phone.heic"), api_name="/colorize")).shape == photo.shape
+
+
+@pytest.mark.skipif(not MCP, reason="the package mcp is not installed")
+def test_an_agent_finds_the_tasks_and_calls_one(server, photo):
+    from mcp import ClientSession
+    from mcp.client.streamable_http import streamablehttp_client
+
+    async def talk():
+        async with streamablehttp_client(f"{server}gradio_api/mcp/") as (read, write, _):
+            async with ClientSession(read, write) as session:
+                await session.initialize()
+                tools = {tool.name: tool for tool in (await session.list_tools()).tools}
+                image = data_url(encoded(Image.fromarray(photo)))["url"]
+                called = [name for name in tools if name.endswith("restore_jpeg")][0]
+                return tools, await session.call_tool(called, {"image": image, "seed": 0, "steps": 4})
+
+    tools, answer = asyncio.run(talk())
+    for task in ("colorize", "inpaint", "uncrop", "restore_jpeg"):
+        assert any(name.endswith(task) for name in tools), list(tools)
+    assert "image" in tools[[name for name in tools if name.endswith("colorize")][0]].inputSchema["properties"]
+    assert not answer.isError
+    pictures = [content for content in answer.content if content.type == "image"]
+    result = Image.open(io.BytesIO(base64.b64decode(pictures[-1].data)))
+    assert result.size == (200, 150) and result.format == "PNG"
+
+
+@pytest.mark.parametrize("task", ["colorization", "inpainting", "uncropping", "jpeg_restoration", "paired"])
+def test_it_starts_with_a_model_of_any_task(pipe, tmp_path, task):
+    pipe.register_to_config(tasks=[task], default_task=task)
+    pipe.save_pretrained(tmp_path)
+    assert demo.load(str(tmp_path)).config.tasks == [task]
 
 
 # who means no good
