@@ -517,6 +517,7 @@ def publish_space(
     repo_id: Annotated[str, typer.Argument(help="USER/NAME of the Space on the Hub")],
     dry_run: Annotated[Path | None, typer.Option(help="write the files to this folder, publish nothing")] = None,
     private: Annotated[bool, typer.Option("--private", help="only you can open it")] = False,
+    model: Annotated[str | None, typer.Option(help="Hub id of its model; default: the starter")] = None,
 ) -> None:
     """Publish the demo as a Space on the Hugging Face Hub."""
     with _one_line():
@@ -524,11 +525,12 @@ def publish_space(
 
         from . import space
 
-        validate_repo_id(repo_id)
+        for name in filter(None, (repo_id, model)):
+            validate_repo_id(name)
         if dry_run is None:
-            print(space.publish_space(repo_id, private))
+            print(space.publish_space(repo_id, private, model))
         else:
-            print("\n".join(space.write_space(dry_run)))
+            print("\n".join(space.write_space(dry_run, model)))
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ from .demo_handlers import (
     smaller,
     write,
 )
-from .demo_jobs import SOLVERS, Step, Stopped
+from .demo_jobs import SOLVERS, Step, Stopped, on_zero_gpu
 from .demo_limits import BodyLimit, Limits, choice, open_upload
 from .machine import best_dtype, chosen_device
 from .pipeline import PalettePipeline
@@ -76,8 +76,9 @@ class Page:
 
     def __init__(self, handlers: Handlers):
         self.handlers, self.limits = handlers, handlers.limits
+        keep = self.limits.keep_seconds
         with gr.Blocks(
-            title="Palette: mend photographs", analytics_enabled=False, delete_cache=(600, self.limits.keep_seconds)
+            title="Palette: mend photographs", analytics_enabled=False, delete_cache=(min(600, keep), keep)
         ) as self.blocks:
             gr.Markdown("# Palette\nColour, repair, extend and clean your photographs.", elem_id="title")
             with gr.Row():
@@ -402,6 +403,8 @@ def load(model: str | None = None, device: str = "auto") -> PalettePipeline:
     device = chosen_device(device)
     pipe = PalettePipeline.from_pretrained(model, dtype=best_dtype(device)).to(device)
     pipe.set_progress_bar_config(disable=True)
+    if on_zero_gpu():  # there is none yet
+        return pipe
     task = get_task(pipe.config.default_task)
     needed: dict[str, Any] = {"mask_image": "8,8,24,24"} if task.takes_mask else {}
     if task.name == "uncropping":

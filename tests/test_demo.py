@@ -5,6 +5,7 @@ import base64
 import importlib.util
 import io
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ import time
 import zlib
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import requests
@@ -23,7 +25,7 @@ gr = pytest.importorskip("gradio")
 from gradio_client import Client, handle_file  # noqa: E402
 
 from palette_diffusers import cli, demo  # noqa: E402
-from palette_diffusers.demo_handlers import Handlers, Settings  # noqa: E402
+from palette_diffusers.demo_handlers import Handlers, Settings, gpu_seconds  # noqa: E402
 from palette_diffusers.demo_jobs import SOLVERS, Step, Stopped, watch, with_solver  # noqa: E402
 from palette_diffusers.demo_limits import Limits, whole  # noqa: E402
 
@@ -354,6 +356,21 @@ def test_stop_is_within_one_step(pipe, photo):
     assert count <= seen + 1
 
 
+def test_what_zero_gpu_is_given(pipe, photo, monkeypatch):
+    """The real package's decorator takes the generator, whose arguments and results go from process to process. On a
+    GPU of ZeroGPU, which needs torch built for CUDA, it has not been run."""
+    pytest.importorskip("spaces")
+    monkeypatch.setenv("SPACES_ZERO_GPU", "true")
+    handlers = Handlers(pipe, Limits())
+    picture = handlers.photo(data_url(encoded(Image.fromarray(photo))))
+    given = pickle.loads(pickle.dumps((picture, "colorization", 1, settings(steps=20), 0, {})))
+    assert abs(gpu_seconds(*given) - 10.6) < 1e-6
+    *steps, image = [pickle.loads(pickle.dumps(moment)) for moment in handlers.steps(*given)]
+    assert image.size == (200, 150) and steps[-1].number == 20
+    with pytest.raises(gr.Error, match="this checkpoint knows"):  # a message that comes through
+        list(handlers.steps(picture, "sharpening", 1, settings(), 0, {}))
+
+
 def test_brush_upload_invert_and_grow_make_one_mask(pipe, photo):
     handlers = Handlers(pipe, Limits())
     picture = handlers.photo(data_url(encoded(Image.fromarray(photo))))
@@ -441,6 +458,10 @@ def test_the_tree_of_the_space_runs_by_itself(tmp_path):
     command, environment = [sys.executable, "-c", code], os.environ | {"PYTHONPATH": ""}
     out = subprocess.run(command, cwd=tmp_path / "space", env=environment, capture_output=True, text=True)
     assert str(tmp_path / "space") in out.stdout and "colorization" in out.stdout, out.stderr
+    named = ["publish-space", "anna/palette", "--dry-run", str(tmp_path / "named"), "--model", "anna/mine"]
+    assert CliRunner().invoke(cli.app, named).exit_code == 0
+    for name, models in (("space", None), ("named", ["anna/mine"])):
+        assert huggingface_hub.SpaceCard.load(tmp_path / name / "README.md").data.models == models
     again = CliRunner().invoke(cli.app, ["publish-space", "anna/palette", "--dry-run", str(tmp_path / "space")])
     assert again.exit_code == 2
     assert CliRunner().invoke(cli.app, ["publish-space", "a/b/c", "--dry-run", str(tmp_path / "x")]).exit_code == 2
@@ -451,8 +472,6 @@ def test_the_space_pins_what_is_tested():
     assert set((ROOT / "spaces_app" / "requirements.txt").read_text().split()) <= tested
     front = (ROOT / "spaces_app" / "README.md").read_text().split("---")[1]
     assert f"gradio=={front.split('sdk_version: ')[1].split()[0]}" in tested
-    import huggingface_hub
-
     card = huggingface_hub.SpaceCard(f"---{front}---")
     assert card.data.sdk == "gradio" and (ROOT / "spaces_app" / card.data.app_file).exists()
     assert len(card.data.short_description) <= 60, "the Hub's limit"
