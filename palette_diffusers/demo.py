@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from . import __version__, canvas, sizes
+from .demo_files import deleting
 from .demo_handlers import (
     ASPECTS,
     BATCH_TASKS,
@@ -319,7 +320,7 @@ class Page:
         full: list[str] = []
         pairs: list[str] = []
         captions: list[str] = []
-        begun = last = time.monotonic()
+        begun, last = time.monotonic(), 0.0
         yield {
             self.status: _status("Starting ..."),
             self.stop: gr.update(visible=True),
@@ -442,6 +443,7 @@ def launch(
         show_error=False,
         ssr_mode=False,
         app_kwargs={
+            "lifespan": deleting(page.blocks, limits.keep_seconds),
             "routes": [Route("/health", health)],
             "middleware": [Middleware(BodyLimit, max_bytes=limits.max_files * limits.max_bytes + 1_000_000)],
         },

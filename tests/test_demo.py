@@ -163,6 +163,28 @@ def test_it_starts_with_a_model_of_any_task(pipe, tmp_path, task):
     assert demo.load(str(tmp_path)).config.tasks == [task]
 
 
+def test_old_files_are_deleted_while_others_come(monkeypatch, tmp_path, photo):
+    monkeypatch.setenv("PALETTE_KEEP_SECONDS", "1")
+    app, url, _ = demo.launch(host="127.0.0.1", prevent_thread_lock=True, quiet=True)
+    picture, until = encoded(Image.fromarray(photo)), time.monotonic() + 4
+
+    def visit(i):
+        while time.monotonic() < until:
+            assert requests.post(f"{url}gradio_api/upload", files={"files": (f"{i}.png", picture)}, timeout=9).ok
+
+    threads = [threading.Thread(target=visit, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    files = {name for names in app.get_blocks().temp_file_sets for name in list(names)}
+    assert files
+    time.sleep(3.5)
+    assert not any(Path(name).exists() for name in files)
+    assert not any(app.get_blocks().temp_file_sets), "nor are their names kept"
+    app.get_blocks().close()
+
+
 # who means no good
 
 
