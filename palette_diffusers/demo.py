@@ -40,6 +40,7 @@ from .pipeline import PalettePipeline
 from .tasks import get_task
 
 PHOTOGRAPHS = Path(__file__).with_name("photographs")
+AT_THE_END = (10**7, 10**7)  # seconds; while the server runs, files are deleted by demo_files.py
 FRAME = 0.15  # seconds between two previews
 EDITOR = 1024  # pixels of the longer side while a mask is painted
 COMPUTE: dict[str, Any] = dict(concurrency_id="pipeline", concurrency_limit=1)
@@ -77,9 +78,8 @@ class Page:
 
     def __init__(self, handlers: Handlers):
         self.handlers, self.limits = handlers, handlers.limits
-        keep = self.limits.keep_seconds
         with gr.Blocks(
-            title="Palette: mend photographs", analytics_enabled=False, delete_cache=(min(600, keep), keep)
+            title="Palette: mend photographs", analytics_enabled=False, delete_cache=AT_THE_END
         ) as self.blocks:
             gr.Markdown("# Palette\nColour, repair, extend and clean your photographs.", elem_id="title")
             with gr.Row():

@@ -1,5 +1,5 @@
 """Temporary files of the demo, deleted when they are old. Gradio's own task for it ends, in silence, at the first file
-that a visitor adds while it looks; what it deletes at the server's end stays its part."""
+that a visitor adds while it looks; it only deletes what is left at the server's end."""
 
 import asyncio
 import time
