@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install browser demo test lint clean
+.PHONY: install browser demo test lint docs clean
 
 install: $(VENV)/.installed
 
@@ -27,6 +27,9 @@ browser:  # the tests of the demo drive Debian's Chromium; without it they are s
 
 test: lint browser
 	$(BIN)/python -m pytest
+
+docs: install  # a site in build/site; a dead link is an error
+	$(BIN)/mkdocs build --quiet
 
 clean:
 	rm -rf $(VENV) outputs build dist *.egg-info

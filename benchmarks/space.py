@@ -1,20 +1,24 @@
 """The demo under load, on this machine's loopback only:  python benchmarks/space.py --clients 64 --seconds 45
 
-Every client sends pictures of its own size, so that an answer that was meant for another is seen. Needs `[demo]`.
+Every client sends pictures of its own size, so that an answer that was meant for another is seen. Temporary files are
+kept for 20 seconds here. Needs `[demo]`; the first preview is timed where playwright and Debian's Chromium are.
 """
 
 import argparse
 import base64
 import io
 import os
+import shutil
 import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import requests
@@ -23,12 +27,14 @@ from PIL import Image
 
 @contextmanager
 def server():
-    """`palette demo` in a process of its own: (address, process)."""
+    """`palette demo` in a process of its own: (address, process, folder of its temporary files)."""
+    folder = Path(tempfile.mkdtemp())
+    environment = os.environ | {"GRADIO_TEMP_DIR": str(folder), "PALETTE_KEEP_SECONDS": "20"}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "palette_diffusers.cli", "demo", "--port", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}/"
     try:
         while True:
@@ -39,10 +45,11 @@ def server():
                 if process.poll() is not None:
                     raise RuntimeError(f"the server ended with code {process.returncode}") from None
                 time.sleep(0.2)
-        yield url, psutil.Process(process.pid)
+        yield url, psutil.Process(process.pid), folder
     finally:
         process.terminate()
         process.wait(20)
+        shutil.rmtree(folder)
 
 
 def picture(width: int, height: int) -> str:
@@ -116,28 +123,70 @@ def page_share(url: str, number: int = 9) -> tuple[float, float]:
     return statistics.median(direct), statistics.median(served)
 
 
+def first_previews(url: str, number: int = 5) -> list[float]:
+    """Seconds from the click to the first preview in a browser: a photograph of 512 pixels, colorized in 50 steps."""
+    from playwright.sync_api import sync_playwright
+
+    times = []
+    with sync_playwright() as library, tempfile.NamedTemporaryFile(suffix=".png") as file:
+        Image.effect_noise((512, 512), 60).save(file.name)
+        browser = library.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        for _ in range(number):
+            page = browser.new_page()
+            page.goto(url)
+            page.set_input_files("#photo input[type=file]", file.name)
+            page.locator("#facts").get_by_text("512x512").wait_for()
+            page.get_by_role("button", name="Advanced").click()
+            page.get_by_label("number input for Steps").fill("50")
+            page.get_by_label("number input for Steps").press("Tab")
+            page.wait_for_timeout(500)
+            start = time.monotonic()
+            page.get_by_role("button", name="Colorize", exact=True).click()
+            page.locator("#preview img").wait_for()
+            times.append(time.monotonic() - start)
+            page.locator("#status").get_by_text("Done").wait_for()
+            page.close()
+    return times
+
+
+def held(process: psutil.Process, folder: Path) -> str:
+    files = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    memory = process.memory_info().rss / 2**20
+    return f"{memory:.0f} MiB of memory, {len(files)} temporary files of {sum(files) / 2**20:.1f} MiB"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=45)
     args = parser.parse_args()
-    with server() as (url, process):
+    with server() as (url, process, folder):
         first = [requests.get(url, stream=True, timeout=5).elapsed.total_seconds() for _ in range(20)]
         print(
             f"first byte of the page: median {statistics.median(first) * 1000:.0f} ms, most {max(first) * 1000:.0f} ms"
         )
         direct, served = page_share(url)
         print(f"256x256 JPEG: pipeline {direct:.2f} s, endpoint {served:.2f} s, {served / direct - 1:+.0%}")
+        if shutil.which("chromium"):
+            times = first_previews(url)
+            print(f"first preview in a browser: median {statistics.median(times):.2f} s, most {max(times):.2f} s")
         load(url, 1, 5)
         before = process.memory_info().rss
+        print(f"idle: {held(process, folder)}")
         for clients in (1, 8, args.clients):
-            outcomes, times, spent = load(url, clients, args.seconds if clients == args.clients else 10)
+            seconds = args.seconds if clients == args.clients else 10
+            halfway = threading.Timer(seconds / 2, lambda: print(f"halfway: {held(process, folder)}"))
+            halfway.start()
+            outcomes, times, spent = load(url, clients, seconds)
             rate = outcomes["answered"] / spent
             middle = statistics.median(times) if times else float("nan")
             print(f"{clients} clients, {spent:.0f} s: {dict(outcomes)}")
             print(f"    {rate:.1f} pictures a second, median {middle:.1f} s from asking to having")
+            print(f"    then: {held(process, folder)}")
         after = process.memory_info().rss
         print(f"memory: {before / 2**20:.0f} MiB idle, {after / 2**20:.0f} MiB after, {after / before:.2f} times")
+        time.sleep(45)
+        print(f"45 s later: {held(process, folder)}")
         print(f"health: {requests.get(f'{url}health', timeout=5).json()}, cores: {os.cpu_count()}")
 
 

@@ -92,7 +92,7 @@ class _Work:
         return {
             "task": self.task, "source": recipes.fingerprint(source), "mask": entry, "model": self.model,
             "dtype": self.dtype, "steps": self.steps, "seed": self.seed, "sample": 0, "samples": self.samples,
-            "options": self.options,
+            "options": self.options, "no_exif": self.no_exif,
         }  # fmt: skip
 
     def finish(self, image: Any, recipe: dict[str, Any]) -> Any:
@@ -311,13 +311,13 @@ def again(
             hole = str(recipes.find(hole, folder, mask, "mask"))
         work = _Work(
             source=recipes.find(recipe["source"], folder, source, "source"), output=output, device=device,
-            max_megapixels=max_megapixels, recursive=False, overwrite=False, no_exif=False, plan=False,
+            max_megapixels=max_megapixels, recursive=False, overwrite=False, plan=False,
+            no_exif=recipe.get("no_exif", False),
             **{k: recipe[k] for k in ("task", "model", "dtype", "steps", "seed", "samples", "options")},
         )  # fmt: skip
         target = output or picture.with_stem(f"{picture.stem}-again")
         image = _sample(work, canvas.read(work.source, work.limit), hole)[recipe["sample"]]
-        image.info[canvas.RECIPE] = json.dumps(recipe)
-        canvas.save(image, target)
+        canvas.save(work.finish(image, recipe), target)
         print(target)
 
 
@@ -464,6 +464,9 @@ def convert(
     image_size: Annotated[int | None, typer.Option(help="pixels a side; default: the configuration's, or 256")] = None,
     task: Annotated[list[str] | None, typer.Option(help="task it was trained for; repeatable")] = None,
     no_ema: Annotated[bool, typer.Option("--no-ema", help="not the averaged weights that lie beside")] = False,
+    label: Annotated[
+        int | None, typer.Option(min=0, help="the class to fold in, where the network is conditioned on classes")
+    ] = None,
 ) -> None:
     """Take in a checkpoint of another implementation."""
     with _one_line():
@@ -471,7 +474,7 @@ def convert(
 
         folder = take_in(
             source, output, config=config, head_channels=head_channels, new_attention_order=new_attention_order,
-            image_size=image_size, tasks=task or (), ema=not no_ema,
+            image_size=image_size, tasks=task or (), ema=not no_ema, label=label,
         )  # fmt: skip
     print(folder)
 
@@ -514,6 +517,7 @@ def publish_space(
     repo_id: Annotated[str, typer.Argument(help="USER/NAME of the Space on the Hub")],
     dry_run: Annotated[Path | None, typer.Option(help="write the files to this folder, publish nothing")] = None,
     private: Annotated[bool, typer.Option("--private", help="only you can open it")] = False,
+    model: Annotated[str | None, typer.Option(help="Hub id of its model; default: the starter")] = None,
 ) -> None:
     """Publish the demo as a Space on the Hugging Face Hub."""
     with _one_line():
@@ -521,11 +525,12 @@ def publish_space(
 
         from . import space
 
-        validate_repo_id(repo_id)
+        for name in filter(None, (repo_id, model)):
+            validate_repo_id(name)
         if dry_run is None:
-            print(space.publish_space(repo_id, private))
+            print(space.publish_space(repo_id, private, model))
         else:
-            print("\n".join(space.write_space(dry_run)))
+            print("\n".join(space.write_space(dry_run, model)))
 
 
 def main() -> None:

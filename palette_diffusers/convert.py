@@ -16,6 +16,7 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from safetensors.torch import load_file
 
+from .convert_sr3 import sr3_layout
 from .files import new_folder, occupied
 from .pipeline import PalettePipeline
 from .scheduler import PaletteScheduler
@@ -44,19 +45,21 @@ def convert(
     image_size: int | None = None,
     tasks: Sequence[str] = (),
     ema: bool = True,
+    label: int | None = None,
 ) -> Path:
     """Writes a pipeline's folder, that `PalettePipeline.from_pretrained` loads.
 
     Args:
-        source: Janspiry's `N_Network.pth`, guided-diffusion's `.pt`, or a folder of diffusers' `UNet2DModel` (or of
-            a pipeline that has one).
+        source: Janspiry's `N_Network.pth` (Palette) or `I..._gen.pth` (SR3), guided-diffusion's `.pt`, or a folder of
+            diffusers' `UNet2DModel` (or of a pipeline that has one).
         output: a new folder.
-        config: Janspiry's JSON: its schedule, heads, size and task are taken from there.
+        config: Janspiry's JSON: its schedule, heads, norm groups, size and task are taken from there.
         head_channels: channels of an attention head, which a checkpoint doesn't tell; 32 (Janspiry) or 64 (ADM).
         new_attention_order: trained with `use_new_attention_order`; a checkpoint doesn't tell it either.
         image_size: pixels a side; 256 if nothing says it.
         tasks: names of the tasks it was trained for; what the configuration says, or all.
         ema: take the average `N_Network_ema.pth` where it lies beside the file.
+        label: the class whose embedding is folded in, of a network that is conditioned on classes.
 
     Raises:
         ValueError: another layout, or one that the network can't express; the message names it.
@@ -73,10 +76,11 @@ def convert(
         else:
             state = read_state(average_beside(source) if ema else source)
             if any(name.startswith("denoise_fn.") for name in state):
-                settings = read_comments(Path(config)) if config else {}
-                named = [settings["model"]["which_model"]["args"]["task"]] if settings else []
+                settings = read_config(Path(config)) if config else {}
+                named = [settings["task"]] if settings else ["paired"] * is_sr3(state)
                 unet, scheduler, steps = from_janspiry(state, settings, head_channels or 32, image_size)
             elif "time_embed.0.weight" in state:
+                fold_class(state, label)
                 unet, scheduler, steps = from_adm(state, head_channels or 64, new_attention_order, image_size or 256)
             else:
                 some = ", ".join(list(state)[:3])
@@ -117,62 +121,104 @@ def average_beside(path: Path) -> Path:
     return average if average.is_file() else path
 
 
-def read_comments(path: Path) -> dict[str, Any]:
-    """JSON with // comments, as Janspiry's configurations are written."""
+def read_config(path: Path) -> dict[str, Any]:
+    """A configuration of Janspiry's Palette or SR3, JSON with // comments => task, unet, beta_schedule (train, test)
+    and image_size."""
     try:
-        settings = json.loads(re.sub(r"(?m)//.*$", "", path.read_text()))
-        settings["model"]["which_networks"][0]["args"]["unet"]
-        settings["model"]["which_model"]["args"]["task"]
+        model = json.loads(re.sub(r"(?m)//.*$", "", path.read_text()))["model"]
+        if "which_model_G" in model:  # SR3, whose source is already as large as its target
+            schedules = model["beta_schedule"]
+            betas = {"train": schedules["train"], "test": schedules.get("val", schedules["train"])}
+            size = model["diffusion"]["image_size"]
+            return {"task": "paired", "unet": model["unet"], "beta_schedule": betas, "image_size": size}
+        network, unet = model["which_networks"][0]["args"], model["which_networks"][0]["args"]["unet"]
+        return {
+            "task": model["which_model"]["args"]["task"], "unet": unet,
+            "beta_schedule": network.get("beta_schedule", {}), "image_size": unet.get("image_size", 256),
+        }  # fmt: skip
     except (json.JSONDecodeError, KeyError, IndexError, TypeError):
         raise ValueError(f"{path} is no configuration of Janspiry's: expected JSON with model.which_networks") from None
-    return settings
+
+
+def is_sr3(state: State) -> bool:
+    """Whether it is of the SR3 repository, which tells its network sqrt(gamma); that of Palette keeps `gammas`."""
+    return "sqrt_alphas_cumprod" in state
 
 
 # the originals
 
 
 def from_janspiry(state: State, settings: dict[str, Any], head_channels: int, image_size: int | None) -> Converted:
-    """Janspiry's Palette, its `guided_diffusion` network: gamma itself is embedded, the source comes first."""
+    """Janspiry's Palette (either network) and SR3: gamma or its root is embedded, the source comes first."""
+    embedded = "sqrt_gamma" if is_sr3(state) else "gamma"
     state = {name.removeprefix("denoise_fn."): value for name, value in state.items() if "denoise_fn." in name}
-    if "cond_embed.0.weight" not in state:
-        raise ValueError("this is Janspiry's sr3 network; only its guided_diffusion network can be converted")
-    network = settings["model"]["which_networks"][0]["args"] if settings else {}
-    options = network.get("unet", {})
-    heads: int | None = head_channels
-    if options:
-        heads = options["num_head_channels"] if options.get("num_head_channels", -1) > 0 else None
-        if heads is None and options.get("num_heads", 1) != 1:
-            raise ValueError(f"num_heads is {options['num_heads']}: heads whose width varies can't be converted")
-    unet, weights = adm_layout(state, "cond_embed", heads, options.get("use_new_attention_order", False))
+    options = settings.get("unet", {})
+    if "noise_level_mlp.1.weight" in state:
+        unet, weights = sr3_layout(state)
+        unet["norm_num_groups"] = options.get("norm_groups") or 32
+    elif "cond_embed.0.weight" in state:
+        unet, weights = adm_layout(state, "cond_embed", *_attention(options, head_channels))
+    else:
+        raise ValueError("this network of Janspiry's is told no continuous noise level: it can't be converted")
     weight = weights["conv_in.weight"]
     y = unet["out_channels"]
     weights["conv_in.weight"] = torch.cat([weight[:, -y:], weight[:, :-y]], dim=1)
     unet |= dict(
-        in_channels=y, condition_channels=weight.shape[1] - y, sample_size=image_size or options.get("image_size", 256),
-        dropout=options.get("dropout", 0.0), noise_embedding_type="gamma", noise_embedding_scale=1.0,
+        in_channels=y, condition_channels=weight.shape[1] - y, dropout=options.get("dropout", 0.0),
+        sample_size=image_size or settings.get("image_size", 256), noise_embedding_type=embedded,
+        noise_embedding_scale=1.0,
     )  # fmt: skip
-    betas = network.get("beta_schedule", {})
+    betas = settings.get("beta_schedule", {})
     train, test = betas.get("train", {}), betas.get("test", {})
     for part in (train, test):
         if part.get("schedule", "linear") != "linear":
             raise ValueError(f"the schedule is {part['schedule']!r}, only 'linear' can be converted")
+    default = (2000, 1e-6, 0.01) if embedded == "sqrt_gamma" else (1000, 1e-4, 0.09)
     scheduler = PaletteScheduler(
         num_train_timesteps=train.get("n_timestep", 2000),
         beta_start=train.get("linear_start", 1e-6),
         beta_end=train.get("linear_end", 0.01),
-        sampling_timesteps=test.get("n_timestep", 1000),
-        sampling_beta_start=test.get("linear_start", 1e-4),
-        sampling_beta_end=test.get("linear_end", 0.09),
+        sampling_timesteps=test.get("n_timestep", default[0]),
+        sampling_beta_start=test.get("linear_start", default[1]),
+        sampling_beta_end=test.get("linear_end", default[2]),
         sampling_variance="fixed_small",
     )
     return build(unet, weights), scheduler, scheduler.config.sampling_timesteps
 
 
+def _attention(options: dict[str, Any], head_channels: int) -> tuple[int | None, bool]:
+    """Channels of a head (None: one head) and the order of queries, keys and values, by a configuration."""
+    if not options:
+        return head_channels, False
+    heads = options["num_head_channels"] if options.get("num_head_channels", -1) > 0 else None
+    if heads is None and options.get("num_heads", 1) != 1:
+        raise ValueError(f"num_heads is {options['num_heads']}: heads whose width varies can't be converted")
+    return heads, options.get("use_new_attention_order", False)
+
+
+def fold_class(state: State, label: int | None) -> None:
+    """A network that is conditioned on classes becomes that of one class: the class's embedding is added to the noise
+    level's, where it is a constant.
+
+    Raises:
+        ValueError: classes without a label, or a label without such a class.
+    """
+    classes = state.pop("label_emb.weight", None)
+    if classes is None:
+        if label is not None:
+            raise ValueError(f"label is {label}, but the network is conditioned on no classes")
+        return
+    if label is None or not 0 <= label < len(classes):
+        raise ValueError(
+            f"the network is conditioned on {len(classes)} classes, ours on none: name the one to fold in by label, "
+            f"0 to {len(classes) - 1}" + ("" if label is None else f", not {label}")
+        )
+    state["time_embed.2.bias"] = state["time_embed.2.bias"] + classes[label]
+
+
 def from_adm(state: State, head_channels: int, new_attention_order: bool, image_size: int) -> Converted:
-    """guided-diffusion's U-Net on its linear schedule of 1000 steps, without classes; a learned variance is left out.
-    Three channels in become six: the source's weights are zero, so that it starts as the unconditional prior."""
-    if "label_emb.weight" in state:
-        raise ValueError("the network is conditioned on classes, which can't be converted")
+    """guided-diffusion's U-Net on its linear schedule of 1000 steps; a learned variance is left out. Three channels in
+    become six: the source's weights are zero, so that it starts as the prior alone."""
     unet, weights = adm_layout(state, "time_embed", head_channels, new_attention_order)
     outputs = min(3, unet["out_channels"])
     for name in ("conv_out.weight", "conv_out.bias"):

@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from . import __version__, canvas, sizes
+from .demo_files import deleting
 from .demo_handlers import (
     ASPECTS,
     BATCH_TASKS,
@@ -32,12 +33,14 @@ from .demo_handlers import (
     smaller,
     write,
 )
-from .demo_jobs import SOLVERS, Step, Stopped
+from .demo_jobs import SOLVERS, Step, Stopped, on_zero_gpu
 from .demo_limits import BodyLimit, Limits, choice, open_upload
 from .machine import best_dtype, chosen_device
 from .pipeline import PalettePipeline
+from .tasks import get_task
 
 PHOTOGRAPHS = Path(__file__).with_name("photographs")
+AT_THE_END = (10**7, 10**7)  # seconds; while the server runs, files are deleted by demo_files.py
 FRAME = 0.15  # seconds between two previews
 EDITOR = 1024  # pixels of the longer side while a mask is painted
 COMPUTE: dict[str, Any] = dict(concurrency_id="pipeline", concurrency_limit=1)
@@ -76,7 +79,7 @@ class Page:
     def __init__(self, handlers: Handlers):
         self.handlers, self.limits = handlers, handlers.limits
         with gr.Blocks(
-            title="Palette: mend photographs", analytics_enabled=False, delete_cache=(600, self.limits.keep_seconds)
+            title="Palette: mend photographs", analytics_enabled=False, delete_cache=AT_THE_END
         ) as self.blocks:
             gr.Markdown("# Palette\nColour, repair, extend and clean your photographs.", elem_id="title")
             with gr.Row():
@@ -317,7 +320,7 @@ class Page:
         full: list[str] = []
         pairs: list[str] = []
         captions: list[str] = []
-        begun = last = time.monotonic()
+        begun, last = time.monotonic(), 0.0
         yield {
             self.status: _status("Starting ..."),
             self.stop: gr.update(visible=True),
@@ -401,7 +404,13 @@ def load(model: str | None = None, device: str = "auto") -> PalettePipeline:
     device = chosen_device(device)
     pipe = PalettePipeline.from_pretrained(model, dtype=best_dtype(device)).to(device)
     pipe.set_progress_bar_config(disable=True)
-    pipe(Image.new("L", (64, 64), 128), num_inference_steps=1, task="colorization")
+    if on_zero_gpu():  # there is none yet
+        return pipe
+    task = get_task(pipe.config.default_task)
+    needed: dict[str, Any] = {"mask_image": "8,8,24,24"} if task.takes_mask else {}
+    if task.name == "uncropping":
+        needed = {"right": 8}
+    pipe(Image.new("RGB", (64, 64)), num_inference_steps=1, **needed)
     return pipe
 
 
@@ -434,6 +443,7 @@ def launch(
         show_error=False,
         ssr_mode=False,
         app_kwargs={
+            "lifespan": deleting(page.blocks, limits.keep_seconds),
             "routes": [Route("/health", health)],
             "middleware": [Middleware(BodyLimit, max_bytes=limits.max_files * limits.max_bytes + 1_000_000)],
         },

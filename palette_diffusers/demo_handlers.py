@@ -7,7 +7,6 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import gradio as gr
@@ -17,7 +16,7 @@ from gradio.components.image_editor import EditorData
 from PIL import Image
 
 from . import canvas, masks
-from .demo_jobs import SOLVERS, Step, Stopped, Stops, friendly, watch, with_solver
+from .demo_jobs import SOLVERS, Step, Stopped, Stops, borrowing_gpu, friendly, watch, with_solver
 from .demo_limits import Limits, choice, number, open_upload, stem, whole
 from .pipeline import PalettePipeline
 
@@ -73,12 +72,21 @@ def write(image: Image.Image, path: Path) -> str:
     return str(path)
 
 
+def gpu_seconds(
+    picture: canvas.Picture, task: str, seed: int, settings: Settings, job: int, options: dict[str, Any]
+) -> float:
+    """What is asked of ZeroGPU for one variation: a generous guess by steps and pixels, 10 to 120 seconds."""
+    height, width = picture.size
+    return min(120.0, 10 + settings.steps * height * width / 1e6)
+
+
 class Handlers:
     """Around one pipeline. A visitor's value is of any type until it is checked here."""
 
     def __init__(self, pipe: PalettePipeline, limits: Limits):
         self.pipe, self.limits = pipe, limits
         self.stops = Stops()
+        self.steps = borrowing_gpu(self._steps, gpu_seconds)
         self.read_layers: Callable[[EditorData], Any] = lambda data: None
 
     def photo(self, payload: Any, what: str = "photo") -> canvas.Picture:
@@ -137,29 +145,22 @@ class Handlers:
         Raises:
             Stopped: the visitor stopped it. gr.Error: what the pipeline refused.
         """
-        stop = self.stops.start(session)
+        job = self.stops.start(session)
         try:
             for seed in range(settings.seed, settings.seed + settings.samples):
-                yield from self._one(task, payload, picture, seed, settings, stop, options)
+                yield from self._one(task, payload, picture, seed, settings, job, options)
         finally:
-            self.stops.end(session, stop)
+            self.stops.end(job)
 
     def _one(
-        self, task: str, payload: Any, picture: canvas.Picture, seed: int, settings: Settings, stop: Event,
+        self, task: str, payload: Any, picture: canvas.Picture, seed: int, settings: Settings, job: int,
         options: dict[str, Any],
     ) -> Iterator[Moment]:  # fmt: skip
-        steps = watch(
-            with_solver(self.pipe, settings.solver),
-            picture,
-            stop,
-            task=task,
-            generator=torch.Generator().manual_seed(seed),
-            num_inference_steps=settings.steps,
-            max_pixels=self.limits.max_pixels,
-            **options,
-        )
+        steps = self.steps(picture, task, seed, settings, job, options)
         try:
             for moment in steps:
+                if self.stops.event(job).is_set():
+                    raise Stopped
                 if isinstance(moment, Step):
                     yield moment
                 else:
@@ -168,10 +169,27 @@ class Handlers:
                         photo, before = before, Image.new("RGB", moment.size, (128, 128, 128))
                         before.paste(photo, (options["left"], options["top"]))
                     yield Result(f"{stem(payload)}-{task}", f"seed {seed}", before, moment)
-        except (ValueError, TypeError, OSError, FloatingPointError) as error:
-            raise friendly(error) from None
         finally:
             steps.close()  # type: ignore[attr-defined]
+
+    def _steps(
+        self, picture: canvas.Picture, task: str, seed: int, settings: Settings, job: int, options: dict[str, Any]
+    ) -> Iterator[Step | Image.Image]:
+        """One variation, watched; what is given and what comes can go from process to process."""
+        steps = watch(
+            with_solver(self.pipe, settings.solver),
+            picture,
+            self.stops.event(job),
+            task=task,
+            generator=torch.Generator().manual_seed(seed),
+            num_inference_steps=settings.steps,
+            max_pixels=self.limits.max_pixels,
+            **options,
+        )
+        try:
+            yield from steps
+        except (ValueError, TypeError, OSError, FloatingPointError) as error:
+            raise friendly(error) from None
 
     # for programs: previews are yielded, and the finished picture last
 

@@ -1,9 +1,10 @@
 """The pipeline watched while it works: a generator of what it predicts, which can be stopped within one step."""
 
+import os
 import time
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from queue import SimpleQueue
 from threading import Event, Thread
 from typing import Any
@@ -46,24 +47,43 @@ class Stops:
     """Who may stop what: the jobs of each visitor's session."""
 
     def __init__(self) -> None:
-        self._events: dict[str, set[Event]] = defaultdict(set)
+        self._numbers = count()
+        self._jobs: dict[int, tuple[str, Event]] = {}
 
-    def start(self, session: str) -> Event:
-        event = Event()
-        self._events[session].add(event)
-        return event
+    def start(self, session: str) -> int:
+        """A new job; its number."""
+        number = next(self._numbers)
+        self._jobs[number] = session, Event()
+        return number
 
-    def end(self, session: str, event: Event) -> None:
-        self._events[session].discard(event)
-        if not self._events[session]:
-            del self._events[session]
+    def end(self, number: int) -> None:
+        del self._jobs[number]
+
+    def event(self, number: int) -> Event:
+        """What stops this job; another process knows none, and there it is never set."""
+        return self._jobs[number][1] if number in self._jobs else Event()
 
     def stop(self, session: str) -> int:
         """Stops every job of the session; their number."""
-        events = list(self._events.get(session, ()))
+        events = [event for whose, event in list(self._jobs.values()) if whose == session]
         for event in events:
             event.set()
         return len(events)
+
+
+def on_zero_gpu() -> bool:
+    """Whether this is a Space whose GPU is there during decorated calls only."""
+    return os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "t", "true")
+
+
+def borrowing_gpu(function: Callable[..., Iterator], seconds: Callable[..., float]) -> Callable[..., Iterator]:
+    """On ZeroGPU, a generator that is run by a process with the GPU, for at most `seconds` of the same arguments, which
+    are pickled; closing it ends the work there. Elsewhere, the generator itself."""
+    if not on_zero_gpu():
+        return function
+    import spaces
+
+    return spaces.GPU(function, duration=seconds)
 
 
 def with_solver(pipe: PalettePipeline, name: str | None) -> PalettePipeline:

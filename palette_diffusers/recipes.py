@@ -1,7 +1,7 @@
 """How a picture was made, kept inside its file, so that it can be made again.
 
 A recipe is a dict of JSON values: task, source and mask (name and SHA-256), model, dtype, seed, sample (which of
-`samples`), steps, and the task's own options. It is stored in a PNG's text chunk `palette`.
+`samples`), steps, no_exif, and the task's own options. It is stored in a PNG's text chunk `palette`.
 """
 
 import hashlib

@@ -238,6 +238,14 @@ def _adapt(unet: PaletteUNet2DModel, settings: TrainSettings) -> None:
     unet.add_adapter(LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_rank, target_modules=LORA_TARGETS))
 
 
+def _trainable(settings: TrainSettings) -> tuple[PaletteUNet2DModel, PaletteScheduler, int]:
+    """As `_network`, with adapters where the settings ask for them."""
+    unet, scheduler, steps = _network(settings)
+    if settings.lora_rank:
+        _adapt(unet, settings)
+    return unet, scheduler, steps
+
+
 def _optimizer(parameters: list[torch.nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
     options: dict[str, Any] = dict(lr=settings.rate, weight_decay=settings.weight_decay)
     if settings.optimizer == "adamw8bit":
@@ -350,15 +358,13 @@ def dry_run(settings: TrainSettings) -> None:
 
     folder = Path(settings.output)
     folder.mkdir(parents=True, exist_ok=True)
-    unet, scheduler, _ = _network(settings)
+    unet, scheduler, _ = _trainable(settings)
     dataset = _dataset(settings, scheduler, bool(unet.config.hole_skip))
     loader = iter(_loader(dataset, settings, 0, 1))
     batch = next(loader)
     draw_batch(batch, settings.task_list, folder / "batch.png")
     parameters = sum(p.numel() for p in unet.parameters())
     one = {k: v[:1] for k, v in batch.items()}
-    if settings.lora_rank:
-        _adapt(unet, settings)
     with FlopCounterMode(display=False) as counter:
         training_loss(unet, one, settings).backward()
     if settings.checkpointing:
@@ -432,9 +438,7 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
 
     torch.manual_seed(settings.seed)
     torch.backends.cuda.matmul.allow_tf32 = True
-    unet, scheduler, default_steps = _network(settings)
-    if settings.lora_rank:
-        _adapt(unet, settings)
+    unet, scheduler, default_steps = _trainable(settings)
     if settings.checkpointing:
         unet.enable_gradient_checkpointing()
     if settings.channels_last:

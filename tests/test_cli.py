@@ -115,6 +115,8 @@ def test_date_and_place_can_be_left_out(files, photo):
         arguments = ["colorize", files / "dated.jpg", "-o", target, "--model", files / "model", "--steps", 1, *more]
         assert invoke(*arguments).exit_code == 0
         assert (306 in Image.open(target).getexif()) == kept
+        assert invoke("again", target, "-o", files / "again.png").exit_code == 0
+        assert (files / "again.png").read_bytes() == target.read_bytes()
 
 
 def test_info(files):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import toy_unet
 from diffusers import DDPMScheduler, UNet2DModel
-from fixtures.record import FOLDER, GAMMAS, TIMESTEPS, fill, inputs
+from fixtures.record import FOLDER, GAMMAS, LABEL, TIMESTEPS, fill, inputs
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -73,6 +73,42 @@ def test_janspiry_without_average_or_configuration(janspiry):
         assert np.abs(half.unet(y, torch.tensor(GAMMAS), x).sample - expected).max() > 0.01
         np.testing.assert_allclose(whole.unet(y, torch.tensor(GAMMAS), x).sample, expected, atol=1e-5)
     assert whole.config.tasks == ["uncropping"]
+
+
+@pytest.mark.parametrize("name", ["janspiry_sr3", "sr3"])
+def test_sr3_networks(tmp_path, name):
+    """Its own repository's, which is told sqrt(gamma), and that of Janspiry's Palette, which is told gamma."""
+    recorded, expected = original(name)
+    torch.save(fill(recorded["layout"]), tmp_path / "I10_E1_gen.pth")
+    arguments = recorded["arguments"]
+    if name == "sr3":
+        betas = {"train": arguments["beta_schedule"], "val": arguments["beta_schedule"] | {"n_timestep": 100}}
+        model = {"which_model_G": "sr3", "diffusion": {"image_size": 16}} | arguments | {"beta_schedule": betas}
+    else:
+        model = {"which_model": {"args": {"task": "colorization"}}, "which_networks": [{"args": arguments}]}
+    (tmp_path / "config.json").write_text(json.dumps({"model": model}))
+    done = run("convert", tmp_path / "I10_E1_gen.pth", tmp_path / "out", "--config", tmp_path / "config.json")
+    assert done.exit_code == 0, done.output
+    pipe, (y, x) = load(tmp_path / "out"), inputs()
+    with torch.no_grad():
+        np.testing.assert_allclose(pipe.unet(y, torch.tensor(GAMMAS), x).sample, expected, atol=1e-5)
+    steps, task = (100, "paired") if name == "sr3" else (1000, "colorization")
+    assert pipe.config.default_steps == steps and pipe.config.tasks == [task] and pipe.unet.config.sample_size == 16
+    assert pipe(x[:1].clamp(-1, 1), num_inference_steps=2, output_type="pt").images.shape == (1, 3, 16, 16)
+
+
+def test_adm_of_one_class(tmp_path):
+    recorded, expected = original("adm_classes")
+    torch.save(fill(recorded["layout"]), tmp_path / "adm.pt")
+    arguments = ("convert", tmp_path / "adm.pt", tmp_path / "out", "--head-channels", 16, "--image-size", 16)
+    for label, says in (([], "conditioned on 10 classes"), (["--label", 10], "0 to 9, not 10")):
+        done = run(*arguments, *label)
+        assert done.exit_code == 2 and says in done.stderr and not (tmp_path / "out").exists(), done.output
+    done = run(*arguments, "--label", LABEL)
+    assert done.exit_code == 0, done.output
+    y, x = inputs()
+    with torch.no_grad():
+        np.testing.assert_allclose(load(tmp_path / "out").unet(y, LEVELS, x).sample, expected[:, :3], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["adm", "adm_new_order", "adm_conv"])
@@ -159,10 +195,9 @@ def test_what_is_refused(tmp_path, monkeypatch):
     state = fill(layout)
     torch.save({"weights": Evil()}, "evil.pt")
     torch.save({"epoch": 3}, "numbers.pt")
-    torch.save(state | {"label_emb.weight": torch.zeros(10, 128)}, "classes.pt")
     torch.save(state | {"extra.0.weight": torch.zeros(1)}, "extra.pt")
     torch.save({name: value for name, value in state.items() if name != "out.2.bias"}, "missing.pt")
-    torch.save({"denoise_fn.noise_level_mlp.1.weight": torch.zeros(4, 4)}, "sr3.pth")
+    torch.save({"denoise_fn.time_mlp.1.weight": torch.zeros(4, 4)}, "ddpm.pth")
     save_file({"a": torch.zeros(1)}, "other.safetensors")
     Path("broken.pt").write_bytes(b"no pickle")
     toy_unet().save_pretrained("ours")
@@ -173,10 +208,9 @@ def test_what_is_refused(tmp_path, monkeypatch):
     for name, says in (
         ("evil.pt", "is not run"),
         ("numbers.pt", "expected a dictionary of tensors"),
-        ("classes.pt", "conditioned on classes"),
         ("extra.pt", "extra.0.weight has no place"),
         ("missing.pt", "lacks 'conv_out.bias'"),
-        ("sr3.pth", "sr3 network"),
+        ("ddpm.pth", "told no continuous noise level"),
         ("other.safetensors", "it begins with a"),
         ("broken.pt", "is not run"),
         ("ours", "PaletteUNet2DModel, expected a UNet2DModel"),
@@ -187,9 +221,10 @@ def test_what_is_refused(tmp_path, monkeypatch):
         assert done.exit_code == 2 and done.stderr.count("\n") == 1 and says in done.stderr, (name, done.output)
     Path("list.json").write_text("[]")
     for arguments, says in (
-        (["sr3.pth", "out", "--config", "list.json"], "no configuration of Janspiry's"),
+        (["ddpm.pth", "out", "--config", "list.json"], "no configuration of Janspiry's"),
         (["stock", "ours"], "not empty"),
         (["stock", "out", "--task", "painting"], "task is 'painting'"),
+        (["adm.pt", "out", "--label", 3], "conditioned on no classes"),
         (["adm.pt", "out", "--head-channels", 48], "no multiple of the 48"),
     ):
         done = run("convert", *arguments)

@@ -1,8 +1,11 @@
 """The demo without a browser: programs that call it, and visitors who mean no good."""
 
+import asyncio
 import base64
+import importlib.util
 import io
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -10,6 +13,7 @@ import time
 import zlib
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import requests
@@ -21,19 +25,20 @@ gr = pytest.importorskip("gradio")
 from gradio_client import Client, handle_file  # noqa: E402
 
 from palette_diffusers import cli, demo  # noqa: E402
-from palette_diffusers.demo_handlers import Handlers, Settings  # noqa: E402
+from palette_diffusers.demo_handlers import Handlers, Settings, gpu_seconds  # noqa: E402
 from palette_diffusers.demo_jobs import SOLVERS, Step, Stopped, watch, with_solver  # noqa: E402
 from palette_diffusers.demo_limits import Limits, whole  # noqa: E402
 
 LIMITS = {"PALETTE_MAX_PIXELS": "1000000", "PALETTE_MAX_BYTES": "2000000", "PALETTE_MAX_QUEUE": "2"}
 ROOT = Path(__file__).parents[1]
+MCP = importlib.util.find_spec("mcp") is not None
 
 
 @pytest.fixture(scope="module")
 def server():
     os.environ.update(LIMITS)
     try:
-        _, url, _ = demo.launch(host="127.0.0.1", prevent_thread_lock=True, quiet=True)
+        _, url, _ = demo.launch(host="127.0.0.1", prevent_thread_lock=True, quiet=True, mcp=MCP)
     finally:
         for name in LIMITS:
             del os.environ[name]
@@ -125,6 +130,59 @@ def test_heic(client, photo, tmp_path):
     pillow_heif.register_heif_opener()
     Image.fromarray(photo).save(tmp_path / "phone.heic")
     assert pixels(client.predict(handle_file(tmp_path / "phone.heic"), api_name="/colorize")).shape == photo.shape
+
+
+@pytest.mark.skipif(not MCP, reason="the package mcp is not installed")
+def test_an_agent_finds_the_tasks_and_calls_one(server, photo):
+    from mcp import ClientSession
+    from mcp.client.streamable_http import streamablehttp_client
+
+    async def talk():
+        async with streamablehttp_client(f"{server}gradio_api/mcp/") as (read, write, _):
+            async with ClientSession(read, write) as session:
+                await session.initialize()
+                tools = {tool.name: tool for tool in (await session.list_tools()).tools}
+                image = data_url(encoded(Image.fromarray(photo)))["url"]
+                called = [name for name in tools if name.endswith("restore_jpeg")][0]
+                return tools, await session.call_tool(called, {"image": image, "seed": 0, "steps": 4})
+
+    tools, answer = asyncio.run(talk())
+    for task in ("colorize", "inpaint", "uncrop", "restore_jpeg"):
+        assert any(name.endswith(task) for name in tools), list(tools)
+    assert "image" in tools[[name for name in tools if name.endswith("colorize")][0]].inputSchema["properties"]
+    assert not answer.isError
+    pictures = [content for content in answer.content if content.type == "image"]
+    result = Image.open(io.BytesIO(base64.b64decode(pictures[-1].data)))
+    assert result.size == (200, 150) and result.format == "PNG"
+
+
+@pytest.mark.parametrize("task", ["colorization", "inpainting", "uncropping", "jpeg_restoration", "paired"])
+def test_it_starts_with_a_model_of_any_task(pipe, tmp_path, task):
+    pipe.register_to_config(tasks=[task], default_task=task)
+    pipe.save_pretrained(tmp_path)
+    assert demo.load(str(tmp_path)).config.tasks == [task]
+
+
+def test_old_files_are_deleted_while_others_come(monkeypatch, tmp_path, photo):
+    monkeypatch.setenv("PALETTE_KEEP_SECONDS", "1")
+    app, url, _ = demo.launch(host="127.0.0.1", prevent_thread_lock=True, quiet=True)
+    picture, until = encoded(Image.fromarray(photo)), time.monotonic() + 4
+
+    def visit(i):
+        while time.monotonic() < until:
+            assert requests.post(f"{url}gradio_api/upload", files={"files": (f"{i}.png", picture)}, timeout=9).ok
+
+    threads = [threading.Thread(target=visit, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    known = lambda: {n for names in app.get_blocks().temp_file_sets for n in list(names) if n[-6:-5] == "/"}  # noqa: E731
+    uploads = known()
+    assert {Path(name).name for name in uploads} == {"0.png", "1.png", "2.png", "3.png"}
+    time.sleep(3.5)
+    assert not any(Path(name).exists() for name in uploads) and not known()
+    app.get_blocks().close()
 
 
 # who means no good
@@ -320,6 +378,21 @@ def test_stop_is_within_one_step(pipe, photo):
     assert count <= seen + 1
 
 
+def test_what_zero_gpu_is_given(pipe, photo, monkeypatch):
+    """The real package's decorator takes the generator, whose arguments and results go from process to process. On a
+    GPU of ZeroGPU, which needs torch built for CUDA, it has not been run."""
+    pytest.importorskip("spaces")
+    monkeypatch.setenv("SPACES_ZERO_GPU", "true")
+    handlers = Handlers(pipe, Limits())
+    picture = handlers.photo(data_url(encoded(Image.fromarray(photo))))
+    given = pickle.loads(pickle.dumps((picture, "colorization", 1, settings(steps=20), 0, {})))
+    assert abs(gpu_seconds(*given) - 10.6) < 1e-6
+    *steps, image = [pickle.loads(pickle.dumps(moment)) for moment in handlers.steps(*given)]
+    assert image.size == (200, 150) and steps[-1].number == 20
+    with pytest.raises(gr.Error, match="this checkpoint knows"):  # a message that comes through
+        list(handlers.steps(picture, "sharpening", 1, settings(), 0, {}))
+
+
 def test_brush_upload_invert_and_grow_make_one_mask(pipe, photo):
     handlers = Handlers(pipe, Limits())
     picture = handlers.photo(data_url(encoded(Image.fromarray(photo))))
@@ -407,6 +480,10 @@ def test_the_tree_of_the_space_runs_by_itself(tmp_path):
     command, environment = [sys.executable, "-c", code], os.environ | {"PYTHONPATH": ""}
     out = subprocess.run(command, cwd=tmp_path / "space", env=environment, capture_output=True, text=True)
     assert str(tmp_path / "space") in out.stdout and "colorization" in out.stdout, out.stderr
+    named = ["publish-space", "anna/palette", "--dry-run", str(tmp_path / "named"), "--model", "anna/mine"]
+    assert CliRunner().invoke(cli.app, named).exit_code == 0
+    for name, models in (("space", None), ("named", ["anna/mine"])):
+        assert huggingface_hub.SpaceCard.load(tmp_path / name / "README.md").data.models == models
     again = CliRunner().invoke(cli.app, ["publish-space", "anna/palette", "--dry-run", str(tmp_path / "space")])
     assert again.exit_code == 2
     assert CliRunner().invoke(cli.app, ["publish-space", "a/b/c", "--dry-run", str(tmp_path / "x")]).exit_code == 2
@@ -417,8 +494,6 @@ def test_the_space_pins_what_is_tested():
     assert set((ROOT / "spaces_app" / "requirements.txt").read_text().split()) <= tested
     front = (ROOT / "spaces_app" / "README.md").read_text().split("---")[1]
     assert f"gradio=={front.split('sdk_version: ')[1].split()[0]}" in tested
-    import huggingface_hub
-
     card = huggingface_hub.SpaceCard(f"---{front}---")
     assert card.data.sdk == "gradio" and (ROOT / "spaces_app" / card.data.app_file).exists()
     assert len(card.data.short_description) <= 60, "the Hub's limit"

@@ -413,3 +413,32 @@ def test_adapters(tmp_path, place):
     pipe.unet.unfuse_lora()
     torch.testing.assert_close(attention.weight, before, atol=1e-5, rtol=0)
     assert "lora" in (tree / "README.md").read_text()
+
+
+PEAK = """
+import re, sys
+from pathlib import Path
+import torch
+from palette_diffusers import PalettePipeline
+PalettePipeline.from_pretrained()  # what is imported on the way
+kib = lambda name: int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+for folder, dtype in (("one", "float32"), ("shards", "float32"), ("shards", "bfloat16")):
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    before = kib("VmRSS")
+    pipe = PalettePipeline.from_pretrained(Path(sys.argv[1]) / folder, dtype=getattr(torch, dtype))
+    weights = list(pipe.unet.parameters())
+    assert all(weight.isfinite().all() for weight in weights)
+    print(1024 * (kib("VmHWM") - before) / sum(weight.nbytes for weight in weights))
+    del pipe, weights
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a peak is counted anew by Linux's clear_refs alone")
+def test_loading_peaks_little_above_the_weights(tmp_path):
+    pipe = PalettePipeline(toy_unet(block_out_channels=(64, 512), norm_num_groups=32), PaletteScheduler())
+    pipe.save_pretrained(tmp_path / "one")
+    pipe.save_pretrained(tmp_path / "shards", max_shard_size="16MB")
+    command = [sys.executable, "-c", PEAK, str(tmp_path)]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    peaks = [float(line) for line in done.stdout.split()]
+    assert len(peaks) == 3 and all(0.5 < peak < 1.3 for peak in peaks), (peaks, done.stderr[-2000:])
