@@ -104,8 +104,8 @@ def fit(height: int, width: int, native: int, multiple: int, top: int = 0, left:
     (55, 74)
     """
     scale = native / math.sqrt(height * width)
-    # a long strip keeps some height
-    scale = max(scale, native / 2 / min(height, width)) if min(height, width) * scale < native / 2 else scale
+    # a long strip keeps some height, up to sixteen times the work
+    scale = max(scale, min(native / 2 / min(height, width), 4 * scale))
     inner = (max(1, round(height * scale)), max(1, round(width * scale)))
     if all(0.7 < side / native < 1.4 for side in (height, width)):  # near enough to be seen as it is
         inner = (height, width)
@@ -158,8 +158,8 @@ def grain(image: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
     """
     light = luma(image)
     detail = (light - box_mean(light, 1)).square() * where
-    share = F.avg_pool2d(where, 8)[0, 0]
-    cells = F.avg_pool2d(detail, 8)[:, 0, share > 0.9] if share.numel() else detail.new_zeros(len(image), 0)
+    small = min(where.shape[-2:]) < 8
+    cells = detail.new_zeros(len(image), 0) if small else F.avg_pool2d(detail, 8)[:, 0, F.avg_pool2d(where, 8)[0, 0] > 0.9]
     if not cells.shape[1]:
         return image.new_zeros(len(image), 1, 1, 1)
     calm = cells.quantile(0.2, dim=1)
