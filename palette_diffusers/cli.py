@@ -18,7 +18,7 @@ app = typer.Typer(
 Source = Annotated[Path, typer.Argument(help="the photograph, or a folder of them")]
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="file or folder; default: IN-TASK.png beside IN")]
 Steps = Annotated[int | None, typer.Option(help="network evaluations; default: the checkpoint's")]
-Seed = Annotated[int, typer.Option(help="the same seed makes the same picture")]
+Seed = Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="the same seed makes the same picture")]
 Samples = Annotated[int, typer.Option(min=1, help="variations to write (OUT-1, OUT-2, ..., and OUT-sheet)")]
 Model = Annotated[str | None, typer.Option(help="folder or Hub id; default: the starter checkpoint")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps")]
@@ -83,6 +83,8 @@ class _Work:
 
     @property
     def limit(self) -> int:
+        if not 0 < self.max_megapixels < 1e6:
+            raise ValueError(f"max-megapixels is {self.max_megapixels:g}, expected above 0 and below 1000000")
         return round(self.max_megapixels * 1e6)
 
     def recipe(self, source: Path, mask: Path | str | None = None) -> dict[str, Any]:
@@ -315,6 +317,8 @@ def again(
             **{k: recipe[k] for k in ("task", "model", "dtype", "steps", "seed", "samples", "options")},
         )  # fmt: skip
         target = output or picture.with_stem(f"{picture.stem}-again")
+        if target.resolve() == work.source.resolve():
+            raise ValueError(f"{target} is the input: name another output")
         image = _sample(work, canvas.read(work.source, work.limit), hole)[recipe["sample"]]
         image.info[canvas.RECIPE] = json.dumps(recipe)
         canvas.save(image, target)

@@ -419,14 +419,14 @@ def check_command(example: tuple) -> str:
             arguments += ["--model", model_folder()]
             arguments += [] if "--steps" in more else ["--steps", "1"]
         arguments = [a.replace("PHOTO", str(photo)) if a == "PHOTO" else a for a in arguments]
-        before = photo.read_bytes()
+        before = photo.read_bytes() if command != "again" else b""
         with bounded(40_000_000):
             done = CliRunner().invoke(app, arguments)
         if done.exception is not None and not isinstance(done.exception, SystemExit):
             raise done.exception
         assert done.exit_code in (0, 1, 2) and (done.exit_code != 1 or command == "folder"), done.output
         assert "Traceback" not in done.output
-        assert photo.read_bytes() == before, "the photograph was changed"
+        assert command == "again" or photo.read_bytes() == before, "the photograph was changed"
         assert not list(folder.rglob("*.part"))
         return "accepted" if done.exit_code == 0 else "refused"
 
