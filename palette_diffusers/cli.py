@@ -193,6 +193,7 @@ def _folder(work: _Work, mask: str | None) -> None:
     if work.samples > 1:
         raise ValueError(f"samples is {work.samples}: of a folder, each photograph gets one")
     from . import folders
+    from .files import alone
 
     jobs = folders.plan(work.source, work.output, work.recursive, mask)
     if work.plan:
@@ -216,7 +217,8 @@ def _folder(work: _Work, mask: str | None) -> None:
         ).images  # fmt: skip
         return [work.finish(image, work.recipe(job.source, job.mask)) for image, job in zip(images, some, strict=True)]
 
-    report = folders.run(jobs[rank::processes], restore, work.overwrite, work.limit, sys.stderr.isatty())
+    with alone(work.output, rank):
+        report = folders.run(jobs[rank::processes], restore, work.overwrite, work.limit, sys.stderr.isatty())
     print(f"{report.done} done, {report.skipped} there already, {len(report.failed)} failed")
     for path, why in report.failed:
         print(f"palette: {path}: {' '.join(why.split())}", file=sys.stderr)

@@ -159,7 +159,9 @@ def grain(image: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
     light = luma(image)
     detail = (light - box_mean(light, 1)).square() * where
     small = min(where.shape[-2:]) < 8
-    cells = detail.new_zeros(len(image), 0) if small else F.avg_pool2d(detail, 8)[:, 0, F.avg_pool2d(where, 8)[0, 0] > 0.9]
+    cells = (
+        detail.new_zeros(len(image), 0) if small else F.avg_pool2d(detail, 8)[:, 0, F.avg_pool2d(where, 8)[0, 0] > 0.9]
+    )
     if not cells.shape[1]:
         return image.new_zeros(len(image), 1, 1, 1)
     calm = cells.quantile(0.2, dim=1)

@@ -111,7 +111,9 @@ def summary(log: Path) -> int:
         lines = [line for (surface, _), line in newest.items() if surface == name]
         accepted, refused = (sum(line[key] for line in lines) for key in ("accepted", "refused"))
         bad = sum(bool(line["problem"]) for line in lines)
-        print(f"{name}: {accepted + refused} inputs, {accepted} accepted, {refused} refused, {bad} chunks with findings")
+        print(
+            f"{name}: {accepted + refused} inputs, {accepted} accepted, {refused} refused, {bad} chunks with findings"
+        )
     return int(any(line["problem"] for line in newest.values()))
 
 

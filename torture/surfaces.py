@@ -84,7 +84,10 @@ def check_file(example: tuple[Made, str]) -> str:
         again = canvas.read(out, PIXELS)
         assert again.size == picture.size
         if suffix != ".jpg":
-            assert np.array_equal(canvas.to_uint8(again.image), canvas.to_uint8(picture.image)) or picture.alpha is not None
+            assert (
+                np.array_equal(canvas.to_uint8(again.image), canvas.to_uint8(picture.image))
+                or picture.alpha is not None
+            )
         assert [p.name for p in sorted(Path(folder).iterdir())] == sorted({out.name, "photo.png"})
     return "accepted"
 
@@ -151,8 +154,12 @@ def drawn_masks(draw: st.DrawFn) -> tuple:
         box = ",".join(map(str, draw(st.lists(st.integers(0, 90), min_size=3, max_size=5))))
         words = st.sampled_from(["alpha", "#00ff00", "#FFFFFF", "#0", "9,9", box, box, "0,0,1,1", "٣,0,4,4", "²,0,4,4"])
         return kind, height, width, draw(words), draw(st.integers(0, 99))
-    return kind, height, width, draw(st.sampled_from(["bool", "uint8", "float", "tensor", "swapped", "nan"])), draw(
-        st.integers(0, 99)
+    return (
+        kind,
+        height,
+        width,
+        draw(st.sampled_from(["bool", "uint8", "float", "tensor", "swapped", "nan"])),
+        draw(st.integers(0, 99)),
     )
 
 
@@ -186,7 +193,9 @@ def check_mask(example: tuple) -> str:
         assert torch.equal(torch.stack(parts).sum(0), hole)
         values = torch.rand(1, 3, height, width, generator=generator)
         smooth = masks.extend(values, 1 - hole)
-        assert torch.isfinite(smooth).all() and torch.equal(smooth[(hole < 1).expand_as(smooth)], values[(hole < 1).expand_as(values)])
+        assert torch.isfinite(smooth).all() and torch.equal(
+            smooth[(hole < 1).expand_as(smooth)], values[(hole < 1).expand_as(values)]
+        )
         grown = masks.grow(hole, seed % 5)
         assert (grown >= hole).all()
     return "accepted"
@@ -299,7 +308,9 @@ def toy_pipe(holes: bool) -> PalettePipeline:
 @st.composite
 def calls(draw: st.DrawFn) -> tuple:
     height, width = draw(sides(draw(st.sampled_from([90] * 6 + [250] * 3 + [1200]))))
-    side = st.one_of(st.just(0), st.integers(0, 40), st.floats(0, 0.7), st.sampled_from([0, 1, -2, float("nan"), 10**9]))
+    side = st.one_of(
+        st.just(0), st.integers(0, 40), st.floats(0, 0.7), st.sampled_from([0, 1, -2, float("nan"), 10**9])
+    )
     options: dict[str, Any] = dict(
         task=draw(st.sampled_from(TASKS)),
         num_inference_steps=draw(st.sampled_from([1] * 8 + [2, 2, 3, None, 0, 2.5])),
@@ -310,7 +321,11 @@ def calls(draw: st.DrawFn) -> tuple:
         if draw(st.integers(0, 5)) == 0:
             options |= {name: 0 for name in ("left", "right", "top", "bottom")}
             options["aspect"] = draw(st.sampled_from([1.0, 1.5, 3.0, 0.0, -1.0, float("inf"), float("nan"), 1e-9]))
-    hole = draw(st.sampled_from(["box"] * 5 + ["dots"] * 2 + ["alpha", "none", "full", "words"])) if options["task"] == "inpainting" else ""
+    hole = (
+        draw(st.sampled_from(["box"] * 5 + ["dots"] * 2 + ["alpha", "none", "full", "words"]))
+        if options["task"] == "inpainting"
+        else ""
+    )
     return height, width, draw(st.integers(0, 9999)), hole, draw(st.booleans()), options
 
 
@@ -344,7 +359,10 @@ def check_call(example: tuple) -> str:
         if options["task"] == "inpainting" and isinstance(options["mask_image"], np.ndarray):
             assert np.array_equal(result[mask < 128], pixels[..., :3][mask < 128])
         if options["task"] == "uncropping" and "aspect" not in options:
-            top, left = (round(options[n] * s) if isinstance(options[n], float) else options[n] for n, s in (("top", height), ("left", width)))
+            top, left = (
+                round(options[n] * s) if isinstance(options[n], float) else options[n]
+                for n, s in (("top", height), ("left", width))
+            )
             assert np.array_equal(result[top : top + height, left : left + width], pixels[..., :3])
     if seed % 5 == 0:
         again = pipe(pixels, generator=torch.Generator().manual_seed(seed), max_pixels=2_000_000, **options).images
@@ -369,20 +387,29 @@ def commands(draw: st.DrawFn) -> tuple:
     command = draw(st.sampled_from(["colorize", "restore", "inpaint", "uncrop", "again", "folder"]))
     more = []
     if command == "inpaint":
-        more += ["--mask", draw(st.sampled_from(["alpha", "#000000", "#ffffff", "0,0,1,1", "0,0,3,2", "nowhere.png", "", "PHOTO"]))]
+        more += [
+            "--mask",
+            draw(st.sampled_from(["alpha", "#000000", "#ffffff", "0,0,1,1", "0,0,3,2", "nowhere.png", "", "PHOTO"])),
+        ]
     if command == "uncrop":
         more += [draw(st.sampled_from(["--left", "--right", "--top", "--bottom", "--aspect"])), draw(word)]
     if draw(st.integers(0, 3)) == 0:
         name = draw(st.sampled_from(["--seed", "--samples", "--max-megapixels", "--dtype", "--device", "--steps"]))
         more += [name, draw(word) if name != "--samples" else draw(st.sampled_from(["0", "-1", "x", "2"]))]
-    output = draw(st.sampled_from(["out.png", "out.jpg", "out.xyz", "no/out.png", "PHOTO", "out", "a\0b.png", ".png", "x" * 300 + ".png"]))
+    output = draw(
+        st.sampled_from(
+            ["out.png", "out.jpg", "out.xyz", "no/out.png", "PHOTO", "out", "a\0b.png", ".png", "x" * 300 + ".png"]
+        )
+    )
     recipe = draw(hostile_recipes()) if command == "again" else ""
     return command, made, more, output, recipe
 
 
 @st.composite
 def hostile_recipes(draw: st.DrawFn) -> str:
-    value = st.sampled_from([None, 0, -1, 1, 99, 1e9, "", "x", "../../etc/passwd", [], {}, {"name": ".."}, True, "a\0b"])
+    value = st.sampled_from(
+        [None, 0, -1, 1, 99, 1e9, "", "x", "../../etc/passwd", [], {}, {"name": ".."}, True, "a\0b"]
+    )
     sound = {
         "task": "colorization", "source": {"name": "source.png", "sha256": "SHA"}, "mask": None, "model": "MODEL",
         "dtype": "float32", "steps": 1, "seed": 0, "sample": 0, "samples": 1, "options": {},
