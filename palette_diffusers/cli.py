@@ -39,7 +39,7 @@ def _fail(message: object) -> None:
 @contextmanager
 def _one_line(*more: type[Exception]) -> Iterator[None]:
     """What was refused, as one line."""
-    refused: tuple[type[Exception], ...] = (ValueError, TypeError, OSError, *more)
+    refused: tuple[type[Exception], ...] = (ValueError, TypeError, OSError, MemoryError, FloatingPointError, *more)
     try:
         yield
     except refused as error:

@@ -168,7 +168,7 @@ class Handlers:
                         photo, before = before, Image.new("RGB", moment.size, (128, 128, 128))
                         before.paste(photo, (options["left"], options["top"]))
                     yield Result(f"{stem(payload)}-{task}", f"seed {seed}", before, moment)
-        except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        except (ValueError, TypeError, OSError, FloatingPointError, MemoryError) as error:
             raise friendly(error) from None
         finally:
             steps.close()  # type: ignore[attr-defined]

@@ -269,6 +269,34 @@ def tile_places(
     return [(y, x) for y, x in places if where is None or where[..., y : y + tile, x : x + tile].any()]
 
 
+def halving(predict: Predict) -> Predict:
+    """Wraps a noise-predicting callable: a batch that memory does not hold is done in halves. gamma is one for all.
+
+    Raises:
+        MemoryError: a sample alone is too large; the message says what helps.
+    """
+
+    def halved(sample: torch.Tensor, gamma: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        try:
+            return predict(sample, gamma, condition)
+        except RuntimeError as error:
+            if not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)):
+                raise
+        # outside of the handler, whose traceback would hold the memory
+        number, (height, width) = len(sample), sample.shape[-2:]
+        if number == 1:
+            raise MemoryError(
+                f"no memory for one evaluation of {width}x{height} pixels on {sample.device}: a half-precision dtype, "
+                "a smaller photograph or model, or device cpu takes less"
+            )
+        if sample.device.type == "cuda":
+            torch.cuda.empty_cache()
+        parts = zip(sample.split(-(-number // 2)), condition.split(-(-number // 2)), strict=True)
+        return torch.cat([halved(some, gamma, given) for some, given in parts])
+
+    return halved
+
+
 def tiled(predict: Predict, tile: int, overlap: int, where: torch.Tensor | None = None, batch: int = 32) -> Predict:
     """Wraps a noise-predicting callable: tiles overlap, and their estimates are blended at every step.
 

@@ -23,7 +23,8 @@ OUTPUT = Path("outputs/torture")
 def chunk(name: str, seed: int, count: int) -> dict[str, object]:
     """Checks `count` examples of a surface; the smallest that fails, if one does."""
     import torch
-    from hypothesis import HealthCheck, Phase, given, seed as seeded, settings
+    from hypothesis import HealthCheck, Phase, given, settings
+    from hypothesis import seed as seeded
 
     from torture.surfaces import SURFACES
 

@@ -4,7 +4,6 @@ A check passes by what is documented: a result that keeps the invariants, or Val
 """
 
 import contextlib
-import io
 import json
 import tempfile
 from collections.abc import Callable
