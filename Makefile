@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install browser demo test lint clean
+.PHONY: install browser demo test torture soak audit lint clean
 
 install: $(VENV)/.installed
 
@@ -27,6 +27,20 @@ browser:  # the tests of the demo drive Debian's Chromium; without it they are s
 
 test: lint browser
 	$(BIN)/python -m pytest
+
+MINUTES ?= 60
+SEED ?= 0
+
+torture: install  # generated inputs and kills; goes on where it was stopped
+	$(BIN)/python -m torture.fuzz --count 20000 --seed $(SEED) --minutes $(MINUTES)
+	$(BIN)/python -m torture.faults --kills 200 --seed $(SEED) --minutes $(MINUTES)
+
+soak: install
+	$(BIN)/python -m torture.soak --minutes $(MINUTES)
+
+audit: install  # asks an online list of known weaknesses
+	$(BIN)/python -m pip install -q pip-audit
+	$(BIN)/pip-audit -r constraints.txt --no-deps --disable-pip
 
 clean:
 	rm -rf $(VENV) outputs build dist *.egg-info

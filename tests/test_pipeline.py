@@ -467,10 +467,9 @@ EXTREME = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("spacing", ["paper", "logsnr"])
-@pytest.mark.parametrize("steps", [1, 2, 12])
-def test_extreme_pictures_at_every_precision(dtype, spacing, steps):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("spacing", "steps"), [("paper", 1), ("paper", 3), ("logsnr", 2)])
+def test_extreme_pictures_in_half_precision(dtype, spacing, steps):
     """The paper's spacing begins at gamma = 6.6e-21, the last levels round to 1."""
     pipe = PalettePipeline(toy_unet().to(dtype), PaletteScheduler(sampling_spacing=spacing))
     pipe.set_progress_bar_config(disable=True)

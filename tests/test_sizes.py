@@ -233,7 +233,7 @@ def test_grain_is_that_of_the_calm_places(seeded):
 
 def test_a_line_of_pixels_is_no_more_work_than_it_is_worth():
     inner = sizes.fit(1, 5000, 64, 8).inner
-    assert inner[0] * inner[1] <= 17 * 64 * 64
+    assert inner[0] * inner[1] <= 20 * 64 * 64  # without the limit: 32 x 160000
     assert sizes.fit(100, 2000, 64, 8).inner[0] == 32  # a strip keeps its height
 
 
@@ -257,4 +257,4 @@ def test_a_batch_that_memory_does_not_hold_is_halved():
     with pytest.raises(MemoryError, match="one evaluation of 8x8 pixels on cpu: a half-precision"):
         sizes.halving(narrow)(sample, torch.tensor(0.5), condition)
     with pytest.raises(RuntimeError, match="size"):  # another error is not taken for this one
-        sizes.halving(lambda s, g, c: s @ c[..., :3])(sample, torch.tensor(0.5), condition)
+        sizes.halving(lambda s, g, c: s + c[..., :3])(sample, torch.tensor(0.5), condition)

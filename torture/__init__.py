@@ -1,1 +1,1 @@
-"""The package, broken on purpose: `make torture`. Seeded, bounded in time, resumable; figures in docs/reliability.md."""
+"""The package, broken on purpose: `make torture`. What was found and mended stands in docs/reliability.md."""

@@ -228,7 +228,8 @@ SHARES = {"training": 0.25, "folder": 0.25, "evaluation": 0.2, "publishing": 0.2
 def start(victim: Victim, folder: Path, again: bool) -> subprocess.Popen:
     environment = os.environ | {
         "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_ENDPOINT": hub().url, "HF_TOKEN": "hf_good",
-        "HF_HOME": str(folder / "hf"), "TMPDIR": str(folder), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HOME": str(folder / "hf"), "TMPDIR": str(folder), "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
     }  # fmt: skip
     said = open(folder / "said.txt", "a")
     return subprocess.Popen(
