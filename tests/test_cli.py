@@ -221,3 +221,18 @@ def test_a_second_run_in_a_folder_is_told(files):
         out = invoke(*arguments)
     assert out.exit_code == 2 and "another run is at work" in out.stderr and not list((files / "out").glob("*.png"))
     assert invoke(*arguments).exit_code == 0
+
+
+def test_a_full_disk_and_a_folder_that_cannot_be_written(files):
+    """Files end at 2,000 bytes, by the system's own limit; /sys takes no files, from root neither."""
+    import resource
+
+    for target, words in ((files / "out.png", "File too large"), ("/sys/out.png", "/sys")):
+        out = subprocess.run(
+            [sys.executable, "-m", "palette_diffusers.cli", "colorize", files / "in.png", "-o", target, "--steps", "1",
+                "--model", files / "model"],
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)), capture_output=True, text=True,
+        )  # fmt: skip
+        last = out.stderr.splitlines()[-1]
+        assert out.returncode == 2 and words in last and "Traceback" not in out.stderr, out.stderr
+    assert not list(files.glob("*out.png*")) and not list(files.glob(".*"))
