@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from .color import luma, with_luma
 from .masks import box_mean
 
+MOST_HOLES = 32  # that are sampled one by one
+
 Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -129,7 +131,8 @@ def hole_view(mask: torch.Tensor, native: int, multiple: int) -> View:
 def separate(mask: torch.Tensor, grid: int = 128) -> list[torch.Tensor]:
     """The holes of a mask (1, 1, H, W) that lie apart, each a mask, so that each gets a view of its own.
 
-    Holes that touch on a grid of at most `grid` cells a side stay together. Sizes fall; together they are the mask.
+    Holes that touch on a grid of at most `grid` cells a side stay together, and on a coarser one where they would be
+    more than `MOST_HOLES`, as specks of dust are. Sizes fall; together they are the mask.
     """
     size = tuple(mask.shape[-2:])
     cells = F.adaptive_max_pool2d(mask, tuple(min(side, grid) for side in size))
@@ -143,6 +146,8 @@ def separate(mask: torch.Tensor, grid: int = 128) -> list[torch.Tensor]:
     found = labels.unique()
     if len(found) <= 2:
         return [mask]
+    if len(found) > MOST_HOLES + 1:
+        return separate(mask, grid // 2)
     # by whole numbers: interpolation rounds, and would leave pixels out
     rows, columns = (torch.arange(n) * c // n for n, c in zip(size, labels.shape[-2:], strict=True))
     near = labels[..., rows, :][..., columns]

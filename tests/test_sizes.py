@@ -258,3 +258,9 @@ def test_a_batch_that_memory_does_not_hold_is_halved():
         sizes.halving(narrow)(sample, torch.tensor(0.5), condition)
     with pytest.raises(RuntimeError, match="size"):  # another error is not taken for this one
         sizes.halving(lambda s, g, c: s + c[..., :3])(sample, torch.tensor(0.5), condition)
+
+
+def test_specks_of_dust_are_not_sampled_one_by_one(seeded):
+    mask = (torch.rand(1, 1, 300, 300, generator=seeded()) < 0.01).float()
+    holes = sizes.separate(mask)
+    assert 1 <= len(holes) <= sizes.MOST_HOLES and torch.equal(torch.stack(holes).sum(0), mask)
