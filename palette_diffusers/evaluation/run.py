@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..files import alone, write_text
+from ..files import write_text
 from . import inputs, metrics
 from .features import FeatureNetwork
 from .inputs import Batch, Photographs
@@ -68,30 +68,26 @@ def evaluate(
 
     Raises:
         ValueError: too few photographs for the features, another run in `output`, a restorer's wrong results.
-        FileExistsError: a run is at work in `output`.
     """
     from accelerate import PartialState
 
     state = PartialState()
     run = _Run(photographs, features, classifier or features, output, batch, samples, seed, progress, state)
     run.check(restorers, variants, reference, manifest)
-    with alone(output, state.process_index):
-        run.originals("originals", photographs)
-        if reference is not None:
-            run.originals("reference", reference)
-        for variant in variants:
-            run.task(variant, [r for r in restorers if r.handles(inputs.check_variant(variant))], manifest)
-        state.wait_for_everyone()
-        if not state.is_main_process:
-            return None
-        from .pages import write_pages
+    run.originals("originals", photographs)
+    if reference is not None:
+        run.originals("reference", reference)
+    for variant in variants:
+        run.task(variant, [r for r in restorers if r.handles(inputs.check_variant(variant))], manifest)
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return None
+    from .pages import write_pages
 
-        results = _Summary(run, "originals" if reference is None else "reference", replicates).results(
-            restorers, variants
-        )
-        write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
-        write_pages(output, results)
-        return results
+    results = _Summary(run, "originals" if reference is None else "reference", replicates).results(restorers, variants)
+    write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
+    write_pages(output, results)
+    return results
 
 
 class _Run:
