@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install browser demo test lint docs clean
+.PHONY: install browser demo test torture soak audit lint docs clean
 
 install: $(VENV)/.installed
 
@@ -30,6 +30,20 @@ test: lint browser
 
 docs: install  # a site in build/site; a dead link is an error
 	$(BIN)/mkdocs build --quiet
+
+MINUTES ?= 60
+SEED ?= 0
+
+torture: install  # generated inputs and kills; goes on where it was stopped
+	$(BIN)/python -m torture.fuzz --count 20000 --seed $(SEED) --minutes $(MINUTES)
+	$(BIN)/python -m torture.faults --kills 200 --seed $(SEED) --minutes $(MINUTES)
+
+soak: install
+	$(BIN)/python -m torture.soak --minutes $(MINUTES)
+
+audit: install  # asks an online list of known weaknesses
+	$(BIN)/python -m pip install -q pip-audit
+	$(BIN)/pip-audit -r constraints.txt --no-deps --disable-pip
 
 clean:
 	rm -rf $(VENV) outputs build dist *.egg-info

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import tempfile
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,6 +23,11 @@ from PIL.PngImagePlugin import PngInfo
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")  # of photographs, where a folder is searched
 RECIPE = "palette"  # the text chunk of a PNG that says how it was made
 MAX_PIXELS = 50_000_000  # a decompression bomb is refused before it is decoded
+MAX_DOWNLOAD = 200_000_000  # bytes that are fetched from a URL
+MAX_EXIF = 65_533  # bytes of metadata that are carried along: what a JPEG can hold
+MAX_PROFILE = 4_000_000  # bytes of a colour profile
+NO_PHOTOGRAPHS = ("EPS", "WMF")  # drawings, which a program of the system would be started for
+WORDS = re.compile(r"alpha|#[0-9a-fA-F]{6}|[0-9]+,[0-9]+,[0-9]+,[0-9]+")  # of `mask_for`
 
 ImageInput: TypeAlias = Image.Image | str | os.PathLike | np.ndarray | torch.Tensor
 
@@ -43,12 +49,10 @@ class Picture:
 
 def _open(source: str | os.PathLike) -> Image.Image:
     name = os.fspath(source)
+    Image.init()
+    formats = [known for known in Image.OPEN if known not in NO_PHOTOGRAPHS]
     if urlparse(str(name)).scheme in ("http", "https"):
-        import requests
-
-        response = requests.get(str(name), timeout=30)
-        response.raise_for_status()
-        return Image.open(io.BytesIO(response.content))
+        return Image.open(io.BytesIO(_download(str(name))), formats=formats)
     path = Path(name)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
@@ -56,7 +60,35 @@ def _open(source: str | os.PathLike) -> Image.Image:
         raise IsADirectoryError(f"{path} is a folder, an image file was expected")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty, an image file was expected")
-    return Image.open(path)
+    return Image.open(path, formats=formats)
+
+
+def _download(url: str) -> bytes:
+    import requests
+
+    with requests.get(url, timeout=30, stream=True) as response:
+        response.raise_for_status()
+        content = io.BytesIO()
+        for part in response.iter_content(2**20):
+            content.write(part)
+            if content.tell() > MAX_DOWNLOAD:
+                raise ValueError(f"{url} is longer than {MAX_DOWNLOAD} bytes")
+    return content.getvalue()
+
+
+def _upright(picture: Image.Image, name: str) -> tuple[Image.Image, bytes]:
+    """Orientation applied and its tag removed; and the metadata that is left, without what is damaged or too long."""
+    try:
+        picture = ImageOps.exif_transpose(picture)
+        exif = picture.getexif()
+        content = exif.tobytes() if len(exif) else b""
+    except Exception as error:  # its parser raises whatever it stumbles over, and the pixels are sound
+        warnings.warn(f"{name}: damaged metadata is left out ({error})", stacklevel=4)
+        return picture, b""
+    if len(content) > MAX_EXIF:
+        warnings.warn(f"{name}: {len(content)} bytes of metadata are left out, {MAX_EXIF} would be kept", stacklevel=4)
+        return picture, b""
+    return picture, content
 
 
 def _from_pil(picture: Image.Image, name: str, max_pixels: int) -> Picture:
@@ -65,13 +97,12 @@ def _from_pil(picture: Image.Image, name: str, max_pixels: int) -> Picture:
         raise ValueError(f"{name} is {width}x{height}, {width * height} pixels: the limit is {max_pixels} (max_pixels)")
     if width < 1 or height < 1:
         raise ValueError(f"{name} is {width}x{height}, expected at least 1x1")
-    info = {key: picture.info[key] for key in ("icc_profile",) if picture.info.get(key)}
+    profile = picture.info.get("icc_profile")
+    info = {"icc_profile": profile} if profile and len(profile) <= MAX_PROFILE else {}
     picture.load()
-    # the orientation is applied, and its tag removed from the metadata
-    picture = ImageOps.exif_transpose(picture)
-    exif = picture.getexif()
-    if len(exif):
-        info["exif"] = exif.tobytes()
+    picture, exif = _upright(picture, name)
+    if exif:
+        info["exif"] = exif
     alpha = None
     if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
@@ -156,9 +187,9 @@ def read(source: ImageInput, max_pixels: int = MAX_PIXELS) -> Picture:
             return _from_pil(source, name, max_pixels)
     except (UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} is not an image that can be read: {error}") from None
-    except (FileNotFoundError, IsADirectoryError, PermissionError, ValueError):
+    except (FileNotFoundError, IsADirectoryError, PermissionError, ValueError, MemoryError):
         raise
-    except (OSError, SyntaxError, EOFError) as error:
+    except Exception as error:  # a decoder raises whatever a damaged file makes it stumble over
         raise ValueError(f"{name} is truncated or damaged: {error}") from None
     raise TypeError(f"image is a {type(source).__name__}, expected a PIL image, path, URL, array or tensor")
 
@@ -244,11 +275,11 @@ def mask_for(source: ImageInput, picture: Picture) -> torch.Tensor:
         if picture.alpha is None:
             raise ValueError("the mask is alpha, but the picture has no transparency")
         return read_mask((picture.alpha < 0.5).float(), picture.size)
-    if re.fullmatch("#[0-9a-fA-F]{6}", source):
+    if source.startswith("#") and WORDS.fullmatch(source):
         color = torch.tensor([int(source[k : k + 2], 16) for k in (1, 3, 5)])
         painted = torch.from_numpy(to_uint8(picture.image)) == color
         return read_mask(painted.all(-1).float(), picture.size)
-    if re.fullmatch(r"\d+,\d+,\d+,\d+", source):
+    if "," in source and WORDS.fullmatch(source):
         left, top, right, bottom = map(int, source.split(","))
         if not (left < right <= width and top < bottom <= height):
             raise ValueError(f"the box is {source}, expected LEFT,TOP,RIGHT,BOTTOM of a box within {width}x{height}")

@@ -18,7 +18,7 @@ app = typer.Typer(
 Source = Annotated[Path, typer.Argument(help="the photograph, or a folder of them")]
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="file or folder; default: IN-TASK.png beside IN")]
 Steps = Annotated[int | None, typer.Option(help="network evaluations; default: the checkpoint's")]
-Seed = Annotated[int, typer.Option(help="the same seed makes the same picture")]
+Seed = Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="the same seed makes the same picture")]
 Samples = Annotated[int, typer.Option(min=1, help="variations to write (OUT-1, OUT-2, ..., and OUT-sheet)")]
 Model = Annotated[str | None, typer.Option(help="folder or Hub id; default: the starter checkpoint")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps")]
@@ -39,7 +39,7 @@ def _fail(message: object) -> None:
 @contextmanager
 def _one_line(*more: type[Exception]) -> Iterator[None]:
     """What was refused, as one line."""
-    refused: tuple[type[Exception], ...] = (ValueError, TypeError, OSError, *more)
+    refused: tuple[type[Exception], ...] = (ValueError, TypeError, OSError, MemoryError, FloatingPointError, *more)
     try:
         yield
     except refused as error:
@@ -83,6 +83,8 @@ class _Work:
 
     @property
     def limit(self) -> int:
+        if not 0 < self.max_megapixels < 1e6:
+            raise ValueError(f"max-megapixels is {self.max_megapixels:g}, expected above 0 and below 1000000")
         return round(self.max_megapixels * 1e6)
 
     def recipe(self, source: Path, mask: Path | str | None = None) -> dict[str, Any]:
@@ -191,6 +193,7 @@ def _folder(work: _Work, mask: str | None) -> None:
     if work.samples > 1:
         raise ValueError(f"samples is {work.samples}: of a folder, each photograph gets one")
     from . import folders
+    from .files import alone
 
     jobs = folders.plan(work.source, work.output, work.recursive, mask)
     if work.plan:
@@ -214,7 +217,8 @@ def _folder(work: _Work, mask: str | None) -> None:
         ).images  # fmt: skip
         return [work.finish(image, work.recipe(job.source, job.mask)) for image, job in zip(images, some, strict=True)]
 
-    report = folders.run(jobs[rank::processes], restore, work.overwrite, work.limit, sys.stderr.isatty())
+    with alone(work.output, rank):
+        report = folders.run(jobs[rank::processes], restore, work.overwrite, work.limit, sys.stderr.isatty())
     print(f"{report.done} done, {report.skipped} there already, {len(report.failed)} failed")
     for path, why in report.failed:
         print(f"palette: {path}: {' '.join(why.split())}", file=sys.stderr)
@@ -316,6 +320,8 @@ def again(
             **{k: recipe[k] for k in ("task", "model", "dtype", "steps", "seed", "samples", "options")},
         )  # fmt: skip
         target = output or picture.with_stem(f"{picture.stem}-again")
+        if target.resolve() == work.source.resolve():
+            raise ValueError(f"{target} is the input: name another output")
         image = _sample(work, canvas.read(work.source, work.limit), hole)[recipe["sample"]]
         canvas.save(work.finish(image, recipe), target)
         print(target)

@@ -188,7 +188,7 @@ class Handlers:
         )
         try:
             yield from steps
-        except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        except (ValueError, TypeError, OSError, FloatingPointError, MemoryError) as error:
             raise friendly(error) from None
 
     # for programs: previews are yielded, and the finished picture last

@@ -21,6 +21,27 @@ def occupied(folder: Path) -> bool:
 
 
 @contextmanager
+def alone(folder: Path, process: int = 0) -> Iterator[None]:
+    """One run at a time works in a folder; `process` is its number where several share the work. A kill lets go.
+
+    Raises:
+        FileExistsError: another run is at work there.
+    """
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / (f".lock-{process}" if process else ".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise FileExistsError(f"another run is at work in {folder}: wait for it, or name another folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, beside `folder`, whose name it takes at the end; where that is not reached, it is removed."""
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -150,7 +150,7 @@ def run(
         for job, future in _decoded(todo, max_pixels, readers):
             try:
                 some.append((job, *future.result()))
-            except (ValueError, TypeError, OSError) as error:
+            except (ValueError, TypeError, OSError, MemoryError) as error:
                 report.failed.append((job.source, str(error)))
                 bar.update()
             pixels = sum(picture.size[0] * picture.size[1] for _, picture, _ in some)
@@ -173,7 +173,7 @@ def _mended(
     jobs, pictures, masks = (list(column) for column in zip(*some, strict=True))
     try:
         images = restore(jobs, pictures, None if masks[0] is None else masks)
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, MemoryError) as error:
         if len(some) == 1:
             yield jobs[0], error
             return

@@ -23,5 +23,15 @@ def best_dtype(device: str) -> torch.dtype:
 
 
 def chosen_device(name: str) -> str:
-    """The device of this name; "auto" is the fastest one that is there."""
-    return best_device() if name == "auto" else name
+    """The device of this name; "auto" is the fastest one that is there.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if name == "auto":
+        return best_device()
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    kind, _, index = name.partition(":")
+    if not there.get(kind) or (index and not (index.isdecimal() and int(index) < torch.cuda.device_count())):
+        raise ValueError(f"device is {name!r}, expected auto or {', '.join(k for k, here in there.items() if here)}")
+    return name

@@ -122,7 +122,7 @@ class PalettePipeline(DiffusionPipeline):
 
     def _predict(self, sample: torch.Tensor, gamma: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """The network computes in its own dtype; in and out is float32."""
-        return self.unet(sample, gamma, condition, return_dict=False)[0]
+        return sizes.halving(lambda *given: self.unet(*given, return_dict=False)[0])(sample, gamma, condition)
 
     def _first_step(self, start: float) -> int:
         """The index of the first timestep at a log-SNR of at least `start`; their number where there is none."""
@@ -204,10 +204,10 @@ class PalettePipeline(DiffusionPipeline):
                 original = task.guide(original, given)
                 output = output_for(original, scaled, gamma, kind)
             sample = self.scheduler.step(output, t, sample, return_dict=True, **extra).prev_sample
-            if not torch.isfinite(sample).all():
-                raise FloatingPointError(f"the sample is not finite after step {i + 1} of {steps} ({self.unet.dtype})")
             if callback is not None:
                 sample = callback(i, t, {"sample": sample, "pred_original_sample": original}).get("sample", sample)
+            if not torch.isfinite(sample).all():
+                raise FloatingPointError(f"the sample is not finite after step {i + 1} of {steps} ({self.unet.dtype})")
         return sample
 
     def __call__(
@@ -248,7 +248,8 @@ class PalettePipeline(DiffusionPipeline):
             max_pixels: larger files are refused before they are decoded.
 
         Raises:
-            ValueError, TypeError: the message names what came and what was expected.
+            ValueError, TypeError: the message names what came and what was expected. FloatingPointError: a sample is
+                not finite; the step is named. MemoryError: not even one sample fits; the message says what helps.
         """
         chosen = self._task(task)
         if output_type not in ("pil", "np", "pt"):

@@ -11,9 +11,10 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from .canvas import RECIPE
+from .canvas import RECIPE, WORDS
 
-NEEDED = ("task", "source", "model", "dtype", "seed", "sample", "samples", "steps", "options")
+OPTIONS = ("left", "right", "top", "bottom", "aspect")
+MOST = {"samples": 64, "steps": 10_000}  # of a recipe, which may be a stranger's
 
 
 def fingerprint(path: Path) -> dict[str, str]:
@@ -36,12 +37,39 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not an image that can be read: {error}") from None
     try:
         recipe = json.loads(text)
-        missing = [name for name in NEEDED if name not in recipe]
-    except (json.JSONDecodeError, TypeError):
-        raise ValueError(f"{path} has no recipe: only a PNG that the palette command wrote has one") from None
-    if missing:
-        raise ValueError(f"{path} has a recipe without {', '.join(missing)}")
+    except (json.JSONDecodeError, TypeError, RecursionError):
+        recipe = None
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path} has no recipe: only a PNG that the palette command wrote has one")
+    bad = [name for name, sound in _checks(recipe).items() if not sound]
+    if bad:
+        raise ValueError(f"{path} has a recipe whose {', '.join(bad)} is missing, or nothing that the command wrote")
     return recipe
+
+
+def _checks(recipe: dict[str, Any]) -> dict[str, bool]:
+    """Whether each part is what `palette` writes: a picture may come from anywhere."""
+    get = recipe.get
+    seed, steps, options, mask = get("seed"), get("steps"), get("options"), get("mask")
+    number, samples = get("sample"), get("samples")
+    return {
+        "task": isinstance(get("task"), str),
+        "source": _is_fingerprint(get("source")),
+        "mask": mask is None or _is_fingerprint(mask) or (isinstance(mask, str) and bool(WORDS.fullmatch(mask))),
+        "model": "model" in recipe and isinstance(get("model"), str | None),
+        "dtype": isinstance(get("dtype"), str),
+        "seed": isinstance(seed, int) and -(2**63) <= seed < 2**63,
+        "steps": "steps" in recipe and (steps is None or (isinstance(steps, int) and 1 <= steps <= MOST["steps"])),
+        "samples": isinstance(samples, int) and 1 <= samples <= MOST["samples"],
+        "sample": isinstance(number, int) and isinstance(samples, int) and 0 <= number < samples,
+        "options": isinstance(options, dict)
+        and set(options) <= set(OPTIONS)
+        and all(isinstance(value, int | float | None) for value in options.values()),
+    }
+
+
+def _is_fingerprint(entry: Any) -> bool:
+    return isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("name", "sha256"))
 
 
 def find(entry: dict[str, str], folder: Path, named: Path | None, what: str) -> Path:

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from .color import luma, with_luma
 from .masks import box_mean
 
+MOST_HOLES = 32  # that are sampled one by one
+
 Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -104,8 +106,8 @@ def fit(height: int, width: int, native: int, multiple: int, top: int = 0, left:
     (55, 74)
     """
     scale = native / math.sqrt(height * width)
-    # a long strip keeps some height
-    scale = max(scale, native / 2 / min(height, width)) if min(height, width) * scale < native / 2 else scale
+    # a long strip keeps some height, up to sixteen times the work
+    scale = max(scale, min(native / 2 / min(height, width), 4 * scale))
     inner = (max(1, round(height * scale)), max(1, round(width * scale)))
     if all(0.7 < side / native < 1.4 for side in (height, width)):  # near enough to be seen as it is
         inner = (height, width)
@@ -129,7 +131,8 @@ def hole_view(mask: torch.Tensor, native: int, multiple: int) -> View:
 def separate(mask: torch.Tensor, grid: int = 128) -> list[torch.Tensor]:
     """The holes of a mask (1, 1, H, W) that lie apart, each a mask, so that each gets a view of its own.
 
-    Holes that touch on a grid of at most `grid` cells a side stay together. Sizes fall; together they are the mask.
+    Holes that touch on a grid of at most `grid` cells a side stay together, and on a coarser one where they would be
+    more than `MOST_HOLES`, as specks of dust are. Sizes fall; together they are the mask.
     """
     size = tuple(mask.shape[-2:])
     cells = F.adaptive_max_pool2d(mask, tuple(min(side, grid) for side in size))
@@ -143,6 +146,8 @@ def separate(mask: torch.Tensor, grid: int = 128) -> list[torch.Tensor]:
     found = labels.unique()
     if len(found) <= 2:
         return [mask]
+    if len(found) > MOST_HOLES + 1:
+        return separate(mask, grid // 2)
     # by whole numbers: interpolation rounds, and would leave pixels out
     rows, columns = (torch.arange(n) * c // n for n, c in zip(size, labels.shape[-2:], strict=True))
     near = labels[..., rows, :][..., columns]
@@ -158,8 +163,10 @@ def grain(image: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
     """
     light = luma(image)
     detail = (light - box_mean(light, 1)).square() * where
-    share = F.avg_pool2d(where, 8)[0, 0]
-    cells = F.avg_pool2d(detail, 8)[:, 0, share > 0.9] if share.numel() else detail.new_zeros(len(image), 0)
+    small = min(where.shape[-2:]) < 8
+    cells = (
+        detail.new_zeros(len(image), 0) if small else F.avg_pool2d(detail, 8)[:, 0, F.avg_pool2d(where, 8)[0, 0] > 0.9]
+    )
     if not cells.shape[1]:
         return image.new_zeros(len(image), 1, 1, 1)
     calm = cells.quantile(0.2, dim=1)
@@ -265,6 +272,34 @@ def tile_places(
 
     places = [(y, x) for y in starts(height) for x in starts(width)]
     return [(y, x) for y, x in places if where is None or where[..., y : y + tile, x : x + tile].any()]
+
+
+def halving(predict: Predict) -> Predict:
+    """Wraps a noise-predicting callable: a batch that memory does not hold is done in halves. gamma is one for all.
+
+    Raises:
+        MemoryError: a sample alone is too large; the message says what helps.
+    """
+
+    def halved(sample: torch.Tensor, gamma: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        try:
+            return predict(sample, gamma, condition)
+        except RuntimeError as error:
+            if not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)):
+                raise
+        # outside of the handler, whose traceback would hold the memory
+        number, (height, width) = len(sample), sample.shape[-2:]
+        if number == 1:
+            raise MemoryError(
+                f"no memory for one evaluation of {width}x{height} pixels on {sample.device}: a half-precision dtype, "
+                "a smaller photograph or model, or device cpu takes less"
+            )
+        if sample.device.type == "cuda":
+            torch.cuda.empty_cache()
+        parts = zip(sample.split(-(-number // 2)), condition.split(-(-number // 2)), strict=True)
+        return torch.cat([halved(some, gamma, given) for some, given in parts])
+
+    return halved
 
 
 def tiled(predict: Predict, tile: int, overlap: int, where: torch.Tensor | None = None, batch: int = 32) -> Predict:

@@ -505,7 +505,7 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
         raw.train()
         ema.restore(trained)
 
-    begin, step = time.time(), start
+    begin, step = time.monotonic(), start
     batches: Iterator = iter(loader)
     shares = torch.tensor(_by_task(settings, "loss_weights"), device=accelerator.device)
     tally = Tally(settings.task_list, folder / "log.jsonl")
@@ -552,7 +552,7 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
                     )
             if settings.validate_every and step % settings.validate_every == 0 and main:
                 sheet(step)
-            if stop or (settings.max_hours and time.time() - begin > settings.max_hours * 3600):
+            if stop or (settings.max_hours and time.monotonic() - begin > settings.max_hours * 3600):
                 accelerator.set_trigger()
             if accelerator.check_trigger():
                 break

@@ -165,3 +165,48 @@ def test_jpeg_quality_is_found(quality, photo, tmp_path):
     Image.fromarray(photo).save(tmp_path / "a.jpg", quality=quality)
     assert canvas.jpeg_quality(Image.open(tmp_path / "a.jpg")) == quality
     assert canvas.jpeg_quality(Image.open(png(tmp_path, Image.fromarray(photo)))) is None
+
+
+def test_damaged_or_endless_metadata_does_not_cost_the_photograph(tmp_path, photo):
+    long = Image.Exif()
+    long[0x010F] = "x" * 70_000
+    for name, exif in (("long.png", long.tobytes()), ("bad.jpg", b"Exif\0\0no header")):
+        path = png(tmp_path, Image.fromarray(photo), name, exif=exif)
+        with pytest.warns(UserWarning, match="metadata"):
+            picture = canvas.read(path)
+        assert np.array_equal(canvas.to_uint8(picture.image), np.asarray(Image.open(path)))
+        assert "exif" not in picture.info
+        canvas.save(canvas.to_pil(picture.image, picture), tmp_path / "out.jpg")
+    profile = b"x" * (canvas.MAX_PROFILE + 1)
+    assert not canvas.read(png(tmp_path, Image.fromarray(photo), "a.jpg", icc_profile=profile)).info
+
+
+def test_what_a_decoder_stumbles_over_is_a_damaged_file(tmp_path):
+    """Pillow raises NotImplementedError here."""
+    (tmp_path / "a.dds").write_bytes(b"DDS \x7c\0\0\0\x0f\x10\0\0\1\0\0\0\1\0\0\0" + bytes(108))
+    with pytest.raises(ValueError, match="truncated or damaged: Unknown pixel format"):
+        canvas.read(tmp_path / "a.dds")
+
+
+def test_no_program_is_started_for_a_drawing(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    assert Image.open(tmp_path / "a.png").format == "EPS"
+    with pytest.raises(ValueError, match="not an image"):
+        canvas.read(tmp_path / "a.png")
+
+
+def test_a_download_ends(tmp_path, photo, monkeypatch):
+    import threading
+    from functools import partial
+    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+    png(tmp_path, Image.fromarray(photo))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/a.png"
+    assert canvas.read(url).size == photo.shape[:2]
+    monkeypatch.setattr(canvas, "MAX_DOWNLOAD", 1000)
+    with pytest.raises(ValueError, match="longer than 1000 bytes"):
+        canvas.read(url)
+    server.shutdown()
+    server.server_close()

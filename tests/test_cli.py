@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 import time
@@ -7,7 +8,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from palette_diffusers import sizes
+from palette_diffusers import canvas, sizes
 from palette_diffusers.cli import app
 
 run = CliRunner()
@@ -165,3 +166,75 @@ def test_help_is_quick():
     begin = time.time()
     subprocess.run([sys.executable, "-m", "palette_diffusers.cli", "--help"], check=True, capture_output=True)
     assert time.time() - begin < 5
+
+
+SOUND = {"task": "colorization", "model": None, "dtype": "float32", "steps": 1, "seed": 0, "sample": 0, "samples": 1,
+    "options": {}, "mask": None, "source": {"name": "in.png", "sha256": "0"}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("[" * 100_000, "has no recipe"),
+        ("3", "has no recipe"),
+        ({"seed": None}, "whose seed"),
+        ({"sample": 1}, "whose sample"),
+        ({"samples": 10**9}, "whose samples"),
+        ({"source": {}}, "whose source"),
+        ({"mask": "http://127.0.0.1/tell"}, "whose mask"),
+        ({"options": {"output_type": "np"}}, "whose options"),
+        ({"source": {"name": "../../in.png", "sha256": "0"}}, "its bytes differ"),  # of the name, the last part alone
+    ],
+)
+def test_a_strangers_recipe(files, photo, change, message):
+    image = Image.fromarray(photo)
+    image.info[canvas.RECIPE] = change if isinstance(change, str) else json.dumps(SOUND | change)
+    canvas.save(image, files / "kept.png")
+    out = invoke("again", files / "kept.png")
+    assert out.exit_code == 2 and message in out.stderr and len(out.stderr.splitlines()) == 1, out.output
+
+
+def test_making_again_does_not_overwrite_the_photograph(files):
+    before = (files / "in.png").read_bytes()
+    assert invoke("colorize", files / "in.png", "--model", files / "model", "--steps", 1).exit_code == 0
+    out = invoke("again", files / "in-colorization.png", "-o", files / "in.png")
+    assert out.exit_code == 2 and "is the input" in out.output and (files / "in.png").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device", "0"], "device is '0', expected auto or cpu"),
+        (["--max-megapixels", "inf"], "max-megapixels is inf"),
+        (["--max-megapixels", "nan"], "max-megapixels is nan"),
+        (["--seed", "9" * 40], "--seed"),
+    ],
+)
+def test_numbers_and_names_out_of_range(files, options, message):
+    out = invoke("colorize", files / "in.png", "--model", files / "model", *options)
+    assert out.exit_code == 2 and message in out.stderr and "Traceback" not in out.output, out.output
+
+
+def test_a_second_run_in_a_folder_is_told(files):
+    from palette_diffusers.files import alone
+
+    arguments = ["colorize", files, "-o", files / "out", "--model", files / "model", "--steps", 1]
+    with alone(files / "out"):
+        out = invoke(*arguments)
+    assert out.exit_code == 2 and "another run is at work" in out.stderr and not list((files / "out").glob("*.png"))
+    assert invoke(*arguments).exit_code == 0
+
+
+def test_a_full_disk_and_a_folder_that_cannot_be_written(files):
+    """Files end at 2,000 bytes, by the system's own limit; /sys takes no files, from root neither."""
+    import resource
+
+    for target, words in ((files / "out.png", "File too large"), ("/sys/out.png", "/sys")):
+        out = subprocess.run(
+            [sys.executable, "-m", "palette_diffusers.cli", "colorize", files / "in.png", "-o", target, "--steps", "1",
+                "--model", files / "model"],
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)), capture_output=True, text=True,
+        )  # fmt: skip
+        last = out.stderr.splitlines()[-1]
+        assert out.returncode == 2 and words in last and "Traceback" not in out.stderr, out.stderr
+    assert not list(files.glob("*out.png*")) and not list(files.glob(".*"))

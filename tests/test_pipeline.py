@@ -7,7 +7,7 @@ import torch
 from conftest import toy_unet
 from PIL import Image
 
-from palette_diffusers import PalettePipeline, PaletteScheduler, Task, sizes
+from palette_diffusers import PalettePipeline, PaletteScheduler, Task, canvas, sizes
 from palette_diffusers.color import is_gray, luma
 from palette_diffusers.pipeline import STARTER
 from palette_diffusers.scheduler import output_for
@@ -449,3 +449,31 @@ def test_starter_ships_and_runs(photo):
     out = pipe(clean, task="jpeg_restoration", num_inference_steps=4, output_type="pt").images[0]
     # a trained network returns the picture that it is shown, not noise
     assert (out - clean).abs().mean() < 0.25
+
+
+def test_nan_of_a_callback_does_not_leave(pipe, photo):
+    def spoil(pipe, step, timestep, tensors):
+        return {"sample": tensors["sample"] * float("nan")} if step == 1 else {}
+
+    with pytest.raises(FloatingPointError, match="not finite after step 2 of 2"):
+        pipe(photo, callback_on_step_end=spoil)
+
+
+EXTREME = {
+    "black": np.zeros((40, 52, 3), np.uint8),
+    "white": np.full((40, 52, 3), 255, np.uint8),
+    "checkerboard": (np.indices((40, 52)).sum(0)[..., None] % 2 * 255).repeat(3, -1).astype(np.uint8),
+    "pixel": np.full((1, 1, 3), 200, np.uint8),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("spacing", "steps"), [("paper", 1), ("paper", 3), ("logsnr", 2)])
+def test_extreme_pictures_in_half_precision(dtype, spacing, steps):
+    """The paper's spacing begins at gamma = 6.6e-21, the last levels round to 1."""
+    pipe = PalettePipeline(toy_unet().to(dtype), PaletteScheduler(sampling_spacing=spacing))
+    pipe.set_progress_bar_config(disable=True)
+    for name, picture in EXTREME.items():
+        out = pipe(picture, "colorization", num_inference_steps=steps, output_type="pt").images[0]
+        assert torch.isfinite(out).all() and out.abs().max() <= 1, name
+        assert (luma(out) - luma(canvas.read(picture).image[0])).abs().max() < 1e-3, name

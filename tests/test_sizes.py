@@ -229,3 +229,38 @@ def test_grain_is_that_of_the_calm_places(seeded):
     assert sizes.grain(noisy, where).item() == pytest.approx(0.05, rel=0.15)
     assert sizes.grain(ramp, where).item() < 1e-3
     assert sizes.grain(noisy, where * 0).item() == 0
+
+
+def test_a_line_of_pixels_is_no_more_work_than_it_is_worth():
+    inner = sizes.fit(1, 5000, 64, 8).inner
+    assert inner[0] * inner[1] <= 20 * 64 * 64  # without the limit: 32 x 160000
+    assert sizes.fit(100, 2000, 64, 8).inner[0] == 32  # a strip keeps its height
+
+
+def test_what_is_smaller_than_a_cell_has_no_grain():
+    assert sizes.grain(torch.rand(2, 3, 3, 70), torch.ones(1, 1, 3, 70)).tolist() == [[[[0.0]]]] * 2
+
+
+def test_a_batch_that_memory_does_not_hold_is_halved():
+    sizes_seen = []
+
+    def narrow(sample, gamma, condition):
+        sizes_seen.append(len(sample))
+        if len(sample) > limit:
+            torch.empty(2**60)  # the allocator's own refusal
+        return sample * gamma + condition
+
+    sample, condition, limit = torch.rand(7, 3, 8, 8), torch.rand(7, 3, 8, 8), 2
+    out = sizes.halving(narrow)(sample, torch.tensor(0.5), condition)
+    assert torch.equal(out, sample * 0.5 + condition) and sizes_seen == [7, 4, 2, 2, 3, 2, 1]
+    limit = 0
+    with pytest.raises(MemoryError, match="one evaluation of 8x8 pixels on cpu: a half-precision"):
+        sizes.halving(narrow)(sample, torch.tensor(0.5), condition)
+    with pytest.raises(RuntimeError, match="size"):  # another error is not taken for this one
+        sizes.halving(lambda s, g, c: s + c[..., :3])(sample, torch.tensor(0.5), condition)
+
+
+def test_specks_of_dust_are_not_sampled_one_by_one(seeded):
+    mask = (torch.rand(1, 1, 300, 300, generator=seeded()) < 0.01).float()
+    holes = sizes.separate(mask)
+    assert 1 <= len(holes) <= sizes.MOST_HOLES and torch.equal(torch.stack(holes).sum(0), mask)

@@ -266,7 +266,7 @@ def build(study: Study, seconds: float) -> Any:
         if rater is None or pair is None:
             return [gr.update(visible=rater is None), gr.update(visible=False), "", message, None]
         done, number = study.progress(rater)
-        shown = {"rater": rater, "pair": pair.name, "at": time.time()}
+        shown = {"rater": rater, "pair": pair.name, "at": time.monotonic()}
         return [
             gr.update(visible=False), gr.update(visible=True), _show(study, rater, pair, seconds),
             f"{done + 1} of {number}", shown,
@@ -281,7 +281,7 @@ def build(study: Study, seconds: float) -> Any:
     def choose(left: bool, shown: dict | None) -> list[Any]:
         if shown is None:  # the server was started anew
             return page(None, "Please say your name again: your votes are kept.")
-        waited = time.time() - shown["at"]
+        waited = time.monotonic() - shown["at"]
         if waited >= HASTY:
             study.vote(shown["rater"], study.pairs[shown["pair"]], left, waited)
         return page(shown["rater"], "You have judged all pairs. Thank you!")
