@@ -20,7 +20,7 @@ Output = Annotated[Path | None, typer.Option("-o", "--output", help="file or fol
 Steps = Annotated[int | None, typer.Option(help="network evaluations; default: the checkpoint's")]
 Seed = Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="the same seed makes the same picture")]
 Samples = Annotated[int, typer.Option(min=1, help="variations to write (OUT-1, OUT-2, ..., and OUT-sheet)")]
-Model = Annotated[str | None, typer.Option(help="folder or Hub id; default: the starter checkpoint")]
+Model = Annotated[str | None, typer.Option(help="folder, Hub id, starter-few-steps or starter (the default)")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps")]
 DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
 Limit = Annotated[float, typer.Option(help="larger files are refused before they are decoded")]

@@ -26,7 +26,7 @@ from . import __version__, canvas
 from .bundle import COMPONENTS, FILES, bundle
 from .checkpoint import variants
 from .files import new_folder, occupied
-from .pipeline import STARTER, PalettePipeline
+from .pipeline import SHIPPED, STARTER, PalettePipeline
 from .report import draw_samples
 from .sizes import resize
 from .tasks import Given, get_task, task_names
@@ -109,7 +109,7 @@ def publish(
 
 def find_pipeline(source: str | os.PathLike) -> tuple[Path, Path | None]:
     """A pipeline's folder, or a training run's => the pipeline's folder, and the run's if there is one."""
-    folder = STARTER if str(source) == "starter" else Path(source)
+    folder = SHIPPED.get(str(source), Path(source))
     if (folder / "model_index.json").is_file():
         run = folder.parent if (folder.parent / "settings.json").is_file() else None
         return folder, run
@@ -178,7 +178,7 @@ def _newest_sheet(run: Path | None) -> Path:
 
 
 def _from_starter(run: Path | None) -> bool:
-    return run is not None and json.loads((run / "settings.json").read_text()).get("init") == "starter"
+    return run is not None and json.loads((run / "settings.json").read_text()).get("init") in SHIPPED
 
 
 class _Photos:
@@ -265,7 +265,7 @@ def make_card(
     data.tags = list(dict.fromkeys(["palette", *(data.tags or []), *pipe.config.tasks]))
     if license or (_from_starter(run) and not data.license):
         data.license = license or "other"
-    elif folder.resolve() == STARTER.resolve():
+    elif folder.resolve() in SHIPPED.values():
         data.license = "other"
     if data.license == "other":
         if not (_from_starter(run) or (folder / "LICENSE").is_file()):

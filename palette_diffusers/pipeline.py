@@ -28,7 +28,8 @@ from .scheduler import PaletteScheduler, diffuse, noise_level, output_for, predi
 from .tasks import Given, Task, get_task, network_condition
 from .unet import PaletteUNet2DModel
 
-STARTER = Path(__file__).with_name("starter")
+STARTER = Path(__file__).resolve().with_name("starter")
+SHIPPED = {path.name: path for path in (STARTER, STARTER.with_name("starter-few-steps"))}  # a Hub id has a slash
 BATCH = 16  # samples of a batch, at most
 REFINE_FROM = 2.5  # log-SNR at which finer levels start from the coarser picture
 
@@ -73,7 +74,8 @@ class PalettePipeline(DiffusionPipeline):
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | os.PathLike | None = None, **kwargs: Any
     ) -> "PalettePipeline":
-        """As diffusers' own; without a name, the starter checkpoint that ships with the package (no network).
+        """As diffusers' own; without a name, the starter checkpoint that ships with the package (no network). The
+        names "starter" and "starter-few-steps", its student for 1 to 4 steps, mean the shipped ones.
 
         A repository's own code is never run here: its weights and configuration are read by this package.
 
@@ -82,10 +84,11 @@ class PalettePipeline(DiffusionPipeline):
                 is neither in the cache nor reached. ValueError: another class, a format that is too new, no weights
                 of this variant.
         """
-        name = os.fspath(STARTER if pretrained_model_name_or_path is None else pretrained_model_name_or_path)
+        name = os.fspath("starter" if pretrained_model_name_or_path is None else pretrained_model_name_or_path)
+        name = os.fspath(SHIPPED.get(name, name))
         if "torch_dtype" in kwargs:  # the library's older name for it
             kwargs["dtype"] = kwargs.pop("torch_dtype")
-        if Path(name).resolve() == STARTER.resolve():  # holds half precision only
+        if Path(name).resolve() in SHIPPED.values():  # hold half precision only
             kwargs.setdefault("variant", "fp16")
             kwargs.setdefault("dtype", torch.float32)
         if is_local(name) and "unet" not in kwargs:

@@ -193,10 +193,10 @@ def _check_state(state: dict, read: torch.Tensor, accelerator: Any) -> torch.Ten
 
 
 def _pipeline(name: str, size: int) -> Any:
-    """The pipeline of a name, "starter" among them, if it is of this size."""
+    """The pipeline of a name, if it is of this size."""
     from .pipeline import PalettePipeline
 
-    pipe = PalettePipeline.from_pretrained(None if name == "starter" else name)
+    pipe = PalettePipeline.from_pretrained(name)
     if pipe.unet.config.sample_size != size:
         raise ValueError(f"{name} is of {pipe.unet.config.sample_size} pixels, the settings say {size}")
     return pipe

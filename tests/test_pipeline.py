@@ -436,6 +436,18 @@ def test_bad_checkpoints(pipe, tmp_path):
         PalettePipeline.from_pretrained(tmp_path / "a")
 
 
+def test_the_starters_student_ships_and_runs(photo):
+    pipe = PalettePipeline.from_pretrained("starter-few-steps")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.unet.dtype == torch.float32 and pipe.config.default_steps == 4
+    clean = torch.from_numpy(photo[:64, :64].copy()).permute(2, 0, 1).float() / 127.5 - 1
+    mask = torch.zeros(1, 64, 64)
+    mask[:, 20:40, 20:40] = 1
+    for steps in (1, 2, 4):
+        out = pipe(clean, task="inpainting", mask_image=mask, num_inference_steps=steps, output_type="pt").images[0]
+        assert torch.equal(out[:, :20], clean[:, :20]) and (out - clean)[:, 20:40, 20:40].abs().mean() < 0.5
+
+
 def test_starter_ships_and_runs(photo):
     os.environ["HF_HUB_OFFLINE"] = "1"
     size = sum(f.stat().st_size for f in STARTER.rglob("*") if f.is_file())

@@ -220,6 +220,4 @@ def load_restorer(spec: str, load_pipeline: Callable[[str | None], Any], steps: 
         if not any(folder.rglob("*.png")):
             raise FileNotFoundError(f"{spec} holds neither a model_index.json nor results NAME.png")
         return from_folder(folder, folder.name)
-    if spec == "starter":
-        return from_pipeline(load_pipeline(None), steps=steps, about={"model": spec})
     return from_pipeline(load_pipeline(spec), steps=steps, about={"model": folder.name})
