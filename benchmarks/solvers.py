@@ -1,0 +1,195 @@
+"""Quality against network evaluations, of every task and several solvers.
+
+    python benchmarks/solvers.py --data PATH/TO/tiny-imagenet --count 200 --output benchmarks/results/solvers.json
+    python benchmarks/solvers.py --solvers "paper's" --steps 1000 ...       # adds its rows to the file
+    python benchmarks/solvers.py --solvers ... --steps 4,8 --start 2 ...    # from the sources, partly noised
+
+Quality is the Frechet distance of the small classifier's features (`classifier.py`), lower is better; every solver sees
+the same sources and seeds. A killed run goes on with the same command. --table prints the file as Markdown and
+--figure draws it.
+"""
+
+import argparse
+import copy
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+from palette_diffusers import PalettePipeline, PaletteScheduler
+from palette_diffusers.evaluation import Photographs, frechet_distance, load_features
+from palette_diffusers.evaluation.features import FeatureNetwork
+from palette_diffusers.evaluation.inputs import PROTOCOLS, degrade, sampling_seed
+from palette_diffusers.tasks import Given, get_task
+
+CLASSIFIER = f"{Path(__file__).with_name('classifier.py')}:load_classifier"
+BATCH = 50
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A scheduler's class, the changes of the checkpoint's configuration, and the steps that are measured."""
+
+    kind: type
+    steps: tuple[int, ...]
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+FEW = (2, 4, 8, 16)
+FULL_NOISE = {"initial_noise": 1.0}  # as every solver of the library starts
+SOLVERS = {
+    "checkpoint's own": Solver(PaletteScheduler, (1, 2, 3, 4, 6, 8, 12, 16, 32)),
+    "DDIM, even in log-SNR": Solver(PaletteScheduler, (*FEW, 32), {"sampling_variance": "zero", **FULL_NOISE}),
+    "ancestral, even in log-SNR": Solver(
+        PaletteScheduler, (*FEW, 32), {"sampling_variance": "fixed_small", **FULL_NOISE}
+    ),
+    "paper's": Solver(
+        PaletteScheduler, FEW, {"sampling_spacing": "paper", "sampling_variance": "fixed_large", **FULL_NOISE}
+    ),
+    "DDIM, even in time": Solver(diffusers.DDIMScheduler, FEW),
+    "DPM++ 2M, even in log-SNR": Solver(diffusers.DPMSolverMultistepScheduler, FEW, {"use_lu_lambdas": True}),
+    "DPM++ 2M, even in time": Solver(diffusers.DPMSolverMultistepScheduler, FEW),
+    "UniPC, even in time": Solver(diffusers.UniPCMultistepScheduler, FEW),
+    "Euler, Karras": Solver(diffusers.EulerDiscreteScheduler, FEW, {"use_karras_sigmas": True}),
+    "Heun, Karras": Solver(diffusers.HeunDiscreteScheduler, (2, 4, 8), {"use_karras_sigmas": True}),
+}  # fmt: skip
+
+
+class Bench:
+    """The sources of every task, the features of their originals, and a pipeline that counts its evaluations."""
+
+    def __init__(self, pipe: PalettePipeline, photographs: Photographs, features: FeatureNetwork):
+        self.pipe, self.features = pipe, features
+        self.config = dict(pipe.scheduler.config)
+        self.clean = photographs.batch(range(len(photographs)))
+        self.reference = features(self.clean)[0]
+        self.sources: dict[str, list[Given]] = {}
+
+    def given(self, task: str) -> list[Given]:
+        """Batches of degraded photographs."""
+        if task not in self.sources:
+            each = [degrade(task, image, i) for i, image in enumerate(self.clean.split(1))]
+            self.sources[task] = [Given.cat(each[i : i + BATCH]) for i in range(0, len(each), BATCH)]
+        return self.sources[task]
+
+    def measure(self, solver: Solver, steps: int, task: str, start: float | None = None) -> dict[str, Any]:
+        """One point of the curve; `start` is the log-SNR at which sampling starts from the source."""
+        self.pipe.scheduler = solver.kind.from_config(self.config, **solver.config)
+        rules = copy.copy(get_task(task))
+        if start is not None:
+            rules.start = start
+        evaluations, seed, out, begin = 0, 0, [], time.process_time()
+
+        def counting(*inputs: torch.Tensor) -> torch.Tensor:
+            nonlocal evaluations
+            evaluations += 1
+            return self.pipe._predict(*inputs)
+
+        for given in self.given(task):
+            generators = [torch.Generator().manual_seed(sampling_seed(seed + i, 0)) for i in range(len(given.known))]
+            sample = self.pipe.denoise(given, generators, steps, predict=counting, task=rules)
+            out.append(rules.compose(sample, given))
+            seed += len(given.known)
+        distance = frechet_distance(self.features(torch.cat(out))[0], self.reference)
+        return {
+            "evaluations": evaluations // len(self.given(task)),
+            "distance": round(distance, 3),
+            "seconds": round((time.process_time() - begin) / seed, 4),
+        }
+
+
+def table(rows: list[dict]) -> str:
+    """A Markdown table a task: solvers down, evaluations across."""
+    out = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        here = [row for row in rows if row["task"] == task]
+        columns = sorted({row["evaluations"] for row in here})
+        out += [
+            f"\n{task}\n",
+            "| solver | " + " | ".join(map(str, columns)) + " |",
+            "| --- " * (len(columns) + 1) + "|",
+        ]
+        for name in dict.fromkeys(label(row) for row in here):
+            cells = {row["evaluations"]: f"{row['distance']:.2f}" for row in here if label(row) == name}
+            out.append(f"| {name} | " + " | ".join(cells.get(n, "") for n in columns) + " |")
+    return "\n".join(out)
+
+
+def label(row: dict) -> str:
+    return row["solver"] + ("" if row["start"] is None else f", from log-SNR {row['start']:g}")
+
+
+def figure(rows: list[dict], path: Path) -> None:
+    """A panel a task: distance over evaluations, a line a solver."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    names = list(dict.fromkeys(label(row) for row in rows))
+    drawing, axes = plt.subplots(1, len(tasks), figsize=(4 * len(tasks), 3.8), squeeze=False)
+    for panel, task in zip(axes[0], tasks, strict=True):
+        for i, name in enumerate(names):
+            points = sorted((r["evaluations"], r["distance"]) for r in rows if (label(r), r["task"]) == (name, task))
+            if points:
+                panel.plot(*zip(*points, strict=True), marker="os^vDPX"[i % 7], markersize=4, label=name, color=f"C{i}")
+        panel.set(title=task, xscale="log", yscale="log", xlabel="network evaluations")
+        panel.set_xticks([1, 2, 4, 8, 16, 32], labels=["1", "2", "4", "8", "16", "32"])
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    axes[0][0].set_ylabel("FD-classifier (lower is better)")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    drawing.legend(handles, labels, loc="lower center", ncol=5, fontsize=8, frameon=False)
+    drawing.tight_layout(rect=(0, 0.12, 1, 1))
+    drawing.savefig(path, dpi=100)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="folder with validation-*.parquet")
+    parser.add_argument("--model", default=None, help="folder or Hub id; default: the starter checkpoint")
+    parser.add_argument("--count", type=int, default=200, help="photographs")
+    parser.add_argument("--tasks", default=",".join(PROTOCOLS["starter"]))
+    parser.add_argument("--solvers", default=";".join(SOLVERS), help="names with semicolons between")
+    parser.add_argument("--steps", default="", help="with commas; default: the solver's own list")
+    parser.add_argument("--start", type=float, default=None, help="log-SNR to start from the source at")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file; rows that it has are not measured again")
+    parser.add_argument("--table", action="store_true", help="print the file's rows as Markdown")
+    parser.add_argument("--figure", type=Path, default=None, help="draw the file's rows (needs matplotlib)")
+    args = parser.parse_args()
+
+    rows = json.loads(args.output.read_text())["rows"] if args.output.is_file() else []
+    if args.data:
+        unknown = set(args.solvers.split(";")) - set(SOLVERS)
+        if unknown:
+            parser.error(f"--solvers is {args.solvers!r}, expected some of {'; '.join(SOLVERS)}")
+        diffusers.utils.logging.set_verbosity_error()  # its solvers don't know all of our configuration
+        pipe = PalettePipeline.from_pretrained(args.model, dtype=torch.bfloat16)
+        pipe.set_progress_bar_config(disable=True)
+        bench = Bench(pipe, Photographs(args.data, pipe.unet.config.sample_size, args.count), load_features(CLASSIFIER))
+        for name in args.solvers.split(";"):
+            for steps in map(int, args.steps.split(",")) if args.steps else SOLVERS[name].steps:
+                for task in args.tasks.split(","):
+                    key = {"solver": name, "steps": steps, "task": task, "start": args.start, "count": args.count}
+                    if any(key.items() <= row.items() for row in rows):
+                        continue
+                    rows.append(key | bench.measure(SOLVERS[name], steps, task, args.start))
+                    print(json.dumps(rows[-1]), flush=True)
+                    part = args.output.with_suffix(".part")
+                    part.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+                    os.replace(part, args.output)
+    same = [row for row in rows if row["count"] == args.count]
+    if args.table:
+        print(table(same))
+    if args.figure:
+        figure(same, args.figure)
+
+
+if __name__ == "__main__":
+    main()
