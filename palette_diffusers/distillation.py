@@ -15,6 +15,8 @@ from .pipeline import PalettePipeline
 from .scheduler import PaletteScheduler
 from .tasks import Given, get_task
 
+LOGSNR_MAX = 9.0  # of the levels that are trained
+
 
 class Start:
     """A pipeline's network that remembers where a sampling began: `sample` (B, 3, H, W) and its `gamma`."""
@@ -37,19 +39,16 @@ class Teacher:
         tasks: the names of the batch's tasks, in the order of their numbers.
         steps: its network evaluations a picture; 0 takes its default.
         levels: noise levels at which each pair is trained; the first is where the teacher began.
-        logsnr_max: the least noisy of the others.
 
     Raises:
         ValueError: a task that the teacher does not know.
     """
 
-    def __init__(
-        self, pipe: PalettePipeline, tasks: list[str], steps: int = 0, levels: int = 4, logsnr_max: float = 9.0
-    ):
+    def __init__(self, pipe: PalettePipeline, tasks: list[str], steps: int = 0, levels: int = 4):
         unknown = [task for task in tasks if task not in pipe.config.tasks]
         if unknown:
             raise ValueError(f"tasks has {', '.join(unknown)}, the teacher knows {', '.join(pipe.config.tasks)}")
-        self.pipe, self.levels, self.logsnr_max = pipe, levels, logsnr_max
+        self.pipe, self.levels = pipe, levels
         self.tasks = [get_task(task) for task in tasks]
         self.steps = steps or pipe.config.default_steps
         pipe.scheduler = PaletteScheduler.from_config(pipe.scheduler.config, sampling_variance="zero")
@@ -59,7 +58,7 @@ class Teacher:
     def pairs(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A batch of B samples => one of B x `levels`: `clean` is the teacher's picture, and `noise` what lies on the
         line through it and the teacher's first sample; `gamma` is that first sample's level, then drawn evenly in
-        log-SNR between it and `logsnr_max`."""
+        log-SNR between it and `LOGSNR_MAX`."""
         clean, noise, first = batch["clean"].clone(), batch["noise"].clone(), batch["gamma"].clone()
         for number, task in enumerate(self.tasks):
             rows = torch.nonzero(batch["task"] == number).flatten()
@@ -70,7 +69,7 @@ class Teacher:
         low = torch.logit(first.double()).repeat_interleave(self.levels)
         share = torch.rand_like(low)
         share[:: self.levels] = 0
-        logsnr = torch.lerp(low, low.clamp_min(self.logsnr_max), share)
+        logsnr = torch.lerp(low, low.clamp_min(LOGSNR_MAX), share)
         return batch | many | {"gamma": torch.sigmoid(logsnr).float()}
 
     def _pair(self, batch: dict[str, torch.Tensor], rows: torch.Tensor, task: Any) -> tuple[torch.Tensor, ...]:

@@ -21,8 +21,9 @@ def occupied(folder: Path) -> bool:
 
 
 @contextmanager
-def alone(folder: Path, process: int = 0) -> Iterator[None]:
+def alone(folder: Path, process: int = 0, other: str = "another run is at work") -> Iterator[None]:
     """One run at a time works in a folder; `process` is its number where several share the work. A kill lets go.
+    `other` is what the second is told.
 
     Raises:
         FileExistsError: another run is at work there.
@@ -34,7 +35,7 @@ def alone(folder: Path, process: int = 0) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise FileExistsError(f"another run is at work in {folder}: wait for it, or name another folder") from None
+        raise FileExistsError(f"{other} in {folder}: wait for it, or name another folder") from None
     try:
         yield
     finally:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .files import write_text
+from .files import alone, write_text
 from .report import Tally, draw_batch, draw_samples, write_card, write_report
 from .scheduler import PaletteScheduler, diffuse, training_target
 from .settings import FREE, PRESETS, TrainSettings, parse, preset
@@ -221,10 +221,10 @@ def _network(settings: TrainSettings) -> tuple[PaletteUNet2DModel, PaletteSchedu
 
 def _teacher(settings: TrainSettings, device: torch.device) -> Any:
     """The teacher of a few-step student, if there is one."""
-    from .distillation import Teacher
-
     if not settings.teacher:
         return None
+    from .distillation import Teacher
+
     pipe = _pipeline(settings.teacher, settings.size)
     return Teacher(pipe.to(device), settings.task_list, settings.teacher_steps, settings.levels)
 
@@ -408,8 +408,6 @@ def train(settings: TrainSettings) -> Path:
         FileNotFoundError: data that is not there. FileExistsError: the folder holds a run, or one is going on.
         FloatingPointError: the loss is not finite.
     """
-    from filelock import FileLock, Timeout
-
     if settings.dry_run:
         dry_run(settings)
         return Path(settings.output)
@@ -420,15 +418,8 @@ def train(settings: TrainSettings) -> Path:
         raise FileExistsError(f"{folder} holds a run: continue it by resume, or name another output")
     if settings.resume:
         check_same(folder, settings)
-    lock = FileLock(folder / ".lock")
-    try:
-        if accelerator.is_main_process:
-            lock.acquire(timeout=0)
+    with alone(folder, other="another process is training") if accelerator.is_main_process else nullcontext():
         return _run(settings, accelerator, folder)
-    except Timeout:
-        raise FileExistsError(f"another process is training in {folder}") from None
-    finally:
-        lock.release()
 
 
 def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:

@@ -27,6 +27,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from torture.files import noise
+from torture.log import Log
 
 OUTPUT = Path("outputs/torture")
 ROOT = Path(__file__).parents[1]
@@ -301,10 +302,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--victim", choices=VICTIMS)
     asked = parser.parse_args()
-    OUTPUT.mkdir(parents=True, exist_ok=True)
-    log, end = OUTPUT / f"faults-{asked.seed}.jsonl", time.monotonic() + 60 * asked.minutes
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-    done = {(line["victim"], line["seed"]) for line in lines if not line["problem"]}
+    log, end = Log(OUTPUT / f"faults-{asked.seed}.jsonl", "victim"), time.monotonic() + 60 * asked.minutes
+    done = log.done()
     rounds = [(name, asked.seed * 1000 + number) for name, share in SHARES.items()
         for number in range(-(-round(asked.kills * share) // ROUND)) if asked.victim in (None, name)]  # fmt: skip
     random.Random(asked.seed).shuffle(rounds)
@@ -313,14 +312,12 @@ def main() -> None:
             continue
         line = round_of(name, number, ROUND)
         print(json.dumps(line), flush=True)
-        with open(log, "a") as stream:
-            stream.write(json.dumps(line) + "\n")
-    newest = {(line["victim"], line["seed"]): line for line in map(json.loads, log.read_text().splitlines())}
+        log.add(line)
     for name in VICTIMS:
-        mine = [line for (victim, _), line in newest.items() if victim == name]
+        mine = log.of(name)
         bad = sum(bool(line["problem"]) for line in mine)
         print(f"{name}: {sum(line['kills'] for line in mine)} kills in {len(mine)} runs, {bad} with findings")
-    raise SystemExit(int(any(line["problem"] for line in newest.values())))
+    raise SystemExit(log.exit_code())
 
 
 if __name__ == "__main__":

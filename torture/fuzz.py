@@ -15,6 +15,8 @@ import time
 import traceback
 from pathlib import Path
 
+from torture.log import Log
+
 CHUNK = 400
 SHARES = {"files": 0.4, "arrays": 0.1, "masks": 0.14, "sizes": 0.1, "tasks": 0.14, "pipeline": 0.08, "commands": 0.04}
 OUTPUT = Path("outputs/torture")
@@ -65,10 +67,9 @@ def main() -> None:
 
 def run(count: int, seed: int, minutes: float, only: str | None = None) -> int:
     """The exit code: 1 where something was found, in this call or an earlier one."""
-    log = OUTPUT / f"fuzz-{seed}.jsonl"
-    (OUTPUT / "findings").mkdir(parents=True, exist_ok=True)
-    before = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-    done = {(line["surface"], line["seed"]) for line in before if not line["problem"]}
+    log = Log(OUTPUT / f"fuzz-{seed}.jsonl", "surface")
+    (OUTPUT / "findings").mkdir(exist_ok=True)
+    done = log.done()
     end = time.monotonic() + 60 * minutes
     plan = [(name, seed * 1_000_000 + number)
         for name, share in SHARES.items() if only in (None, name)
@@ -80,13 +81,19 @@ def run(count: int, seed: int, minutes: float, only: str | None = None) -> int:
             print("out of time: go on with the same command")
             break
         line = isolated(name, number, CHUNK, end - time.monotonic())
-        with open(log, "a") as stream:
-            stream.write(json.dumps(line) + "\n")
+        log.add(line)
         if line["problem"]:
             (OUTPUT / "findings" / f"{name}-{number}.txt").write_text(str(line["problem"]))
         print(*(f"{key} {line[key]}" for key in ("surface", "seed", "accepted", "refused", "seconds")), flush=True)
         print(str(line["problem"])[-3000:], end="", flush=True)
-    return summary(log)
+    for name in SHARES:
+        lines = log.of(name)
+        accepted, refused = (sum(line[key] for line in lines) for key in ("accepted", "refused"))
+        bad = sum(bool(line["problem"]) for line in lines)
+        print(
+            f"{name}: {accepted + refused} inputs, {accepted} accepted, {refused} refused, {bad} chunks with findings"
+        )
+    return log.exit_code()
 
 
 def isolated(name: str, number: int, count: int, seconds: float) -> dict[str, object]:
@@ -101,21 +108,6 @@ def isolated(name: str, number: int, count: int, seconds: float) -> dict[str, ob
     if done.returncode:
         return empty | {"problem": f"exit code {done.returncode}\n{done.stderr[-3000:]}\n"}
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def summary(log: Path) -> int:
-    """A line for each surface; 1 where its newest chunk of some seed has a problem."""
-    newest = {}
-    for line in map(json.loads, log.read_text().splitlines()):
-        newest[line["surface"], line["seed"]] = line
-    for name in SHARES:
-        lines = [line for (surface, _), line in newest.items() if surface == name]
-        accepted, refused = (sum(line[key] for line in lines) for key in ("accepted", "refused"))
-        bad = sum(bool(line["problem"]) for line in lines)
-        print(
-            f"{name}: {accepted + refused} inputs, {accepted} accepted, {refused} refused, {bad} chunks with findings"
-        )
-    return int(any(line["problem"] for line in newest.values()))
 
 
 if __name__ == "__main__":
