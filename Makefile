@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+comma := ,
 
-.PHONY: install browser demo test torture soak audit lint docs clean
+.PHONY: install browser demo test torture soak audit bench bench-full lint docs clean
 
 install: $(VENV)/.installed
 
@@ -44,6 +45,22 @@ soak: install
 audit: install  # asks an online list of known weaknesses
 	$(BIN)/python -m pip install -q pip-audit
 	$(BIN)/pip-audit -r constraints.txt --no-deps --disable-pip
+
+# JANSPIRY, GUIDED: checkouts of the peers; without them, against diffusers only
+PEERS = $(if $(JANSPIRY),--janspiry $(JANSPIRY)) $(if $(GUIDED),--guided-diffusion $(GUIDED))
+
+bench: install
+	mkdir -p outputs
+	$(BIN)/python benchmarks/peers.py $(PEERS) --networks '64 pixels, 64 wide' --output outputs/peers.json
+	$(BIN)/python benchmarks/speed.py --rounds 5 --output outputs/speed.json
+
+# DATA: folder with validation-*.parquet, for the curve of quality against evaluations and the data path
+bench-full: install
+	mkdir -p outputs
+	$(BIN)/python benchmarks/peers.py $(PEERS) --rounds 15 --output outputs/peers.json
+	$(BIN)/python benchmarks/speed.py --rounds 15 --only sample,large,cold,memory$(if $(DATA),$(comma)data --data $(DATA)) \
+		--output outputs/speed.json
+	$(if $(DATA),$(BIN)/python benchmarks/solvers.py --data $(DATA) --output outputs/solvers.json --table)
 
 clean:
 	rm -rf $(VENV) outputs build dist *.egg-info

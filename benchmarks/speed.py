@@ -1,8 +1,6 @@
-"""Speed and memory of this machine:  python benchmarks/speed.py [--peer CHECKOUT] [--output FILE]
+"""Speed and memory of this machine:  python benchmarks/speed.py [--output FILE]
 
-unet: one forward and one training step at equal configuration, ours against the public Palette implementation
-(Janspiry/Palette-Image-to-Image-Diffusion-Models, whose checkout --peer names; nothing of it is in this project).
-Interleaved A/B; medians over the rounds, and ratios from the same run.
+The networks against the peers' are in peers.py.
 sample: a 64-pixel picture by the starter at its default steps, once it is loaded (uncropping: to 96x64).
 large: whole photographs of 1 to 48 megapixels, time and peak memory, each in a process of its own.
 cold: `palette colorize` from the shell to the file, without anything loaded.
@@ -13,133 +11,17 @@ memory: peak of a training step, with and without recomputed activations, each i
 import argparse
 import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from peers import interleaved, machine, our_network
 from PIL import Image
 
-from palette_diffusers import PalettePipeline, PaletteUNet2DModel
-
-# base width, multipliers, blocks a level, attention from this level on, pixels, batch
-NETWORKS = {
-    "64 pixels, 128 wide": (128, (1, 2, 3, 4), 2, 2, 64, 4),
-    "64 pixels, 64 wide": (64, (1, 2, 4, 8), 2, 3, 64, 8),
-}
-
-
-def machine() -> dict[str, str]:
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-        flags = next(line for line in lines if line.startswith("flags"))
-        name += ", ".join(["", *[f for f in ("avx512_bf16", "amx_bf16") if f in flags]])
-    except (OSError, StopIteration):
-        pass
-    return {"cpu": name, "threads": str(torch.get_num_threads()), "torch": torch.__version__}
-
-
-def interleaved(calls: dict[str, Callable], rounds: int) -> dict[str, float]:
-    """Median seconds of each call; one of each in turn, after one that is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(rounds + 1):
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            if i:
-                times[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def networks(name: str, peer: Path | None) -> tuple[PaletteUNet2DModel, torch.nn.Module | None]:
-    """Our network and the peer's, of one configuration."""
-    width, multipliers, blocks, attention, size, _ = NETWORKS[name]
-    levels, plain = len(multipliers), attention
-    ours = PaletteUNet2DModel(
-        sample_size=size,
-        block_out_channels=[width * m for m in multipliers],
-        down_block_types=["ResnetDownsampleBlock2D"] * plain + ["AttnDownBlock2D"] * (levels - plain),
-        up_block_types=["AttnUpBlock2D"] * (levels - plain) + ["ResnetUpsampleBlock2D"] * plain,
-        layers_per_block=blocks,
-        attention_head_dim=64,
-    )
-    if peer is None:
-        return ours, None
-    sys.path.insert(0, str(peer))
-    from models.guided_diffusion_modules.unet import UNet  # type: ignore[import-not-found]
-
-    theirs = UNet(
-        image_size=size, in_channel=6, inner_channel=width, out_channel=3, res_blocks=blocks,
-        attn_res=[2**i for i in range(attention, levels)], channel_mults=multipliers, num_head_channels=64,
-    )  # fmt: skip
-    return ours, theirs
-
-
-def unet(peer: Path | None, rounds: int) -> list[dict]:
-    rows = []
-    for name, (*_, size, batch) in NETWORKS.items():
-        ours, theirs = networks(name, peer)
-        y, x, eps = torch.randn(3, batch, 3, size, size).unbind()
-        gamma = torch.rand(batch).clamp(0.01, 0.99)
-
-        def forward(model: torch.nn.Module, dtype: torch.dtype, y: Any = y, x: Any = x, gamma: Any = gamma) -> Callable:
-            def call() -> None:
-                with torch.no_grad():
-                    if isinstance(model, PaletteUNet2DModel):
-                        model(y.to(dtype), gamma, x.to(dtype))
-                    else:
-                        model(torch.cat([x, y], 1), gamma)
-
-            return call
-
-        def training(
-            model: torch.nn.Module, bf16: bool, y: Any = y, x: Any = x, gamma: Any = gamma, eps: Any = eps
-        ) -> Callable:
-            def call() -> None:
-                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                    ours_ = isinstance(model, PaletteUNet2DModel)
-                    output = model(y, gamma, x).sample if ours_ else model(torch.cat([x, y], 1), gamma)
-                (output.float() - eps).square().mean().backward()
-                model.zero_grad()
-
-            return call
-
-        last = PaletteUNet2DModel.from_config(ours.config).to(memory_format=torch.channels_last)
-        half = PaletteUNet2DModel.from_config(ours.config).to(torch.bfloat16)
-        calls = {"forward, ours float32": forward(ours, torch.float32)}
-        calls["forward, ours float32 channels_last"] = forward(last, torch.float32)
-        calls["forward, ours bfloat16 channels_last"] = forward(
-            PaletteUNet2DModel.from_config(ours.config).to(torch.bfloat16, memory_format=torch.channels_last),
-            torch.bfloat16,
-        )
-        calls["forward, ours bfloat16"] = forward(half, torch.bfloat16)
-        calls["training, ours float32"] = training(ours, False)
-        calls["training, ours bfloat16"] = training(ours, True)
-        if theirs is not None:
-            calls["forward, peer float32"] = forward(theirs, torch.float32)
-            calls["training, peer float32"] = training(theirs, False)
-        seconds = interleaved(calls, rounds)
-        row = {"network": name, "batch": batch, "parameters": sum(p.numel() for p in ours.parameters())}
-        row["seconds"] = {k: round(v, 4) for k, v in seconds.items()}
-        if theirs is not None:
-            row["peer's parameters"] = sum(p.numel() for p in theirs.parameters())
-            row["times as fast"] = {
-                name: round(seconds[f"{name.split(',')[0]}, peer float32"] / value, 2)
-                for name, value in seconds.items()
-                if "ours" in name
-            }
-        rows.append(row)
-        print(json.dumps(row, indent=2), flush=True)
-    return rows
+from palette_diffusers import PalettePipeline
 
 
 def sample(rounds: int) -> dict:
@@ -158,7 +40,7 @@ def sample(rounds: int) -> dict:
     }
     calls = {task: (lambda task=task, extra=extra: pipe(photo, task=task, **extra)) for task, extra in jobs.items()}
     row = {"steps": pipe.config.default_steps, "seconds": interleaved(calls, rounds)}
-    row["seconds"] = {k: round(v, 3) for k, v in row["seconds"].items()}
+    row["seconds"] = {k: round(v, 3) for k, (v, _) in row["seconds"].items()}
     print(json.dumps(row), flush=True)
     return row
 
@@ -212,7 +94,7 @@ def cold(rounds: int) -> dict:
         times |= interleaved(
             {"--help": lambda: _run([sys.executable, "-m", "palette_diffusers.cli", "--help"])}, rounds
         )
-    row = {"seconds": {k: round(v, 2) for k, v in times.items()}}
+    row = {"seconds": {k: round(v, 2) for k, (v, _) in times.items()}}
     print(json.dumps(row), flush=True)
     return row
 
@@ -228,14 +110,14 @@ def data(path: str | None, crops: str, rounds: int) -> dict:
     torch.set_num_threads(1)
     position = iter(range(10**9))
     calls = {"500 samples": lambda: [samples[next(position)] for _ in range(500)]}
-    row = {"samples a second on one core": round(500 / interleaved(calls, rounds)["500 samples"])}
+    row = {"samples a second on one core": round(500 / interleaved(calls, rounds)["500 samples"][0])}
     print(json.dumps(row), flush=True)
     return row
 
 
 def training_peak(kind: str) -> float:
     """GiB of this process after two training steps at batch 16."""
-    unet, _ = networks("64 pixels, 128 wide", None)
+    unet = our_network("64 pixels, 128 wide")
     unet.train()
     if kind == "recomputed":
         unet.enable_gradient_checkpointing()
@@ -270,15 +152,13 @@ def _run(command: list[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", type=Path, default=None, help="checkout of the public Palette implementation")
     parser.add_argument("--data", default=None, help="images for the part data, as train_palette.py takes them")
     parser.add_argument("--crops", default="", help="full-size photographs for it")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--only", default="unet,sample,large,cold", help="which parts, comma-separated")
+    parser.add_argument("--only", default="sample,large,cold", help="which parts, comma-separated")
     parser.add_argument("--output", type=Path, default=None, help="JSON file")
     args = parser.parse_args()
     parts = {
-        "unet": lambda: unet(args.peer, args.rounds),
         "sample": lambda: sample(args.rounds),
         "large": large,
         "cold": lambda: cold(max(3, args.rounds // 3)),

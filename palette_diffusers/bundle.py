@@ -7,7 +7,10 @@ share: so each file stands alone, and its name is this package's.
 import ast
 from importlib import resources
 
-PIPELINE = ("color", "masks", "canvas", "tasks", "scheduler", "sizes", "unet", "checkpoint", "pipeline")
+PIPELINE = (
+    "color", "masks", "canvas", "tasks", "scheduler", "sizes", "unet", "checkpoint", "machine", "speed", "optimize",
+    "pipeline",
+)  # fmt: skip
 FILES = {
     "palette_pipeline.py": PIPELINE,
     "unet/palette_unet.py": ("scheduler", "unet"),

@@ -18,6 +18,7 @@ app = typer.Typer(
 Source = Annotated[Path, typer.Argument(help="the photograph, or a folder of them")]
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="file or folder; default: IN-TASK.png beside IN")]
 Steps = Annotated[int | None, typer.Option(help="network evaluations; default: the checkpoint's")]
+Speed = Annotated[str | None, typer.Option(help="fast, balanced or best; default: the checkpoint's solver")]
 Seed = Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="the same seed makes the same picture")]
 Samples = Annotated[int, typer.Option(min=1, help="variations to write (OUT-1, OUT-2, ..., and OUT-sheet)")]
 Model = Annotated[str | None, typer.Option(help="folder, Hub id, starter-few-steps or starter (the default)")]
@@ -46,17 +47,23 @@ def _one_line(*more: type[Exception]) -> Iterator[None]:
         _fail(error)
 
 
-def _load(model: str | None, device: str, dtype: str) -> Any:
+def _load(model: str | None, device: str, dtype: str, speed: str | None = None) -> Any:
     import torch
 
     from .machine import best_dtype, chosen_device
     from .pipeline import PalettePipeline
+    from .portable import is_portable, load_portable
 
     device = chosen_device(device)
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in ("auto", *known):
         raise ValueError(f"dtype is {dtype!r}, expected auto, {', '.join(known)}")
-    pipe = PalettePipeline.from_pretrained(model, dtype=best_dtype(device) if dtype == "auto" else known[dtype])
+    if is_portable(model):
+        pipe, device = load_portable(model), "cpu"  # type: ignore[arg-type]
+    else:
+        pipe = PalettePipeline.from_pretrained(model, dtype=best_dtype(device) if dtype == "auto" else known[dtype])
+    if speed is not None:
+        pipe.speed(speed)
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
     return pipe.to(device)
 
@@ -71,6 +78,7 @@ class _Work:
     steps: int | None
     seed: int
     samples: int
+    speed: str | None
     model: str | None
     device: str
     dtype: str
@@ -94,7 +102,7 @@ class _Work:
         return {
             "task": self.task, "source": recipes.fingerprint(source), "mask": entry, "model": self.model,
             "dtype": self.dtype, "steps": self.steps, "seed": self.seed, "sample": 0, "samples": self.samples,
-            "options": self.options, "no_exif": self.no_exif,
+            "speed": self.speed, "options": self.options, "no_exif": self.no_exif,
         }  # fmt: skip
 
     def finish(self, image: Any, recipe: dict[str, Any]) -> Any:
@@ -162,7 +170,7 @@ def _file(work: _Work, mask: str | None) -> None:
 def _say_plan(work: _Work, source: Path, picture: Any, mask: Any) -> None:
     from .plan import plan
 
-    pipe = _load(work.model, work.device, work.dtype)
+    pipe = _load(work.model, work.device, work.dtype, work.speed)
     pipe.set_progress_bar_config(disable=True)
     height, width = picture.size
     print(f"{source}: {width}x{height}, {work.task}")
@@ -175,7 +183,7 @@ def _say_plan(work: _Work, source: Path, picture: Any, mask: Any) -> None:
 def _sample(work: _Work, picture: Any, mask: Any) -> list:
     import torch
 
-    pipe = _load(work.model, work.device, work.dtype)
+    pipe = _load(work.model, work.device, work.dtype, work.speed)
     return pipe(
         picture, task=work.task, num_inference_steps=work.steps, num_images_per_input=work.samples,
         generator=torch.Generator().manual_seed(work.seed), max_pixels=work.limit, **_masked(mask), **work.options,
@@ -207,7 +215,7 @@ def _folder(work: _Work, mask: str | None) -> None:
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     import torch
 
-    pipe = _load(work.model, work.device, work.dtype)
+    pipe = _load(work.model, work.device, work.dtype, work.speed)
     pipe.set_progress_bar_config(disable=True)
 
     def restore(some: list, pictures: list, masks: list | None) -> list:
@@ -231,6 +239,7 @@ def colorize(
     source: Source, output: Output = None, steps: Steps = None, seed: Seed = 0, samples: Samples = 1,
     model: Model = None, device: Device = "auto", dtype: DType = "auto", max_megapixels: Limit = 50,
     recursive: Recursive = False, overwrite: Overwrite = False, no_exif: NoExif = False, plan: PlanOnly = False,
+    speed: Speed = None,
 ) -> None:  # fmt: skip
     """Colour for a grayscale photograph; its own luma is kept."""
     _run(task="colorization", **locals())
@@ -245,6 +254,7 @@ def inpaint(
     output: Output = None, steps: Steps = None, seed: Seed = 0, samples: Samples = 1,
     model: Model = None, device: Device = "auto", dtype: DType = "auto", max_megapixels: Limit = 50,
     recursive: Recursive = False, overwrite: Overwrite = False, no_exif: NoExif = False, plan: PlanOnly = False,
+    speed: Speed = None,
 ) -> None:  # fmt: skip
     """Fill a hole; every other pixel is kept bit for bit."""
     _run(task="inpainting", **locals())
@@ -279,6 +289,7 @@ def uncrop(
     output: Output = None, steps: Steps = None, seed: Seed = 0, samples: Samples = 1,
     model: Model = None, device: Device = "auto", dtype: DType = "auto", max_megapixels: Limit = 50,
     recursive: Recursive = False, overwrite: Overwrite = False, no_exif: NoExif = False, plan: PlanOnly = False,
+    speed: Speed = None,
 ) -> None:  # fmt: skip
     """Extend a photograph beyond its border; the given pixels are kept bit for bit."""
     asked = locals()
@@ -291,6 +302,7 @@ def restore(
     source: Source, output: Output = None, steps: Steps = None, seed: Seed = 0, samples: Samples = 1,
     model: Model = None, device: Device = "auto", dtype: DType = "auto", max_megapixels: Limit = 50,
     recursive: Recursive = False, overwrite: Overwrite = False, no_exif: NoExif = False, plan: PlanOnly = False,
+    speed: Speed = None,
 ) -> None:  # fmt: skip
     """Take the blocks and ringing out of a JPEG."""
     _run(task="jpeg_restoration", **locals())
@@ -316,7 +328,7 @@ def again(
         work = _Work(
             source=recipes.find(recipe["source"], folder, source, "source"), output=output, device=device,
             max_megapixels=max_megapixels, recursive=False, overwrite=False, plan=False,
-            no_exif=recipe.get("no_exif", False),
+            no_exif=recipe.get("no_exif", False), speed=recipe.get("speed"),
             **{k: recipe[k] for k in ("task", "model", "dtype", "steps", "seed", "samples", "options")},
         )  # fmt: skip
         target = output or picture.with_stem(f"{picture.stem}-again")
@@ -496,6 +508,22 @@ def export(
 
         folder = write(source, output)
     print(folder)
+
+
+@app.command("export-network")
+def export_network(
+    source: Annotated[str, typer.Argument(help="a pipeline's folder or Hub id, or starter")],
+    output: Annotated[Path, typer.Argument(help="new folder; --model takes it")],
+    format: Annotated[str, typer.Option(help="onnx (run by onnxruntime) or torch (torch.export)")] = "onnx",
+) -> None:
+    """Write the network as ONNX or a program of torch.export, checked against this one; float32, for CPUs."""
+    _quiet()
+    with _one_line(ImportError):
+        pipe = _load(None if source == "starter" else source, "cpu", "float32")
+        from .portable import write_portable
+
+        error = write_portable(pipe, output, format)
+    print(f"{output}: differs by {error:.1e} at most")
 
 
 @app.command()

@@ -1,0 +1,211 @@
+"""The network against the peers' at equal configuration: forward and training step, FLOPs, share of the machine's peak.
+
+    python benchmarks/peers.py --janspiry CHECKOUT --guided-diffusion CHECKOUT --output benchmarks/results/peers.json
+
+The checkouts are of Janspiry/Palette-Image-to-Image-Diffusion-Models and openai/guided-diffusion; a peer without one is
+left out. diffusers' `UNet2DModel` is always there. Nothing of theirs is in this project. Calls take turns (A/B in one
+process); medians, and half of the range between the quartiles. The peak is that of a 3x3 convolution of 256 channels.
+"""
+
+import argparse
+import importlib
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+from torch.utils.flop_counter import FlopCounterMode
+
+from palette_diffusers import PaletteUNet2DModel
+
+# base width, multipliers, blocks a level, attention from this level on, pixels, batch
+NETWORKS = {
+    "64 pixels, 128 wide": (128, (1, 2, 3, 4), 2, 2, 64, 4),
+    "64 pixels, 64 wide": (64, (1, 2, 4, 8), 2, 3, 64, 8),
+}
+Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def machine() -> dict[str, str]:
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+        flags = next(line for line in lines if line.startswith("flags"))
+        name += ", ".join(["", *[f for f in ("avx512_bf16", "amx_bf16") if f in flags]])
+    except (OSError, StopIteration):
+        pass
+    return {"cpu": name, "threads": str(torch.get_num_threads()), "torch": torch.__version__}
+
+
+def interleaved(calls: dict[str, Callable], rounds: int) -> dict[str, tuple[float, float]]:
+    """Seconds of each call, one of each in turn, after one that is not counted: median, half the quartiles' range."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(rounds + 1):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            if i:
+                times[name].append(time.perf_counter() - begin)
+    return {name: (statistics.median(values), _spread(values)) for name, values in times.items()}
+
+
+def _spread(values: list[float]) -> float:
+    if len(values) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(values, n=4)
+    return (high - low) / 2
+
+
+def our_network(name: str) -> PaletteUNet2DModel:
+    width, multipliers, blocks, attention, size, _ = NETWORKS[name]
+    levels = len(multipliers)
+    return PaletteUNet2DModel(
+        sample_size=size,
+        block_out_channels=[width * m for m in multipliers],
+        down_block_types=["ResnetDownsampleBlock2D"] * attention + ["AttnDownBlock2D"] * (levels - attention),
+        up_block_types=["AttnUpBlock2D"] * (levels - attention) + ["ResnetUpsampleBlock2D"] * attention,
+        layers_per_block=blocks,
+        attention_head_dim=64,
+    )
+
+
+def networks(name: str, janspiry: Path | None, guided: Path | None) -> dict[str, tuple[torch.nn.Module, Call]]:
+    """Each implementation's network, and how it is called with (y, x, gamma)."""
+    width, multipliers, blocks, attention, size, _ = NETWORKS[name]
+    ours, levels = our_network(name), len(multipliers)
+    shared = ("sample_size", "block_out_channels", "down_block_types", "up_block_types", "layers_per_block")
+    theirs = UNet2DModel(
+        **{key: ours.config[key] for key in shared}, in_channels=6, attention_head_dim=64, attn_norm_num_groups=32,
+        resnet_time_scale_shift="scale_shift", downsample_type="resnet", upsample_type="resnet",
+    )  # fmt: skip
+    out: dict[str, tuple[torch.nn.Module, Call]] = {
+        "ours": (ours, lambda y, x, gamma: ours(y, gamma, x).sample),
+        "diffusers": (theirs, lambda y, x, gamma: theirs(torch.cat([x, y], 1), gamma * 1000).sample),
+    }
+    places = [2**i for i in range(attention, levels)]
+    if janspiry is not None:
+        sys.path.insert(0, str(janspiry))
+        palette = importlib.import_module("models.guided_diffusion_modules.unet").UNet(
+            image_size=size, in_channel=6, inner_channel=width, out_channel=3, res_blocks=blocks, attn_res=places,
+            channel_mults=multipliers, num_head_channels=64,
+        )  # fmt: skip
+        out["Janspiry"] = (palette, lambda y, x, gamma: palette(torch.cat([x, y], 1), gamma))
+    if guided is not None:
+        sys.path.insert(0, str(guided))
+        adm = importlib.import_module("guided_diffusion.unet").UNetModel(
+            image_size=size, in_channels=6, model_channels=width, out_channels=3, num_res_blocks=blocks,
+            attention_resolutions=places, channel_mult=multipliers, num_head_channels=64, use_scale_shift_norm=True,
+            resblock_updown=True,
+        )  # fmt: skip
+        out["guided-diffusion"] = (adm, lambda y, x, gamma: adm(torch.cat([x, y], 1), gamma * 1000))
+    return out
+
+
+@torch.no_grad()
+def peak(dtype: torch.dtype) -> float:
+    """FLOP/s of a 3x3 convolution, (16, 256, 32, 32) to as many channels: the best of ten."""
+    layer = torch.nn.Conv2d(256, 256, 3, padding=1).to(dtype)
+    x = torch.randn(16, 256, 32, 32, dtype=dtype)
+    times = []
+    for _ in range(11):
+        begin = time.perf_counter()
+        layer(x)
+        times.append(time.perf_counter() - begin)
+    return 2 * 256 * 256 * 9 * 16 * 32 * 32 / min(times)
+
+
+def flops(call: Callable) -> int:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def measure(name: str, janspiry: Path | None, guided: Path | None, rounds: int, peaks: dict[str, float]) -> list[dict]:
+    *_, size, batch = NETWORKS[name]
+    y, x, eps = torch.randn(3, batch, 3, size, size).unbind()
+    gamma = torch.rand(batch).clamp(0.01, 0.99)
+
+    def forward(call: Call, half: bool) -> Callable:
+        def run() -> None:
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+                call(y, x, gamma)
+
+        return run
+
+    def training(network: torch.nn.Module, call: Call, half: bool) -> Callable:
+        def run() -> None:
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                out = call(y, x, gamma)
+            (out.float() - eps).square().mean().backward()
+            network.zero_grad()
+
+        return run
+
+    those = networks(name, janspiry, guided)
+    for network, _ in those.values():
+        with torch.no_grad():  # the same work whether or not an output was set to zero
+            for p in network.parameters():
+                if not p.any():
+                    p.normal_(0, 0.01)
+    weights = our_network(name).to(torch.bfloat16)
+
+    @torch.no_grad()
+    def all_half() -> None:
+        weights(y.bfloat16(), gamma, x.bfloat16())
+
+    calls: dict[tuple[str, str, str], Callable] = {}
+    for who, (network, call) in those.items():
+        calls["forward", who, "float32"] = forward(call, False)
+        calls["training", who, "float32"] = training(network, call, False)
+    calls["forward", "ours", "bfloat16"] = all_half
+    calls["training", "ours", "bfloat16"] = training(*those["ours"], True)
+    work = {what: flops(calls[what, "ours", "float32"]) for what in ("forward", "training")}
+    seconds = interleaved({"|".join(key): call for key, call in calls.items()}, rounds)
+    rows = []
+    for what, who, dtype in calls:
+        median, spread = seconds[f"{what}|{who}|{dtype}"]
+        row = {"network": name, "what": what, "who": who, "dtype": dtype, "seconds": round(median, 4)}
+        row |= {"spread": round(spread, 4), "GFLOP": round(work[what] / 1e9, 1)}
+        row["share of peak"] = round(work[what] / median / peaks[dtype], 3)
+        if janspiry is not None:
+            row["times as fast as Janspiry"] = round(seconds[f"{what}|Janspiry|float32"][0] / median, 2)
+        rows.append(row)
+    return rows
+
+
+def page(result: dict) -> str:
+    """All rows as one Markdown table."""
+    about = ", ".join(result["machine"].values())
+    peaks = ", ".join(f"{name} {value / 1e9:.0f} GFLOP/s" for name, value in result["peaks"].items())
+    keys = list(result["rows"][0])
+    lines = [f"{about}; convolution peak: {peaks}\n", "| " + " | ".join(keys) + " |", "| --- " * len(keys) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(str(row[key]) for key in keys) + " |" for row in result["rows"]])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--janspiry", type=Path, default=None, help="checkout of the public Palette implementation")
+    parser.add_argument("--guided-diffusion", type=Path, default=None, help="checkout of openai/guided-diffusion")
+    parser.add_argument("--networks", default=";".join(NETWORKS), help="names with semicolons between")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=None, help="JSON file; the page is written beside it as .md")
+    args = parser.parse_args()
+    peaks = {str(dtype).removeprefix("torch."): peak(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    result: dict[str, Any] = {"machine": machine(), "peaks": peaks, "rows": []}
+    for name in args.networks.split(";"):
+        result["rows"] += measure(name, args.janspiry, args.guided_diffusion, args.rounds, peaks)
+    print(page(result))
+    if args.output:
+        args.output.write_text(json.dumps(result, indent=2) + "\n")
+        args.output.with_suffix(".md").write_text(page(result) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""What this machine gains from, found by measuring: each way is timed against what there is, and kept if it is faster
+and leaves the pictures alike."""
+
+import copy
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .machine import best_dtype
+from .tasks import Given
+
+ALIKE = 40.0  # PSNR in dB, of a picture from the same seed, against eager float32
+GAIN = 1.03  # times as fast, at least, to be worth a change
+
+
+@dataclass(frozen=True)
+class Trial:
+    """speedup: times as fast as what there was before. psnr: in dB, against eager float32; inf where equal."""
+
+    name: str
+    kept: bool
+    speedup: float = 0.0
+    psnr: float = 0.0
+    failed: str = ""
+
+    def __str__(self) -> str:
+        if self.failed:
+            return f"{self.name}: not possible here ({self.failed})"
+        verdict = "kept" if self.kept else "left out"
+        return f"{self.name}: {verdict}, {self.speedup:.2f} times as fast, PSNR {self.psnr:.1f} dB against float32"
+
+
+@dataclass(frozen=True)
+class Optimized:
+    """What was tried, in order, and milliseconds of a network evaluation before and after."""
+
+    trials: tuple[Trial, ...]
+    before: float
+    after: float
+
+    def __str__(self) -> str:
+        return "\n".join([*map(str, self.trials), f"an evaluation takes {self.after:.1f} ms, before {self.before:.1f}"])
+
+
+def optimize(pipe: Any, compile: bool = False, rounds: int = 7) -> Optimized:
+    """Changes the pipeline's network to what computes fastest here, at one picture of the model's size.
+
+    Three copies of the weights are in memory meanwhile. `compile` also tries `torch.compile`, which takes minutes.
+    """
+    found = pipe.unet
+    size, device = found.config.sample_size, found.device
+    given = _given(size, device)
+    reference = _picture(pipe, copy.deepcopy(found).float(), given)
+    ways: dict[str, Callable[[Any], Any]] = {}
+    half = best_dtype(device.type)
+    if half not in (torch.float32, found.dtype):
+        ways[str(half).removeprefix("torch.")] = lambda network: network.to(half)
+    ways["channels_last"] = lambda network: network.to(memory_format=torch.channels_last)
+    if compile:
+        ways["torch.compile"] = _compiled
+
+    trials, best = [], found
+    for name, way in ways.items():
+        try:
+            candidate = way(copy.deepcopy(best))
+            psnr = _psnr(_picture(pipe, candidate, given), reference)
+            before, after = _seconds([best, candidate], given, rounds)
+        except RuntimeError as error:  # no compiler, say
+            trials.append(Trial(name, False, failed=str(error).strip().splitlines()[0][:200]))
+            continue
+        kept = before / after >= GAIN and psnr >= ALIKE
+        trials.append(Trial(name, kept, before / after, psnr))
+        best = candidate if kept else best
+    before, after = _seconds([found, best], given, rounds)
+    pipe.unet = found if after > before else best
+    return Optimized(tuple(trials), before * 1e3, min(before, after) * 1e3)
+
+
+def _compiled(network: Any) -> Any:
+    """Raises:
+    RuntimeError: inductor finds no C++ compiler.
+    """
+    if network.device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        get_cpp_compiler()
+    network.compile(dynamic=True)
+    return network
+
+
+def _given(size: int, device: torch.device) -> Given:
+    """A smooth picture, the same every time."""
+    coarse = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    picture = F.interpolate(coarse, (size, size), mode="bilinear", align_corners=False).to(device)
+    return Given(known=picture, condition=picture)
+
+
+def _picture(pipe: Any, network: Any, given: Given) -> torch.Tensor:
+    """What the whole sampler makes of it with this network, from one seed."""
+    found = pipe.unet
+    pipe.unet = network
+    try:
+        return pipe.denoise(given, torch.Generator().manual_seed(0)).cpu().clamp(-1, 1)
+    finally:
+        pipe.unet = found
+
+
+def _psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    error = (a - b).square().mean().item()
+    return 10 * math.log10(4 / error) if error else math.inf
+
+
+@torch.no_grad()
+def _seconds(networks: list[Any], given: Given, rounds: int) -> list[float]:
+    """Median seconds of an evaluation of each, one of each in turn."""
+    extra = bool(networks[0].config.hole_skip)
+    condition = F.pad(given.condition, (0, 0, 0, 0, 0, 1)) if extra else given.condition
+    times: list[list[float]] = [[] for _ in networks]
+    for i in range(rounds + 1):
+        for network, seconds in zip(networks, times, strict=True):
+            begin = time.perf_counter()
+            network(given.known, 0.5, condition, return_dict=False)[0][0, 0, 0, 0].item()
+            if i:  # the first sets things up
+                seconds.append(time.perf_counter() - begin)
+    return [statistics.median(seconds) for seconds in times]

@@ -1,0 +1,35 @@
+"""How fast or how good: solver and steps by a name.
+
+Chosen from a measured curve of quality against evaluations (`benchmarks/solvers.py`): UniPC has the best or nearly
+the best distance on colorization, inpainting and uncropping, at every number of steps.
+"""
+
+import logging
+from typing import Any
+
+import diffusers
+
+SPEEDS = {
+    # name: (solver of diffusers, steps)
+    "fast": ("UniPCMultistepScheduler", 4),
+    "balanced": ("UniPCMultistepScheduler", 8),
+    "best": ("UniPCMultistepScheduler", 16),
+}
+
+
+def solver_for(name: str, config: Any) -> tuple[Any, int]:
+    """A preset's solver, built from a scheduler's configuration, and its number of steps.
+
+    Raises:
+        ValueError: no such preset; the message lists those that are known.
+    """
+    if name not in SPEEDS:
+        raise ValueError(f"speed is {name!r}, expected {', '.join(SPEEDS)}")
+    solver, steps = SPEEDS[name]
+    warnings = logging.getLogger("diffusers.configuration_utils")
+    level = warnings.level
+    warnings.setLevel(logging.ERROR)  # of our own settings, which the library's solver keeps and does not use
+    try:
+        return getattr(diffusers, solver).from_config(config), steps
+    finally:
+        warnings.setLevel(level)

@@ -1,0 +1,33 @@
+import torch
+from torch._inductor import config
+
+from palette_diffusers.optimize import ALIKE, GAIN, optimize
+
+
+def test_what_is_kept_is_faster_and_alike(pipe, photo, seeded):
+    def run():
+        return pipe(photo, generator=seeded(), output_type="pt").images
+
+    before = run()
+    report = pipe.optimize()
+    assert {trial.name for trial in report.trials} >= {"channels_last"} and report.after <= report.before
+    assert all(trial.kept == (trial.speedup >= GAIN and trial.psnr >= ALIKE) for trial in report.trials)
+    error = (run() - before).square().mean()
+    assert error < 4 / 10**4 and str(report).count("\n") == len(report.trials)
+
+
+def test_a_way_that_changes_the_pictures_is_left_out(pipe, monkeypatch):
+    """However fast it is."""
+    monkeypatch.setattr("palette_diffusers.optimize.best_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr("palette_diffusers.optimize.ALIKE", 200.0)
+    half, *_ = optimize(pipe, rounds=1).trials
+    assert not half.kept and half.psnr < 200 and pipe.unet.dtype == torch.float32
+
+
+def test_without_a_compiler_that_is_said(pipe):
+    network = pipe.unet
+    with config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}):
+        report = optimize(pipe, compile=True, rounds=1)
+    last = report.trials[-1]
+    assert last.name == "torch.compile" and not last.kept and "not possible here" in str(last)
+    assert pipe.unet._compiled_call_impl is None and network.config == pipe.unet.config

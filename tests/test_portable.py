@@ -1,0 +1,53 @@
+import pytest
+from conftest import toy_unet
+from PIL import Image
+from typer.testing import CliRunner
+
+from palette_diffusers import PalettePipeline, PaletteScheduler
+from palette_diffusers.cli import app
+from palette_diffusers.portable import FILES, load_portable, write_portable
+
+
+@pytest.mark.parametrize("kind", list(FILES))
+def test_the_same_pictures(kind, photo, tmp_path, seeded):
+    """Of any size, through the same pipeline, from a folder that is read anew."""
+    pytest.importorskip("onnxscript")
+    unet = toy_unet(condition_skip=0.2, hole_skip=0.5, patch_size=2)
+    pipe = PalettePipeline(unet, PaletteScheduler(prediction_type="v_prediction", sampling_spacing="logsnr"))
+    pipe.speed("fast").set_progress_bar_config(disable=True)
+    error = write_portable(pipe, tmp_path / "out", kind)
+    loaded = load_portable(tmp_path / "out")
+    loaded.set_progress_bar_config(disable=True)
+    assert 0 <= error < 1e-3 and loaded.config.default_steps == 4 and not list(tmp_path.glob("*.part"))
+    for extra in ({"task": "colorization", "num_images_per_input": 2}, {"task": "uncropping", "right": 0.2}):
+        a, b = (p(photo, generator=seeded(), output_type="pt", **extra).images for p in (pipe, loaded))
+        assert (a - b).abs().max() < 0.02, extra
+
+
+def test_what_is_refused(pipe, tmp_path):
+    with pytest.raises(ValueError, match="format is 'tflite', expected onnx, torch"):
+        write_portable(pipe, tmp_path / "a", "tflite")
+    with pytest.raises(FileExistsError, match="there already"):
+        write_portable(pipe, tmp_path)
+    with pytest.raises(FileNotFoundError, match="portable.json"):
+        load_portable(tmp_path)
+
+
+def test_a_difference_is_found(pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("palette_diffusers.portable.TOLERANCE", -1.0)
+    with pytest.raises(ValueError, match="differs by"):
+        write_portable(pipe, tmp_path / "out", "torch")
+    assert not list(tmp_path.iterdir())
+
+
+def test_command(pipe, photo, tmp_path):
+    pytest.importorskip("onnxscript")
+    pipe.save_pretrained(tmp_path / "pipe")
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    runner = CliRunner()
+    done = runner.invoke(app, ["export-network", str(tmp_path / "pipe"), str(tmp_path / "out")])
+    assert done.exit_code == 0 and "differs by" in done.output
+    command = ["colorize", str(tmp_path / "photo.png"), "--model", str(tmp_path / "out"), "--speed", "fast"]
+    assert runner.invoke(app, command).exit_code == 0 and (tmp_path / "photo-colorization.png").is_file()
+    refused = runner.invoke(app, [*command, "--speed", "warp"])
+    assert refused.exit_code == 2

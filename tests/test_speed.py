@@ -1,0 +1,94 @@
+import diffusers
+import pytest
+import torch
+from conftest import toy_unet
+
+from palette_diffusers import PalettePipeline, PaletteScheduler
+from palette_diffusers.scheduler import diffuse, noise_level, output_for
+from palette_diffusers.speed import SPEEDS
+from palette_diffusers.tasks import Given
+
+
+@pytest.mark.parametrize("name", list(SPEEDS))
+def test_a_speed_survives_saving(name, pipe, photo, tmp_path, seeded):
+    solver, steps = SPEEDS[name]
+    assert pipe.speed(name) is pipe
+    pipe.save_pretrained(tmp_path)
+    loaded = PalettePipeline.from_pretrained(tmp_path)
+    assert type(loaded.scheduler).__name__ == solver and loaded.config.default_steps == steps
+    assert loaded.scheduler.config.beta_end == 0.01  # the network's own schedule, not the library's default
+    taken = []
+    callback = lambda pipe, step, t, tensors: taken.append(step) or tensors  # noqa: E731
+    loaded(photo, generator=seeded(), callback_on_step_end=callback)
+    assert len(taken) == steps
+
+
+def test_an_unknown_speed_is_refused(pipe):
+    with pytest.raises(ValueError, match="speed is 'warp', expected fast, balanced, best"):
+        pipe.speed("warp")
+
+
+S = 0.5  # standard deviation of the pictures of the Gaussian problem
+
+
+def solve(scheduler, steps: int) -> float:
+    """The error after all steps, with the exact denoiser of pictures N(0, S^2), whose flow has a known solution:
+    y(gamma) grows as the standard deviation, (gamma S^2 + 1 - gamma)^(1/2)."""
+    deviation = lambda gamma: (gamma * S**2 + 1 - gamma) ** 0.5  # noqa: E731
+    original = lambda y, gamma: gamma**0.5 * S**2 * y / deviation(gamma) ** 2  # noqa: E731
+    scheduler.set_timesteps(steps)
+    first = noise_level(scheduler, scheduler.timesteps[0]).double()
+    last = noise_level(scheduler, scheduler.timesteps[-1]).double()
+    start = y = torch.full((1, 1, 1, 1), 0.8, dtype=torch.float64)
+    for t in scheduler.timesteps:
+        gamma = noise_level(scheduler, t).double()
+        y = scheduler.step(output_for(original(y, gamma), y, gamma, "epsilon").double(), t, y).prev_sample.double()
+    exact = original(start * deviation(last) / deviation(first), last)  # the last step returns the predicted picture
+    return (y - exact).abs().item()
+
+
+@pytest.mark.parametrize(
+    "solver, order, steps",
+    [
+        (lambda c: PaletteScheduler.from_config(c, sampling_variance="zero", sampling_spacing="logsnr"), 1, 50),
+        (lambda c: diffusers.UniPCMultistepScheduler.from_config(c), 2, 100),
+        (lambda c: diffusers.DPMSolverMultistepScheduler.from_config(c, use_lu_lambdas=True), 2, 50),
+    ],
+    ids=["zero variance", "UniPC", "DPM++ 2M"],
+)
+def test_order_of_convergence(solver, order, steps):
+    """Twice the steps, an error 2^order times smaller."""
+    config = PaletteScheduler(num_train_timesteps=2000).config
+    coarse, fine = (solve(solver(config), n) for n in (steps, 2 * steps))
+    assert 0.75 * 2**order < coarse / fine < 2 * 2**order
+
+
+def test_strength_is_the_share_of_steps_that_are_taken(photo, seeded):
+    pipe = PalettePipeline(toy_unet(), PaletteScheduler(sampling_spacing="logsnr", restart_noise=0.5), default_steps=10)
+    pipe.set_progress_bar_config(disable=True)
+    source = torch.rand(1, 3, 16, 16) * 2 - 1
+    given, seen = Given(known=source, condition=source), []
+
+    def predict(y, gamma, condition):
+        seen.append((y, gamma))
+        return torch.zeros_like(y)
+
+    for strength, taken in ((1.0, 10), (0.3, 3), (0.01, 1)):
+        seen.clear()
+        pipe.denoise(given, seeded(), predict=predict, strength=strength)
+        assert len(seen) == taken
+    y, gamma = seen[0]
+    noise = torch.randn(1, 3, 16, 16, generator=seeded())
+    torch.testing.assert_close(y, diffuse(source, noise * 0.5, gamma))
+    with pytest.raises(ValueError, match="strength is 0"):
+        pipe(photo, strength=0)
+
+
+def test_a_hole_starts_from_its_smooth_fill(pipe, seeded):
+    pipe.scheduler = PaletteScheduler(sampling_spacing="logsnr", restart_noise=0.0)
+    known, mask = torch.full((1, 3, 16, 16), 0.5), torch.zeros(1, 1, 16, 16)
+    mask[..., 4:12, 4:12] = 1
+    given, seen = Given(known * (1 - mask), torch.randn(1, 3, 16, 16), mask), []
+    pipe.denoise(given, seeded(), 8, predict=lambda y, g, x: seen.append((y, g)) or y * 0, strength=0.5)
+    y, gamma = seen[0]
+    torch.testing.assert_close(y / gamma.sqrt(), known)
