@@ -247,8 +247,8 @@ class PalettePipeline(DiffusionPipeline):
     def __call__(
         self,
         image: ImageInput | Sequence[ImageInput],
-        task: str | Task | None = None,
-        mask_image: ImageInput | Sequence[ImageInput] | None = None,
+        task: str | Task | Sequence[str | Task] | None = None,
+        mask_image: ImageInput | Sequence[ImageInput | None] | None = None,
         left: int | float = 0,
         right: int | float = 0,
         top: int | float = 0,
@@ -269,9 +269,11 @@ class PalettePipeline(DiffusionPipeline):
 
         Args:
             image: PIL image, path, URL, array, tensor, or a list of them.
-            task: a name (`pipe.config.tasks`) or a `Task`; None is the checkpoint's default.
+            task: a name (`pipe.config.tasks`) or a `Task`, or a list of one for each image; None is the checkpoint's
+                default.
             mask_image: for inpainting: the same size as the image, white = generate; or where the hole is, in words:
-                "alpha", "#RRGGBB" or "LEFT,TOP,RIGHT,BOTTOM" (`canvas.mask_for`).
+                "alpha", "#RRGGBB" or "LEFT,TOP,RIGHT,BOTTOM" (`canvas.mask_for`). In a list, None for the images of
+                tasks that take none.
             left, right, top, bottom: for uncropping: an int is pixels, a float a fraction of the side.
             aspect: for uncropping, instead of sides: the width / height that is reached by extending both evenly.
             num_images_per_input: variations of each picture.
@@ -287,38 +289,21 @@ class PalettePipeline(DiffusionPipeline):
             ValueError, TypeError: the message names what came and what was expected. FloatingPointError: a sample is
                 not finite; the step is named. MemoryError: not even one sample fits; the message says what helps.
         """
-        chosen = self._task(task)
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type is {output_type!r}, expected 'pil', 'np' or 'pt'")
         if num_images_per_input < 1:
             raise ValueError(f"num_images_per_input is {num_images_per_input}, expected at least 1")
         pictures = canvas.read_list(image, max_pixels)
-        masks: list[torch.Tensor | None] = [None] * len(pictures)
-        borders = (left, right, top, bottom)
-        if chosen.name == "uncropping":
-            if mask_image is not None:
-                raise ValueError("task 'uncropping' takes left, right, top and bottom, no mask_image")
-            if aspect is not None and any(borders):
-                raise ValueError("uncropping takes either an aspect or left, right, top and bottom")
-            grown = []
-            for picture in pictures:
-                sides = dict(left=left, right=right, top=top, bottom=bottom)
-                if aspect is not None:
-                    sides = sizes.sides_for(picture.size, aspect)
-                grown.append(_grow(picture, max_pixels=max_pixels, **sides))
-            pictures, masks = [g[0] for g in grown], [g[1] for g in grown]
-        elif any(borders) or aspect is not None:
-            raise ValueError(f"left, right, top, bottom and aspect belong to 'uncropping', the task is {chosen.name!r}")
-        elif chosen.takes_mask:
-            if mask_image is None:
-                raise ValueError(f"task {chosen.name!r} needs a mask_image: white = generate, black = keep")
-            given_masks = list(mask_image) if isinstance(mask_image, (list, tuple)) else [mask_image]
-            if len(given_masks) != len(pictures):
-                raise ValueError(f"{len(given_masks)} masks came for {len(pictures)} images, expected one for each")
-            masked = [canvas.with_mask(p, m) for p, m in zip(pictures, given_masks, strict=True)]
-            pictures, masks = [p for p, _ in masked], [m for _, m in masked]
-        elif mask_image is not None:
-            raise ValueError(f"task {chosen.name!r} takes no mask_image")
+        tasks = [self._task(one) for one in self._one_each(task, "tasks", len(pictures), shared=True)]
+        masks = self._one_each(mask_image, "masks", len(pictures), shared=mask_image is None)
+        sides = dict(left=left, right=right, top=top, bottom=bottom)
+        grown = aspect is not None or any(sides.values())
+        if grown and not any(one.name == "uncropping" for one in tasks):
+            raise ValueError(
+                f"left, right, top, bottom and aspect belong to 'uncropping', the task is {tasks[0].name!r}"
+            )
+        met = [_meet(*one, max_pixels, aspect, sides) for one in zip(pictures, masks, tasks, strict=True)]
+        pictures, masks = [picture for picture, _ in met], [mask for _, mask in met]
         if latents is not None and len(pictures) > 1:
             raise ValueError(f"latents came for {len(pictures)} images, expected one image")
         if isinstance(generator, (list, tuple)) and len(generator) != len(pictures):
@@ -334,10 +319,11 @@ class PalettePipeline(DiffusionPipeline):
             seed = int(torch.randint(0, 2**62, (), generator=source, device=source.device if source else "cpu"))
             generators.append([torch.Generator().manual_seed(seed + k) for k in range(num_images_per_input)])
         restored: dict[int, torch.Tensor] = {}
-        for group in self._groups(pictures, chosen, num_images_per_input):
+        for group in self._groups(pictures, tasks, num_images_per_input):
             images = self._restore(
-                [pictures[i].image for i in group], [masks[i] for i in group], chosen, [generators[i] for i in group],
-                num_inference_steps, latents, callback if callback_on_step_end else None, strength,
+                [pictures[i].image for i in group], [masks[i] for i in group], tasks[group[0]],
+                [generators[i] for i in group], num_inference_steps, latents,
+                callback if callback_on_step_end else None, strength,
             )  # fmt: skip
             restored |= dict(zip(group, images, strict=True))
         results = [(picture, image) for i, picture in enumerate(pictures) for image in restored[i].split(1)]
@@ -355,16 +341,22 @@ class PalettePipeline(DiffusionPipeline):
                 out = np.stack(out) if output_type == "np" else torch.stack(out)
         return PalettePipelineOutput(images=out) if return_dict else (out,)
 
-    def _groups(self, pictures: list[Picture], task: Task, number: int) -> list[list[int]]:
-        """Which pictures are sampled as one batch: those that the model sees whole, at one size."""
-        if task.strategy in ("hole", "tiles"):
-            return [[i] for i in range(len(pictures))]
-        same: dict[tuple[int, int], list[int]] = {}
-        for i, picture in enumerate(pictures):
+    def _groups(self, pictures: list[Picture], tasks: list[Task], number: int) -> list[list[int]]:
+        """Which pictures are sampled as one batch: those of one task that the model sees whole, at one size."""
+        same: dict[Any, list[int]] = {}
+        for i, (picture, task) in enumerate(zip(pictures, tasks, strict=True)):
             view = sizes.fit(*picture.size, self.unet.config.sample_size, self.unet.size_multiple)
-            same.setdefault(view.outer, []).append(i)
+            same.setdefault(i if task.strategy in ("hole", "tiles") else (task, view.outer), []).append(i)
         most = max(1, BATCH // number)
         return [group[k : k + most] for group in same.values() for k in range(0, len(group), most)]
+
+    @staticmethod
+    def _one_each(value: Any, name: str, number: int, shared: bool) -> list:
+        """The value of each of so many images; one that is `shared` holds for all."""
+        values = list(value) if isinstance(value, (list, tuple)) else [value] * (number if shared else 1)
+        if len(values) != number:
+            raise ValueError(f"{len(values)} {name} came for {number} images, expected one for each")
+        return values
 
     def _restore(
         self,
@@ -472,6 +464,32 @@ def _source(given: Given) -> torch.Tensor:
     if given.mask is None:
         return given.condition
     return torch.where(given.mask > 0, extend(given.known, 1 - given.mask), given.known)
+
+
+def _meet(
+    picture: Picture,
+    mask: ImageInput | None,
+    task: Task,
+    max_pixels: int,
+    aspect: float | None,
+    sides: dict[str, int | float],
+) -> tuple[Picture, torch.Tensor | None]:
+    """What a task works on: the picture, on a larger canvas for uncropping, and its hole."""
+    if task.name == "uncropping":
+        if mask is not None:
+            raise ValueError("task 'uncropping' takes left, right, top and bottom, no mask_image")
+        if aspect is not None:
+            if any(sides.values()):
+                raise ValueError("uncropping takes either an aspect or left, right, top and bottom")
+            sides = sizes.sides_for(picture.size, aspect)
+        return _grow(picture, max_pixels=max_pixels, **sides)
+    if not task.takes_mask:
+        if mask is not None:
+            raise ValueError(f"task {task.name!r} takes no mask_image")
+        return picture, None
+    if mask is None:
+        raise ValueError(f"task {task.name!r} needs a mask_image: white = generate, black = keep")
+    return canvas.with_mask(picture, mask)
 
 
 def _grow(

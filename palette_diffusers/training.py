@@ -284,7 +284,7 @@ def _dataset(settings: TrainSettings, scheduler: PaletteScheduler, holes: bool, 
         kind, options = PaletteStream, dict(shuffle_buffer=settings.shuffle_buffer, workers=settings.workers, **place)
     return kind(
         images,
-        scheduler,
+        PaletteScheduler.from_config(scheduler.config),  # the published one may be another solver
         settings.task_list,
         weights=_by_task(settings, "task_weights"),
         crops=concatenate_datasets(crops) if crops else None,

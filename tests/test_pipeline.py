@@ -78,6 +78,25 @@ def test_photographs_of_like_shape_are_one_batch(pipe, photo):
     assert max((a - b).abs().max() for a, b in zip(alone, out[4:6], strict=True)) <= 2 / 255
 
 
+def test_tasks_are_mixed_in_one_call(pipe, photo, seeded):
+    """Each picture is what its task makes of it alone; those of one task and shape are one batch."""
+    batches = []
+    pipe.unet.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
+    tasks, hole = ["colorization", "inpainting", "uncropping", "colorization"], options("inpainting", photo)["mask_image"]
+    seeds = lambda: [torch.Generator().manual_seed(i) for i in range(4)]  # noqa: E731
+    masks, images = [None, hole, None, None], [photo, photo, photo, photo[::-1].copy()]
+    out = pipe(images, task=tasks, mask_image=masks, left=16, generator=seeds(), output_type="pt").images
+    assert [tuple(x.shape[-2:]) for x in out] == [(150, 200), (150, 200), (150, 216), (150, 200)]
+    assert batches[:2] == [2, 2] and set(batches[2:]) == {1}
+    for i, extra in enumerate([{}, {"mask_image": hole}, {"left": 16}, {}]):
+        alone = pipe(images[i], task=tasks[i], generator=seeds()[i], output_type="pt", **extra).images[0]
+        assert (out[i] - alone).abs().max() <= 2 / 255
+    with pytest.raises(ValueError, match="2 tasks came for 3 images"):
+        pipe([photo] * 3, task=tasks[:2])
+    with pytest.raises(ValueError, match="'colorization' takes no mask_image"):
+        pipe(images, task=tasks, mask_image=[hole] * 4, left=16)
+
+
 def test_variations(pipe, photo):
     def run(seed):
         g = torch.Generator().manual_seed(seed)

@@ -568,6 +568,15 @@ def test_published_weights_are_the_average(folder, tmp_path):
     train(settings(folder, tmp_path / "tuned", init=str(final), steps=1))
 
 
+def test_a_pipeline_with_another_solver_is_tuned_and_keeps_it(folder, tmp_path):
+    pipe = PalettePipeline.from_pretrained(train(settings(folder, tmp_path / "run", steps=1)))
+    pipe.speed("fast").save_pretrained(tmp_path / "fast")
+    tuned = PalettePipeline.from_pretrained(
+        train(settings(folder, tmp_path / "tuned", init=str(tmp_path / "fast"), steps=1))
+    )
+    assert type(tuned.scheduler).__name__ == "UniPCMultistepScheduler" and tuned.config.default_steps == 4
+
+
 def test_learning_rate():
     s = replace(TrainSettings(), rate=1.0, warmup=10, steps=100, decay=20)
     assert learning_rate(s, 4) == pytest.approx(0.5)
