@@ -186,7 +186,8 @@ def page(result: dict) -> str:
     about = ", ".join(result["machine"].values())
     keys = list(result["rows"][0])
     lines = [f"{about}\n", "| " + " | ".join(keys) + " |", "| --- " * len(keys) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(str(row.get(key, "")) for key in keys) + " |" for row in result["rows"]])
+    rows = [[str(row.get(key, "")) for key in keys] for row in result["rows"]]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
 def main() -> None:

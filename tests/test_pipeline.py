@@ -82,7 +82,8 @@ def test_tasks_are_mixed_in_one_call(pipe, photo, seeded):
     """Each picture is what its task makes of it alone; those of one task and shape are one batch."""
     batches = []
     pipe.unet.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
-    tasks, hole = ["colorization", "inpainting", "uncropping", "colorization"], options("inpainting", photo)["mask_image"]
+    tasks = ["colorization", "inpainting", "uncropping", "colorization"]
+    hole = options("inpainting", photo)["mask_image"]
     seeds = lambda: [torch.Generator().manual_seed(i) for i in range(4)]  # noqa: E731
     masks, images = [None, hole, None, None], [photo, photo, photo, photo[::-1].copy()]
     out = pipe(images, task=tasks, mask_image=masks, left=16, generator=seeds(), output_type="pt").images
