@@ -44,7 +44,7 @@ def quiet(pipe):
 @pytest.mark.parametrize("solver", ["", *SOLVERS])
 def test_every_solver_in_any_number_of_steps(quiet, solver, dtype, seeded):
     predict = half_network(dtype)
-    for number, steps in enumerate((1, 2, 3, 5, 2000)):
+    for number, steps in enumerate((1, 2, 3, 5, 2000 if dtype == torch.float16 else 200)):
         pipe = quiet(solver, prediction_type=KINDS[number % 3])
         picture = canvas.read(list(EXTREME.values())[number % 3][:8, :8]).image
         task = get_task(("colorization", "inpainting")[number % 2])
