@@ -385,3 +385,60 @@ def test_diversity_and_sheet():
     assert made.getpixel((90, 15)) == (255, 0, 0) and made.getpixel((55, 40)) == (0, 0, 0)
     assert black.size == (90, 60)
     assert canvas.sheet([black], side=900).size == (90 + 16, 60 + 16)
+
+
+@pytest.mark.parametrize(("mode", "levels", "high"), [
+    ("I;16", [0, 1, 300, 65535], 65535), ("I;16B", [0, 1, 300, 65535], 65535), ("I;16", [0, 1, 200, 255], 255),
+    ("I", [0, 7, 256, 40000], 65535), ("I", [0, 0, 0, 1], 255), ("F", [0, 0.25, 0.5, 1], 1), ("F", [0, 1, 1.5, 2], 255),
+    ("F", [0, 1, 254, 255], 255), ("F", [0, 1, 255, 255.5], 65535),
+])  # fmt: skip
+def test_gray_levels_beyond_a_byte(mode, levels, high):
+    """The largest value says whether white is 1, 255 or 65535."""
+    kind = {"F": np.float32, "I": np.int32, "I;16": np.uint16, "I;16B": ">u2"}[mode]
+    image = Image.frombytes(mode, (4, 1), np.array(levels, kind).tobytes())
+    picture = canvas.read(image)
+    expected = torch.tensor(levels).double() / high * 2 - 1
+    torch.testing.assert_close(picture.image[0, 0, 0].double(), expected, atol=1e-6, rtol=0)
+    assert picture.image.shape == (1, 3, 1, 4) and picture.alpha is None
+
+
+def test_gray_levels_that_are_none():
+    with pytest.raises(ValueError, match="^image has pixels that are not finite$"):
+        canvas.read(Image.fromarray(np.array([[0.5, np.nan]], np.float32)))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "RGBa", "La", "P", "L"])
+def test_transparency_of_every_mode(mode):
+    """As Pillow itself makes RGBA of it; a colour that stands for nothing is transparent, too."""
+    image = Image.new("RGBA", (3, 1))
+    image.putdata([(200, 200, 200, 0), (90, 90, 90, 128), (10, 10, 10, 255)])
+    image = image.convert({"PA": "LA", "La": "LA", "P": "L", "L": "L"}.get(mode, "RGBA")).convert(mode)
+    upright = image.convert("LA") if mode == "La" else image
+    if mode in ("P", "L"):
+        image.info["transparency"] = image.getpixel((0, 0))
+    picture = canvas.read(image)
+    expected = np.asarray(upright.convert("RGBA"))
+    assert picture.alpha.shape == (1, 1, 1, 3)
+    assert torch.equal(picture.alpha[0, 0], torch.from_numpy(expected[..., 3].copy()) / 255)
+    assert np.array_equal(canvas.to_uint8(picture.image), expected[..., :3])
+
+
+def test_a_profile_of_inks_is_not_one_of_the_picture(photo):
+    image = Image.fromarray(photo).convert("CMYK")
+    image.info["icc_profile"] = b"inks"
+    assert not canvas.read(image).info
+    image = Image.fromarray(photo)
+    image.info["icc_profile"] = b"x" * canvas.MAX_PROFILE
+    assert canvas.read(image).info == {"icc_profile": image.info["icc_profile"]}
+
+
+def test_limits_are_told_with_the_name(tmp_path, photo):
+    path = png(tmp_path, Image.fromarray(photo))
+    assert canvas.read(path, max_pixels=30_000).size == (150, 200)
+    with pytest.raises(ValueError, match=r"a\.png is 200x150, 30000 pixels: the limit is 29999 \(max_pixels\)"):
+        canvas.read(path, max_pixels=29_999)
+    with pytest.raises(ValueError, match="image is 3x0, expected at least 1x1"):
+        canvas.read(Image.new("RGB", (3, 0)))
+    assert canvas.read(Image.new("RGB", (1, 1))).size == (1, 1)
+    with pytest.raises(IsADirectoryError, match="is a folder, an image file was expected"):
+        canvas.read(tmp_path)

@@ -267,10 +267,10 @@ def test_the_level_is_that_of_the_step_which_comes(name):
 def test_a_step_by_the_papers_formulas(kind, variance, seeded):
     """Mean and variance of each kind, in float64; the last step adds no noise, and the dtype is the sample's."""
     scheduler = PaletteScheduler(
-        prediction_type=kind, sampling_variance=variance, clip_sample_range=0.5, sampling_beta_end=0.2
+        prediction_type=kind, sampling_variance=variance, clip_sample_range=0.5, sampling_beta_end=0.004
     )
     scheduler.set_timesteps(5)
-    table = np.log(linear_gammas(1e-4, 0.2, 1000))
+    table = np.log(linear_gammas(1e-4, 0.004, 1000))
     gammas = np.exp(np.interp(np.arange(6) * 200, np.arange(1001), table))
     y, output = torch.randn(2, 1, 3, 4, 4, generator=seeded()).double().unbind()
     for t in range(5):
