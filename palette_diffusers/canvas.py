@@ -104,7 +104,9 @@ def _from_pil(picture: Image.Image, name: str, max_pixels: int) -> Picture:
     if exif:
         info["exif"] = exif
     alpha = None
-    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
+    if picture.mode == "La":  # which Pillow converts to LA alone
+        picture = picture.convert("LA")
+    if picture.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         alpha = torch.from_numpy(np.asarray(picture.getchannel("A")).copy())[None, None].float() / 255
     if picture.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I", "F"):

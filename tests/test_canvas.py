@@ -123,6 +123,7 @@ def test_nothing_half_written(tmp_path, photo, monkeypatch):
     (tmp_path / "a.png").write_bytes(b"old")
 
     def full(self, stream, *args, **options):
+        assert [p for p in tmp_path.iterdir() if p.name.startswith(".a.png.") and p.name.endswith(".part")]
         stream.write(b"half")
         raise OSError(28, "No space left on device")
 
@@ -132,6 +133,8 @@ def test_nothing_half_written(tmp_path, photo, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"] and (tmp_path / "a.png").read_bytes() == b"old"
     with pytest.raises(ValueError, match="suffix"):
         canvas.save(Image.fromarray(photo), tmp_path / "a.xyz")
+    with pytest.raises(FileNotFoundError, match="nowhere is no folder: the picture can't be written there"):
+        canvas.save(Image.fromarray(photo), tmp_path / "nowhere" / "a.png")
 
 
 def test_a_mask_may_be_as_large_as_its_picture(monkeypatch):
@@ -139,6 +142,7 @@ def test_a_mask_may_be_as_large_as_its_picture(monkeypatch):
     pixels = np.zeros((20, 30), np.uint8)
     pixels[3, 4] = 255
     assert canvas.read_mask(Image.fromarray(pixels), (20, 30)).sum() == 1
+    assert canvas.read_mask(Image.fromarray(pixels.T), (30, 20)).sum() == 1
     with pytest.raises(ValueError, match="30x20, 600 pixels: the limit is 100"):
         canvas.read_mask(Image.fromarray(pixels), (5, 5))
 
@@ -210,3 +214,231 @@ def test_a_download_ends(tmp_path, photo, monkeypatch):
         canvas.read(url)
     server.shutdown()
     server.server_close()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_tensors(channels, seeded):
+    image = torch.rand(channels, 5, 7, generator=seeded()) * 2 - 1
+    for source in (image, image[None], image.double(), image.clone().requires_grad_()):
+        picture = canvas.read(source)
+        assert torch.equal(picture.image, image.expand(3, 5, 7)[None]) and picture.image.dtype == torch.float32
+        assert picture.image.is_contiguous() and picture.alpha is None and picture.size == (5, 7)
+        assert not picture.image.requires_grad
+    for wrong in (torch.zeros(2, channels, 5, 7), torch.zeros(1, 1, channels, 5, 7), torch.zeros(channels, 0, 7)):
+        with pytest.raises(ValueError, match="^tensor is"):
+            canvas.read(wrong)
+
+
+def test_arrays_of_every_kind(photo):
+    wide = photo.astype(np.uint16) * 257
+    for source in (photo, wide, photo / 255, (photo / 255).astype(np.float32)):
+        assert np.array_equal(canvas.to_uint8(canvas.read(source).image), photo)
+    fine = canvas.read(np.array([[0, 1, 65534, 65535]], np.uint16)).image[0, 0, 0].double()
+    torch.testing.assert_close(fine, torch.tensor([0, 1, 65534, 65535]).double() / 32767.5 - 1, atol=1e-7, rtol=0)
+    for gray in (photo[..., 0], photo[..., :1]):
+        picture = canvas.read(gray)
+        assert np.array_equal(canvas.to_uint8(picture.image), photo[..., :1].repeat(3, -1)) and picture.alpha is None
+    one = canvas.read(photo[:1, :, :1])
+    assert one.size == (1, 200) and np.array_equal(canvas.to_uint8(one.image), photo[:1, :, :1].repeat(3, -1))
+    picture = canvas.read(np.concatenate([photo, photo[..., 1:2]], -1))
+    assert picture.image.shape[1] == 3 and picture.image.is_contiguous()
+    assert torch.equal(picture.alpha[0, 0], torch.from_numpy(photo[..., 1].copy()).float() / 255)
+    assert np.array_equal(np.asarray(canvas.to_pil(picture.image, picture))[..., 3], photo[..., 1])
+
+
+@pytest.mark.parametrize(("name", "low", "make"), [
+    ("array", 0.0, lambda x: np.full((2, 2), x)),
+    ("tensor", -1.0, lambda x: torch.full((3, 2, 2), x)),
+    ("mask", 0.0, lambda x: torch.full((2, 2), x)),
+])  # fmt: skip
+def test_a_rounding_error_is_no_value_out_of_range(name, low, make):
+    read = (lambda x: canvas.read_mask(x, (2, 2))) if name == "mask" else canvas.read
+    for value, right in ((low - 9e-5, True), (1 + 9e-5, True), (low - 2e-4, False), (1.001, False), (np.inf, False)):
+        try:
+            read(make(value))
+            told = ""
+        except ValueError as error:
+            told = str(error)
+        assert told.startswith(f"{name} has values") != right, (value, told)
+
+
+def test_lists(photo):
+    pictures = canvas.read_list(torch.rand(3, 3, 4, 5))
+    assert len(pictures) == 3 and all(picture.size == (4, 5) for picture in pictures)
+    assert [p.size for p in canvas.read_list((photo, photo[:50]))] == [(150, 200), (50, 200)]
+    assert len(canvas.read_list(torch.rand(3, 4, 5))) == len(canvas.read_list(photo)) == 1
+    picture = canvas.read(photo)
+    assert canvas.read_list([picture])[0] is picture
+    with pytest.raises(ValueError, match="the limit is 99"):
+        canvas.read_list([Image.fromarray(photo)], max_pixels=99)
+    with pytest.raises(ValueError, match="^the list of images is empty$"):
+        canvas.read_list(())
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (1, 4, 6), (1, 1, 4, 6)])
+def test_masks_of_any_rank(shape):
+    mask = torch.zeros(4, 6)
+    mask[1, 2], mask[2, 3] = 0.51, 0.5
+    read = canvas.read_mask(mask.reshape(shape), (4, 6))
+    assert read.shape == (1, 1, 4, 6) and read.sum() == 1 and read[0, 0, 1, 2] == 1 and read.dtype == torch.float32
+    for wrong in (torch.zeros(2, 4, 6), torch.zeros(1, 1, 1, 4, 6), torch.zeros(2, 1, 4, 6), torch.zeros(6)):
+        with pytest.raises(ValueError, match=r"mask is \(.*\), expected \(H, W\), \(1, H, W\) or \(1, 1, H, W\)"):
+            canvas.read_mask(wrong, (4, 6))
+
+
+def test_what_is_white_in_a_mask():
+    """More than half, over the channels; a file's mask of three channels is one mask."""
+    mask = np.zeros((2, 3, 3), np.uint8)
+    mask[0, 0], mask[0, 1], mask[1, 2] = 128, 127, (255, 255, 0)
+    read = canvas.read_mask(Image.fromarray(mask), (2, 3))
+    assert read.shape == (1, 1, 2, 3) and read[0, 0].tolist() == [[1, 0, 0], [0, 0, 1]]
+    assert canvas.mask_for(Image.fromarray(mask), canvas.read(mask)).sum() == 2
+    with pytest.raises(ValueError, match="^mask is 3x2, the image 9x8: they must have the same size$"):
+        canvas.read_mask(Image.fromarray(mask), (8, 9))
+    for pixels, message in ((mask * 0, "^the mask is empty"), (mask * 0 + 255, "^the mask is full")):
+        with pytest.raises(ValueError, match=message):
+            canvas.read_mask(pixels, (2, 3))
+
+
+def test_transparency_as_a_mask(photo):
+    alpha = np.ones((3, 4, 1))
+    alpha[0, 0], alpha[1, 1] = 0.5, 0.49
+    picture = canvas.read(np.concatenate([photo[:3, :4] / 255, alpha], -1))
+    assert canvas.mask_for("alpha", picture).sum() == 1
+    opaque, mask = canvas.with_mask(picture, "alpha")
+    assert opaque.alpha is None and torch.equal(opaque.image, picture.image) and mask[0, 0, 1, 1] == 1
+    kept, mask = canvas.with_mask(picture, "0,0,1,1")
+    assert kept.alpha is picture.alpha and mask.sum() == mask[0, 0, 0, 0] == 1
+    for box in ("2,0,2,1", "0,1,2,1", "0,0,5,1", "0,0,1,4"):
+        with pytest.raises(ValueError, match=f"the box is {box}, expected LEFT,TOP,RIGHT,BOTTOM of a box within 4x3"):
+            canvas.mask_for(box, picture)
+    with pytest.raises(ValueError, match="^the mask is alpha, but the picture has no transparency$"):
+        canvas.mask_for("alpha", canvas.read(photo))
+
+
+def test_a_mask_whose_name_has_a_comma(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mask = np.zeros((4, 6), np.uint8)
+    mask[1, 2] = 255
+    Image.fromarray(mask).save("a,b.png")
+    picture = canvas.read(np.zeros((4, 6), np.uint8))
+    assert canvas.mask_for("a,b.png", picture).sum() == 1
+    with pytest.raises(FileNotFoundError, match="1,2,3"):
+        canvas.mask_for("1,2,3", picture)
+
+
+def test_pixels_are_limited_and_rounded():
+    image = torch.tensor([-9.0, -1, -0.996, 0.9, 1, 1.01, 9]).expand(1, 3, 1, 7)
+    assert canvas.to_uint8(image)[0, :, 0].tolist() == [0, 0, 1, 242, 255, 255, 255]
+    out = canvas.to_pil(image)
+    assert out.mode == "RGB" and out.size == (7, 1) and not out.info
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif", ".JPEG"])
+def test_files_are_written_as_told(suffix, photo, tmp_path):
+    """Lossless where the format can, JPEG at 95 and 4:4:4; with profile, EXIF and recipe, and readable by others."""
+    from PIL import ImageCms
+
+    image = Image.fromarray(np.concatenate([photo, photo[..., :1]], -1))
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    exif = Image.Exif()
+    exif[0x010F] = "Maker"
+    image.info = {"icc_profile": profile, "exif": exif.tobytes(), canvas.RECIPE: '{"seed": 3}'}
+    path = tmp_path / f"a{suffix}"
+    canvas.save(image, path)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name] and path.stat().st_mode & 0o777 == 0o644
+    again = Image.open(path)
+    assert again.info["icc_profile"] == profile and again.getexif()[0x010F] == "Maker"
+    assert again.info.get(canvas.RECIPE) == ('{"seed": 3}' if suffix == ".png" else None)
+    if again.format == "JPEG":
+        assert canvas.jpeg_quality(again) == 95 and again.mode == "RGB" and again.layer[0][1:3] == (1, 1)
+        assert [component[1:3] for component in again.layer] == [(1, 1)] * 3
+    else:
+        assert np.array_equal(np.asarray(again)[photo[..., 0] > 0], np.asarray(image)[photo[..., 0] > 0])
+
+
+@pytest.mark.parametrize("quality", range(1, 101))
+def test_every_jpeg_quality(quality):
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "JPEG", quality=quality)
+    assert canvas.jpeg_quality(Image.open(file)) == quality
+
+
+def test_jpeg_quality_of_other_tables_and_files():
+    file = io.BytesIO()
+    Image.new("L", (8, 8)).save(file, "JPEG", qtables=[[min(255, 2 * q + 1) for q in canvas._LUMINANCE.tolist()]])
+    assert canvas.jpeg_quality(Image.open(file)) == 25
+    several = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(several, "MPO", quality=40, save_all=True, append_images=[Image.new("RGB", (8, 8))])
+    picture = Image.open(several)
+    assert picture.format == "MPO" and canvas.jpeg_quality(picture) == 40
+    assert canvas.jpeg_quality(Image.new("L", (8, 8))) is None
+
+
+def test_diversity_and_sheet():
+    black, white, red = (Image.new("RGB", (90, 60), color) for color in ("black", "white", (255, 0, 0)))
+    assert canvas.diversity([black, white]) == 255 and canvas.diversity([red, red]) == 0
+    assert canvas.diversity([black, white, red.convert("RGBA")]) == pytest.approx((255 + 85 + 170) / 3)
+    made = canvas.sheet([black, white, red, red, black], side=30, gap=5)
+    assert made.size == (3 * 35 + 5, 2 * 25 + 5) and made.getpixel((0, 0)) == (255, 255, 255)
+    assert made.getpixel((20, 15)) == (0, 0, 0) and made.getpixel((20, 40)) == (255, 0, 0)
+    assert made.getpixel((90, 15)) == (255, 0, 0) and made.getpixel((55, 40)) == (0, 0, 0)
+    assert black.size == (90, 60)
+    assert canvas.sheet([black], side=900).size == (90 + 16, 60 + 16)
+
+
+@pytest.mark.parametrize(("mode", "levels", "high"), [
+    ("I;16", [0, 1, 300, 65535], 65535), ("I;16B", [0, 1, 300, 65535], 65535), ("I;16", [0, 1, 200, 255], 255),
+    ("I", [0, 7, 256, 40000], 65535), ("I", [0, 0, 0, 1], 255), ("F", [0, 0.25, 0.5, 1], 1), ("F", [0, 1, 1.5, 2], 255),
+    ("F", [0, 1, 254, 255], 255), ("F", [0, 1, 255, 255.5], 65535),
+])  # fmt: skip
+def test_gray_levels_beyond_a_byte(mode, levels, high):
+    """The largest value says whether white is 1, 255 or 65535."""
+    kind = {"F": np.float32, "I": np.int32, "I;16": np.uint16, "I;16B": ">u2"}[mode]
+    image = Image.frombytes(mode, (4, 1), np.array(levels, kind).tobytes())
+    picture = canvas.read(image)
+    expected = torch.tensor(levels).double() / high * 2 - 1
+    torch.testing.assert_close(picture.image[0, 0, 0].double(), expected, atol=1e-6, rtol=0)
+    assert picture.image.shape == (1, 3, 1, 4) and picture.alpha is None
+
+
+def test_gray_levels_that_are_none():
+    with pytest.raises(ValueError, match="^image has pixels that are not finite$"):
+        canvas.read(Image.fromarray(np.array([[0.5, np.nan]], np.float32)))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "RGBa", "La", "P", "L"])
+def test_transparency_of_every_mode(mode):
+    """As Pillow itself makes RGBA of it; a colour that stands for nothing is transparent, too."""
+    image = Image.new("RGBA", (3, 1))
+    image.putdata([(200, 200, 200, 0), (90, 90, 90, 128), (10, 10, 10, 255)])
+    image = image.convert({"PA": "LA", "La": "LA", "P": "L", "L": "L"}.get(mode, "RGBA")).convert(mode)
+    upright = image.convert("LA") if mode == "La" else image
+    if mode in ("P", "L"):
+        image.info["transparency"] = image.getpixel((0, 0))
+    picture = canvas.read(image)
+    expected = np.asarray(upright.convert("RGBA"))
+    assert picture.alpha.shape == (1, 1, 1, 3)
+    assert torch.equal(picture.alpha[0, 0], torch.from_numpy(expected[..., 3].copy()) / 255)
+    assert np.array_equal(canvas.to_uint8(picture.image), expected[..., :3])
+
+
+def test_a_profile_of_inks_is_not_one_of_the_picture(photo):
+    image = Image.fromarray(photo).convert("CMYK")
+    image.info["icc_profile"] = b"inks"
+    assert not canvas.read(image).info
+    image = Image.fromarray(photo)
+    image.info["icc_profile"] = b"x" * canvas.MAX_PROFILE
+    assert canvas.read(image).info == {"icc_profile": image.info["icc_profile"]}
+
+
+def test_limits_are_told_with_the_name(tmp_path, photo):
+    path = png(tmp_path, Image.fromarray(photo))
+    assert canvas.read(path, max_pixels=30_000).size == (150, 200)
+    with pytest.raises(ValueError, match=r"a\.png is 200x150, 30000 pixels: the limit is 29999 \(max_pixels\)"):
+        canvas.read(path, max_pixels=29_999)
+    with pytest.raises(ValueError, match="image is 3x0, expected at least 1x1"):
+        canvas.read(Image.new("RGB", (3, 0)))
+    assert canvas.read(Image.new("RGB", (1, 1))).size == (1, 1)
+    with pytest.raises(IsADirectoryError, match="is a folder, an image file was expected"):
+        canvas.read(tmp_path)

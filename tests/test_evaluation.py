@@ -259,12 +259,14 @@ def test_killed_with_two_processes_and_gone_on_equals_one(work, features, photog
     process.communicate(timeout=60)
     kept = {path: path.stat().st_mtime_ns for path in done.glob("*.safetensors")}
     assert 1 <= len(kept) < COUNT // BATCH and not (tmp_path / "two" / "results.json").exists()
+    half = tmp_path / "two" / "inpainting" / "inputs" / ".00000.png.abc.part"
+    half.write_bytes(b"half")
     process = launch(*arguments)
     out, err = process.communicate(timeout=180)
     assert process.returncode == 0, out + err
     assert "| inpainting | slow |" in out
     assert {line.split()[0] for line in ranks.read_text().splitlines()} == {"0", "1"}
-    assert all(path.stat().st_mtime_ns == kept[path] for path in kept)
+    assert all(path.stat().st_mtime_ns == kept[path] for path in kept) and not half.exists()
 
     rows = [baseline("identity"), from_function(lambda known, mask: known * 0.5, "slow")]
     one = evaluate(rows, photographs, ["inpainting"], features, tmp_path / "one", batch=BATCH, progress=False)

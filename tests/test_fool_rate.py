@@ -195,8 +195,8 @@ def test_two_raters_and_a_kill_in_the_middle(folders, tmp_path):
             assert raters[0].page.get_by_text("You have judged all pairs").is_visible()
             browser.close()
     finally:
-        server.kill()
-        server.wait()
+        server.terminate()
+        server.wait(60)
     rows = study.rows()
     assert rows[:4] == kept and len(rows) == 2 * len(study.pairs)
     for row in rows:

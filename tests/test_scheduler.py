@@ -13,6 +13,7 @@ from palette_diffusers.scheduler import (
     noise_level,
     output_for,
     predicted_original,
+    timestep_of,
     training_target,
 )
 
@@ -226,3 +227,110 @@ def test_betas_that_are_given(tmp_path):
     scheduler.save_pretrained(tmp_path)
     assert torch.equal(PaletteScheduler.from_pretrained(tmp_path).betas, torch.tensor(betas))
     assert torch.equal(diffusers.DDIMScheduler.from_config(scheduler.config).alphas_cumprod, scheduler.alphas_cumprod)
+
+
+def test_gammas_are_uniform_in_each_of_three_pieces(seeded):
+    """By the seed alone; every step of the schedule has its share, the first and the last, too."""
+    scheduler = PaletteScheduler(num_train_timesteps=3, trained_betas=[0.1, 0.3, 0.2])
+    gamma = scheduler.sample_gamma(30_000, seeded(5))
+    assert torch.equal(gamma, scheduler.sample_gamma(30_000, seeded(5)))
+    assert not torch.equal(gamma, scheduler.sample_gamma(30_000, seeded(6)))
+    assert gamma.dtype == torch.float32 and 0.504 <= gamma.min() < 0.506 and 0.999 < gamma.max() < 1
+    for low, high in ((0.504, 0.63), (0.63, 0.9), (0.9, 1.0)):
+        inside = gamma[(gamma > low) & (gamma < high)]
+        assert len(inside) / 30_000 == pytest.approx(1 / 3, abs=0.01)
+        assert inside.mean().item() == pytest.approx((low + high) / 2, abs=0.003)
+
+
+def test_the_level_of_our_own_schedule_and_of_a_copy_of_it():
+    scheduler = PaletteScheduler()
+    scheduler.set_timesteps(7)
+    for t in range(7):
+        assert noise_level(scheduler, t) == scheduler.gamma(t) and noise_level(scheduler, t).dtype == torch.float32
+    assert len({noise_level(scheduler, t).item() for t in range(7)}) == 7
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "HeunDiscreteScheduler"])
+def test_the_level_is_that_of_the_step_which_comes(name):
+    """Heun takes most timesteps twice: the solver's own count says which of the two it is."""
+    scheduler = solver(name)
+    scheduler.set_timesteps(4)
+    y = torch.ones(1, 3, 2, 2) * scheduler.init_noise_sigma
+    for i, t in enumerate(scheduler.timesteps):
+        assert noise_level(scheduler, t) == 1 / (1 + scheduler.sigmas[i] ** 2)
+        y = scheduler.step(torch.zeros_like(y), t, y).prev_sample
+    assert i == len(scheduler.timesteps) - 1
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("variance", ["fixed_large", "fixed_small", "zero"])
+def test_a_step_by_the_papers_formulas(kind, variance, seeded):
+    """Mean and variance of each kind, in float64; the last step adds no noise, and the dtype is the sample's."""
+    scheduler = PaletteScheduler(
+        prediction_type=kind, sampling_variance=variance, clip_sample_range=0.5, sampling_beta_end=0.004
+    )
+    scheduler.set_timesteps(5)
+    table = np.log(linear_gammas(1e-4, 0.004, 1000))
+    gammas = np.exp(np.interp(np.arange(6) * 200, np.arange(1001), table))
+    y, output = torch.randn(2, 1, 3, 4, 4, generator=seeded()).double().unbind()
+    for t in range(5):
+        gamma, before = gammas[t + 1], gammas[t]
+        alpha = gamma / before
+        y0 = {"epsilon": (y - math.sqrt(1 - gamma) * output) / math.sqrt(gamma), "sample": output,
+            "v_prediction": math.sqrt(gamma) * y - math.sqrt(1 - gamma) * output}[kind].clamp(-0.5, 0.5)  # fmt: skip
+        eps = (y - math.sqrt(gamma) * y0) / math.sqrt(1 - gamma)
+        mean = (math.sqrt(before) * (1 - alpha) * y0 + math.sqrt(alpha) * (1 - before) * y) / (1 - gamma)
+        small = (1 - alpha) * (1 - before) / (1 - gamma)
+        deviation = {"fixed_large": 1 - alpha, "fixed_small": small, "zero": 0}[variance]
+        if variance == "zero":
+            mean = math.sqrt(before) * y0 + math.sqrt(1 - before) * eps
+        noise = torch.randn(y.shape, generator=seeded(t)).double() if t else 0
+        out = scheduler.step(output.float(), torch.tensor(t), y.float(), generator=seeded(t))
+        torch.testing.assert_close(out.prev_sample.double(), mean + math.sqrt(deviation) * noise, atol=2e-5, rtol=0)
+        torch.testing.assert_close(out.pred_original_sample.double(), y0, atol=2e-5, rtol=1e-5)
+        pair = scheduler.step(output.half(), t, y.half(), generator=seeded(t), return_dict=False)
+        assert isinstance(pair, tuple) and pair[0].dtype == pair[1].dtype == torch.float16
+    for t in (-1, 5):
+        with pytest.raises(ValueError, match=f"timestep is {t}, expected 0 to 4: call set_timesteps first"):
+            scheduler.step(output, t, y)
+
+
+def test_spacings_are_what_they_say():
+    scheduler = PaletteScheduler(sampling_spacing="logsnr", logsnr_min=-4, logsnr_max=6)
+    for steps, expected in ((1, [-4]), (2, [6, -4]), (6, [6, 4, 2, 0, -2, -4])):
+        scheduler.set_timesteps(steps)
+        gamma = scheduler.gamma(torch.arange(steps)).double()
+        torch.testing.assert_close(torch.logit(gamma), torch.tensor(expected).double(), atol=1e-4, rtol=0)
+        assert scheduler.timesteps.tolist() == list(range(steps))[::-1] and scheduler.num_inference_steps == steps
+    paper = PaletteScheduler()
+    paper.set_timesteps(500)  # every second level
+    table = linear_gammas(1e-4, 0.09, 1000)
+    np.testing.assert_allclose(paper.gamma(torch.arange(500)).numpy(), table[2::2], rtol=1e-5)
+    assert paper.gamma(3).shape == () and paper.gamma(torch.tensor([[1, 2]])).shape == (1, 2)
+    paper.set_timesteps(4.0)
+    assert len(paper.timesteps) == 4 and len(paper) == 2000
+
+
+def test_noise_and_velocity_of_a_training_step(seeded):
+    scheduler = PaletteScheduler()
+    y0, eps = torch.randn(2, 3, 3, 4, 4, generator=seeded()).half().unbind()
+    t = torch.tensor([0, 700, 1999])
+    gamma = torch.from_numpy(scheduler.training_gammas)[t + 1].reshape(-1, 1, 1, 1)
+    noisy, velocity = scheduler.add_noise(y0, eps, t), scheduler.get_velocity(y0, eps, t)
+    assert noisy.dtype == velocity.dtype == torch.float16
+    torch.testing.assert_close(noisy.double(), gamma.sqrt() * y0 + (1 - gamma).sqrt() * eps, atol=2e-3, rtol=0)
+    torch.testing.assert_close(velocity.double(), gamma.sqrt() * eps - (1 - gamma).sqrt() * y0, atol=2e-3, rtol=0)
+    for formula in (training_target, predicted_original):
+        with pytest.raises(ValueError, match="is 'noise', expected one of epsilon, v_prediction, sample"):
+            formula(y0, eps, 0.5, "noise")
+
+
+def test_timesteps_are_found_by_their_level():
+    """Of another schedule than the doctest's: whole ones exactly, and those between in log-SNR."""
+    gammas = torch.from_numpy(linear_gammas(1e-3, 0.05, 200)).float()
+    t = torch.tensor([0, 1, 17, 100, 198, 199])
+    assert torch.equal(timestep_of(gammas[t + 1], 1e-3, 0.05, 200), t.float())
+    between = torch.sigmoid(torch.lerp(torch.logit(gammas[101]), torch.logit(gammas[102]), 0.25))
+    found = timestep_of(between[None], 1e-3, 0.05, 200)
+    assert found.shape == (1,) and found.item() == pytest.approx(100.25, abs=1e-3)
+    assert timestep_of(torch.tensor([1 - 2**-20, 1e-9]), 1e-3, 0.05, 200).tolist() == [0, 199]

@@ -7,8 +7,16 @@ from PIL import Image
 
 from palette_diffusers import Task, get_task, register_task
 from palette_diffusers.color import chroma, is_gray, luma, with_luma
-from palette_diffusers.masks import SIDES, border_mask, center_mask, free_form_mask, rectangle_mask, uncropping_mask
-from palette_diffusers.tasks import jpeg, network_condition
+from palette_diffusers.masks import (
+    SIDES,
+    border_mask,
+    center_mask,
+    free_form_mask,
+    numpy_generator,
+    rectangle_mask,
+    uncropping_mask,
+)
+from palette_diffusers.tasks import Given, jpeg, network_condition, task_names
 
 
 def generators(n):
@@ -173,7 +181,7 @@ def test_own_task():
         get_task("colorise")
     with pytest.raises(TypeError, match="name"):
         register_task(Task())
-    with pytest.raises(NotImplementedError, match="degrade"):
+    with pytest.raises(NotImplementedError, match="Task must define degrade"):
         Task().degrade(image)
     with pytest.raises(ValueError, match="needs a mask"):
         get_task("inpainting").prepare(image)
@@ -188,13 +196,22 @@ def test_tasks_stay_on_the_device(name):
     sample = torch.rand(1, 3, 32, 32, device="meta")
     with pytest.raises(RuntimeError):
         sample + given.known
-    assert task.guide(sample, given.to("meta")).device.type == "meta"
+    there = given.to("meta")
+    assert task.guide(sample, there).device.type == "meta"
+    mask = None if given.mask is None else there.mask
+    for moved in (there, task.prepare(clean.to("meta"), mask, torch.Generator())):
+        assert moved.known.device.type == moved.condition.device.type == "meta"
+        assert moved.mask is None or moved.mask.device.type == "meta"
 
 
 def test_gray_sources_may_have_coloured_targets():
     gray = torch.full((1, 3, 8, 8), 0.1)
     sample = torch.rand(1, 3, 8, 8)
-    assert torch.equal(get_task("paired").compose(sample, get_task("paired").prepare(gray)), sample)
+    given = get_task("paired").prepare(gray)
+    assert torch.equal(get_task("paired").compose(sample, given), sample)
+    assert torch.equal(get_task("paired").compose(sample * 9 - 4, given), (sample * 9 - 4).clamp(-1, 1))
+    with pytest.raises(ValueError, match="source_column"):
+        get_task("paired").degrade(gray)
 
 
 def test_what_the_network_is_told_of_holes():
@@ -210,5 +227,83 @@ def test_what_the_network_is_told_of_holes():
     hole = given.mask.expand(-1, 3, -1, -1) > 0
     assert (told[:, :3][hole] == -0.5).all() and (told[:, :3][~hole] == 0.25).all()
     gray = get_task("colorization").degrade(clean)
+    assert network_condition(gray, True).shape == (1, 4, 32, 32)
     assert torch.equal(network_condition(gray, True)[:, :3], gray.condition)
     assert not network_condition(gray, True)[:, 3].any()
+
+
+@pytest.mark.parametrize("name", ["inpainting", "uncropping"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_hole_is_drawn_by_the_seed_in_the_pictures_shape_and_dtype(name, dtype, seeded):
+    task, image = get_task(name), clean_image(size=64)[..., :40].to(dtype)
+    given, again = (task.degrade(image, seeded(3)) for _ in range(2))
+    assert torch.equal(given.condition, again.condition) and torch.equal(given.mask, again.mask)
+    assert not torch.equal(given.mask, task.degrade(image, seeded(4)).mask)
+    assert given.mask.shape == (1, 1, 64, 40)
+    assert given.known.dtype == given.condition.dtype == given.mask.dtype == dtype
+    generator = seeded(3)
+    mask = task.draw_mask(64, 40, generator)[None].to(dtype)
+    expected = task.prepare(image, mask, generator)
+    assert torch.equal(expected.condition, given.condition) and torch.equal(expected.mask, given.mask)
+
+
+def test_half_a_hole_is_none(seeded):
+    """White generates, and gray from the middle down keeps, as where a mask is read."""
+    image, mask = clean_image(), torch.full((1, 1, 64, 64), 0.5)
+    mask[..., 9:20, 9:20] = 0.51
+    given = get_task("inpainting").prepare(image, mask, seeded())
+    assert given.mask.sum() == 121 and given.mask[..., 9:20, 9:20].all()
+    soft = Given(image, image, mask)
+    assert torch.equal(get_task("inpainting").guide(image * 0, soft)[..., :9, :], image[..., :9, :])
+    assert not get_task("inpainting").guide(image * 0, soft)[..., 9:20, 9:20].any()
+
+
+def test_a_fill_out_of_range_counts_as_its_limit(seeded):
+    """Before its colours are shifted to those around, and after."""
+    given = get_task("inpainting").degrade(clean_image(), seeded())
+    sample = clean_image(1) * 3
+    out = get_task("inpainting").compose(sample, given)
+    assert torch.equal(out, get_task("inpainting").compose(sample.clamp(-1, 1), given)) and out.abs().max() <= 1
+    hole = given.mask.expand_as(out) > 0
+    assert out[hole].std() > 0.5
+    wanted = get_task("inpainting").guide(sample, given)
+    assert torch.equal(wanted, torch.where(hole, sample.clamp(-1, 1), given.known))
+
+
+def test_qualities_and_subsampling_are_by_the_seed(seeded):
+    """Both kinds of subsampling appear, and a seed means one picture."""
+    image = clean_image(size=32)
+    task = get_task("jpeg_restoration")
+    kinds = set()
+    for seed in range(30):
+        known = task.degrade(image, seeded(seed)).known
+        assert torch.equal(known, task.degrade(image, seeded(seed)).known)
+        rng = numpy_generator(seeded(seed))
+        weights = np.exp(-np.arange(5, 31) / 10)
+        quality, sampling = int(rng.choice(np.arange(5, 31), p=weights / weights.sum())), rng.random() < 0.75
+        kinds.add(sampling)
+        assert torch.equal(known, jpeg(image, quality, "4:2:0" if sampling else "4:4:4"))
+    assert kinds == {True, False}
+    assert jpeg(image.half(), 30).dtype == torch.float16
+
+
+def test_several_given_are_one_batch(seeded):
+    for name in ("inpainting", "colorization"):
+        some = [get_task(name).degrade(clean_image(i), seeded(i)) for i in range(3)]
+        together = Given.cat(some)
+        for i, given in enumerate(some):
+            assert torch.equal(together.known[i : i + 1], given.known)
+            assert torch.equal(together.condition[i : i + 1], given.condition)
+            assert (together.mask is None) == (name == "colorization")
+            assert given.mask is None or torch.equal(together.mask[i : i + 1], given.mask)
+
+
+def test_names_of_tasks():
+    assert task_names()[:4] == ["colorization", "inpainting", "uncropping", "jpeg_restoration"]
+    assert get_task(get_task("inpainting")) is get_task("inpainting")
+    with pytest.raises(TypeError, match="a Task with a name like 'my_task' was expected, got .* with name 'no name'"):
+
+        class Unnamed(Task):
+            name = "no name"
+
+        register_task(Unnamed)

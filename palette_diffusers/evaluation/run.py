@@ -71,7 +71,7 @@ def evaluate(
     """
     from accelerate import PartialState
 
-    state = PartialState()
+    state, begun = PartialState(), time.time()
     run = _Run(photographs, features, classifier or features, output, batch, samples, seed, progress, state)
     run.check(restorers, variants, reference, manifest)
     run.originals("originals", photographs)
@@ -87,6 +87,9 @@ def evaluate(
     results = _Summary(run, "originals" if reference is None else "reference", replicates).results(restorers, variants)
     write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
     write_pages(output, results)
+    for part in output.rglob("*.part"):  # left by a kill, and no other process's
+        if part.stat().st_mtime < begun:
+            part.unlink()
     return results
 
 
