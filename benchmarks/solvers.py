@@ -50,7 +50,7 @@ SOLVERS = {
         PaletteScheduler, (*FEW, 32), {"sampling_variance": "fixed_small", **FULL_NOISE}
     ),
     "paper's": Solver(
-        PaletteScheduler, (*FEW, 32, 64), {"sampling_spacing": "paper", "sampling_variance": "fixed_large", **FULL_NOISE}
+        PaletteScheduler, FEW, {"sampling_spacing": "paper", "sampling_variance": "fixed_large", **FULL_NOISE}
     ),
     "DDIM, even in time": Solver(diffusers.DDIMScheduler, FEW),
     "DPM++ 2M, even in log-SNR": Solver(diffusers.DPMSolverMultistepScheduler, FEW, {"use_lu_lambdas": True}),

@@ -62,9 +62,7 @@ def discriminator_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
     return 0.5 * (F.softplus(-real.float()).mean() + F.softplus(fake.float()).mean())
 
 
-def generator_losses(
-    fake: torch.Tensor, image: torch.Tensor, clean: torch.Tensor, mask: torch.Tensor
-) -> torch.Tensor:
+def generator_losses(fake: torch.Tensor, image: torch.Tensor, clean: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Of each sample, (B,): what D's logits say of it, and L1 inside the mask."""
     return F.softplus(-fake.float()).mean((1, 2, 3)) + L1_WEIGHT * masked_loss(image, clean, mask, "l1")
 

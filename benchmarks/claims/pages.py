@@ -1,7 +1,7 @@
 """What was found, as Markdown and as a figure; and a sheet of public-domain photographs.
 
-    python -m benchmarks.claims.pages                          # README's tables and the figure, from results/*.json
-    python -m benchmarks.claims.pages --sheet runs/claims --steps N     # the sheet, from the trained runs
+python -m benchmarks.claims.pages                          # README's tables and the figure, from results/*.json
+python -m benchmarks.claims.pages --sheet runs/claims --steps N     # the sheet, from the trained runs
 """
 
 import argparse
@@ -74,7 +74,9 @@ def _stages(results: dict[str, Any]) -> str:
     for task in dict.fromkeys(row["task"] for row in rows):
         for run in dict.fromkeys((row["run"], row["seed"]) for row in rows):
             found = {r["step"]: r["frechet"]["value"] for r in rows if (r["task"], r["run"], r["seed"]) == (task, *run)}
-            lines.append([task, f"{run[0]} {run[1]}", *(f"{found[step]:.2f}" if step in found else "" for step in steps)])
+            lines.append(
+                [task, f"{run[0]} {run[1]}", *(f"{found[step]:.2f}" if step in found else "" for step in steps)]
+            )
     return "FD-classifier after so many steps:\n\n" + _table(["task", "run, seed", *map(str, steps)], lines)
 
 
