@@ -159,12 +159,12 @@ def _curves(panel: Any, rows: list[dict[str, Any]], task: str) -> None:
 
 def draw_sheet(runs: list[str], folder: Path, steps: int, path: Path, seed: int = 0) -> None:
     """Photographs of scikit-image (public domain, CC0): the source, what each run made of it, the original."""
+    from PIL import Image
     from skimage import data
 
     from palette_diffusers.evaluation.inputs import Batch, degrade, middle_square
     from palette_diffusers.report import draw_grid
     from palette_diffusers.tasks import Given
-    from PIL import Image
 
     from .measure import VARIANTS, Bench
     from .runs import RUNS, Scale

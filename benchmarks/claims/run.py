@@ -3,7 +3,7 @@
     python -m benchmarks.claims.run --claim a --data PATH/TO/tiny-imagenet
 
 --data is a folder with train-*.parquet and validation-*.parquet. A killed run goes on with the same command; more
---steps go on from where fewer ended; runs that claims share are trained once. README.md beside this says what was found.
+--steps go on from where fewer ended; runs that claims share are trained once. README.md says what was found.
 """
 
 import argparse
