@@ -12,7 +12,6 @@ the same sources and seeds. A killed run goes on with the same command. --table 
 import argparse
 import copy
 import json
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,8 @@ from palette_diffusers import PalettePipeline, PaletteScheduler
 from palette_diffusers.evaluation import Photographs, frechet_distance, load_features
 from palette_diffusers.evaluation.features import FeatureNetwork
 from palette_diffusers.evaluation.inputs import PROTOCOLS, degrade, sampling_seed
+from palette_diffusers.files import write_text
+from palette_diffusers.machine import best_device, best_dtype
 from palette_diffusers.tasks import Given, get_task
 
 CLASSIFIER = f"{Path(__file__).with_name('classifier.py')}:load_classifier"
@@ -93,7 +94,7 @@ class Bench:
         for given in self.given(task):
             generators = [torch.Generator().manual_seed(sampling_seed(seed + i, 0)) for i in range(len(given.known))]
             sample = self.pipe.denoise(given, generators, steps, predict=counting, task=rules)
-            out.append(rules.compose(sample, given))
+            out.append(rules.compose(sample.cpu(), given))
             seed += len(given.known)
         distance = frechet_distance(self.features(torch.cat(out))[0], self.reference)
         return {
@@ -150,6 +151,33 @@ def figure(rows: list[dict], path: Path) -> None:
     drawing.savefig(path, dpi=100)
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file, none where there is no file."""
+    return json.loads(path.read_text())["rows"] if path.is_file() else []
+
+
+def extend(
+    path: Path, data: str, points: list[tuple[str, int, str]], count: int, model: str | None = None,
+    start: float | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Measures the points (solver, steps, task) that the file does not have, and writes each as it comes."""
+    rows = read(path)
+    keys = [{"solver": n, "steps": s, "task": t, "start": start, "count": count} for n, s, t in points]
+    keys = [key for key in keys if not any(key.items() <= row.items() for row in rows)]
+    if not keys:
+        return rows
+    diffusers.utils.logging.set_verbosity_error()  # its solvers don't know all of our configuration
+    device = best_device()
+    pipe = PalettePipeline.from_pretrained(model, dtype=best_dtype(device)).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    bench = Bench(pipe, Photographs(data, pipe.unet.config.sample_size, count), load_features(CLASSIFIER))
+    for key in keys:
+        rows.append(key | bench.measure(SOLVERS[key["solver"]], key["steps"], key["task"], start))
+        print(json.dumps(rows[-1]), flush=True)
+        write_text(path, json.dumps({"rows": rows}, indent=1) + "\n")
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder with validation-*.parquet")
@@ -164,26 +192,18 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, default=None, help="draw the file's rows (needs matplotlib)")
     args = parser.parse_args()
 
-    rows = json.loads(args.output.read_text())["rows"] if args.output.is_file() else []
+    rows = read(args.output)
     if args.data:
         unknown = set(args.solvers.split(";")) - set(SOLVERS)
         if unknown:
             parser.error(f"--solvers is {args.solvers!r}, expected some of {'; '.join(SOLVERS)}")
-        diffusers.utils.logging.set_verbosity_error()  # its solvers don't know all of our configuration
-        pipe = PalettePipeline.from_pretrained(args.model, dtype=torch.bfloat16)
-        pipe.set_progress_bar_config(disable=True)
-        bench = Bench(pipe, Photographs(args.data, pipe.unet.config.sample_size, args.count), load_features(CLASSIFIER))
-        for name in args.solvers.split(";"):
-            for steps in map(int, args.steps.split(",")) if args.steps else SOLVERS[name].steps:
-                for task in args.tasks.split(","):
-                    key = {"solver": name, "steps": steps, "task": task, "start": args.start, "count": args.count}
-                    if any(key.items() <= row.items() for row in rows):
-                        continue
-                    rows.append(key | bench.measure(SOLVERS[name], steps, task, args.start))
-                    print(json.dumps(rows[-1]), flush=True)
-                    part = args.output.with_suffix(".part")
-                    part.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
-                    os.replace(part, args.output)
+        points = [
+            (name, steps, task)
+            for name in args.solvers.split(";")
+            for steps in (map(int, args.steps.split(",")) if args.steps else SOLVERS[name].steps)
+            for task in args.tasks.split(",")
+        ]
+        rows = extend(args.output, args.data, points, args.count, args.model, args.start)
     same = [row for row in rows if row["count"] == args.count]
     if args.table:
         print(table(same))

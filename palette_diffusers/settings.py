@@ -130,8 +130,8 @@ class TrainSettings:
         if not self.rate > 0:
             raise ValueError(f"rate is {self.rate}, expected above 0")
         self.numbers("task_weights"), self.numbers("loss_weights")
-        if self.regression and self.prediction_type != "sample":
-            raise ValueError(f"the regression twin predicts the picture: prediction_type is {self.prediction_type!r}")
+        if self.regression and self.prediction_type == "epsilon":
+            raise ValueError("a regression twin has no noise to predict: prediction_type is 'epsilon'")
         if self.teacher and self.regression:
             raise ValueError("a regression twin has no teacher: give teacher or regression")
         if self.teacher and self.condition_dropout:
@@ -168,14 +168,13 @@ _STARTER = dict(
     sample_size=64, patch_size=2, condition_skip=0.2, hole_skip=0.5, block_out_channels=[48, 96, 192],
     layers_per_block=1, norm_num_groups=16, attention_head_dim=64, **SMALL_BLOCKS,
 )  # fmt: skip
-_TINY = _STARTER | dict(block_out_channels=[32, 64, 128], attention_head_dim=32)
+_TINY = _STARTER | dict(block_out_channels=[24, 48, 96], norm_num_groups=8, attention_head_dim=32)
 _PLAIN = _TINY | dict(
-    block_out_channels=[32, 64, 136], norm_num_groups=8, add_attention=False,
+    block_out_channels=[24, 48, 104], add_attention=False,
     down_block_types=["DownBlock2D"] * 3, up_block_types=["UpBlock2D"] * 3,
 )  # fmt: skip
 # a task whose source says almost all has small losses, and would be learnt last
 _CAP = dict(weight_cap=10.0, loss_weights="colorization=2,uncropping=0.7,jpeg_restoration=3")
-_TWIN = _TINY | dict(condition_skip=0.0, hole_skip=0.0)
 _TUNE = dict(weight_cap=10.0, init="starter", save_every=100, validate_every=100, log_every=10)
 _DISTILL = dict(loss="huber", init="starter", teacher="starter", **_CAP)
 _V = "v_prediction"
@@ -188,7 +187,7 @@ PRESETS: dict[str, tuple] = {
     "tiny-64":              (64,   32,     6_000, 8e-4,    150, 0.999,  _V,        _TINY, _CAP),
     "tiny-64-l1":           (64,   32,     6_000, 8e-4,    150, 0.999,  _V,        _TINY, _CAP | dict(loss="l1")),
     "tiny-64-no-attention": (64,   32,     6_000, 8e-4,    150, 0.999,  _V,        _PLAIN, _CAP),
-    "tiny-64-regression":   (64,   32,     6_000, 8e-4,    150, 0.999,  "sample",  _TWIN, dict(regression=True)),
+    "tiny-64-regression":   (64,   32,     6_000, 8e-4,    150, 0.999,  _V,        _TINY, _CAP | dict(regression=True)),
     "palette-64":           (64,  256,   300_000, 1e-4, 10_000, 0.9999, "epsilon",
                              dict(sample_size=64, **_adm([128, 256, 384, 512], 3)), {}),
     "palette-128":          (128, 256,   500_000, 1e-4, 10_000, 0.9999, "epsilon",

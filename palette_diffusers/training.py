@@ -68,14 +68,14 @@ def capped_weight(gamma: torch.Tensor, cap: float, prediction_type: str) -> torc
 
 def sample_losses(unet: torch.nn.Module, batch: dict[str, torch.Tensor], settings: TrainSettings) -> torch.Tensor:
     """Algorithm 1 of the paper on a batch of `PaletteDataset`: the loss of each sample, (B,)."""
-    gamma = batch["gamma"]
+    gamma, noise = batch["gamma"], batch["noise"]
     if settings.regression:
-        gamma = torch.full_like(gamma, regression_gamma())
-        noisy = torch.zeros_like(batch["clean"])
+        gamma, noise = torch.full_like(gamma, regression_gamma()), torch.zeros_like(noise)
+        noisy = noise
     else:
-        noisy = diffuse(batch["clean"], batch["noise"], gamma)
+        noisy = diffuse(batch["clean"], noise, gamma)
     output = unet(noisy, gamma, batch["condition"], return_dict=False)[0]
-    target = training_target(batch["clean"], batch["noise"], gamma, settings.prediction_type)
+    target = training_target(batch["clean"], noise, gamma, settings.prediction_type)
     losses = masked_loss(output, target, batch["mask"], settings.loss)
     if settings.snr_gamma:
         losses = losses * snr_weight(gamma, settings.snr_gamma, settings.prediction_type)

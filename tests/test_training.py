@@ -523,7 +523,7 @@ def test_dry_run(folder, tmp_path, capsys):
         (dict(ema=1.0), "ema is 1.0"),
         (dict(rate=-1.0), "rate is -1.0"),
         (dict(lora_rank=4), "needs a checkpoint"),
-        (dict(regression=True), "prediction_type is 'v_prediction'"),
+        (dict(regression=True, prediction_type="epsilon"), "prediction_type is 'epsilon'"),
         (dict(prediction_type="epsilon", unet=preset("starter-64").unet), "condition_skip needs v_prediction"),
         (dict(tasks=" "), "tasks is empty"),
         (dict(seed=-1), "seed is -1"),
