@@ -15,7 +15,7 @@ def section(text: str, heading: str) -> str:
         raise ValueError(f"no heading {heading!r}")
     rest = prose[begin.end() :]
     end = re.search(rf"(?m)^#{{1,{max(2, len(begin[1]))}}} ", rest)
-    return rest[: end.start() if end else None].replace("\0", "#").strip()
+    return rest[: end.start() if end else None].replace("\0", "#").strip("\n")  # indentation is a block of code
 
 
 def included(markdown: str) -> str:

@@ -37,6 +37,14 @@ def _fail(message: object) -> None:
     raise typer.Exit(2)
 
 
+def _needs(*packages: str, install: str) -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        _fail(f"{' and '.join(missing)} missing: pip install {install}")
+
+
 @contextmanager
 def _one_line(*more: type[Exception]) -> Iterator[None]:
     """What was refused, as one line."""
@@ -384,6 +392,7 @@ def evaluate(
     steps: Steps = None, seed: Seed = 0, device: Device = "auto", dtype: DType = "auto",
 ) -> None:  # fmt: skip
     """Measure restorers by the paper's protocol: tables, pictures and a page. Share it with accelerate launch."""
+    _needs("datasets", "torchmetrics", install="'palette-diffusers[eval]'")
     _quiet()
     with _one_line(ImportError):
         from .evaluation import inputs, run
@@ -535,11 +544,9 @@ def demo(
     mcp: Annotated[bool, typer.Option("--mcp", help="serve the tasks as tools of an MCP server, too")] = False,
 ) -> None:
     """Open the demo: a page to mend photographs on."""
-    from importlib.util import find_spec
-
-    missing = [name for name, wanted in (("gradio", True), ("mcp", mcp)) if wanted and find_spec(name) is None]
-    if missing:
-        _fail(f"{' and '.join(missing)} is missing: pip install 'palette-diffusers[demo]'{' mcp' if mcp else ''}")
+    _needs("gradio", install="'palette-diffusers[demo]'")
+    if mcp:
+        _needs("mcp", install="mcp")
     with _one_line():
         from .demo import launch
 

@@ -21,6 +21,7 @@ from huggingface_hub import (
     ModelCardData,
     constants,
 )
+from huggingface_hub.errors import HfHubHTTPError
 
 from . import __version__, canvas
 from .bundle import COMPONENTS, FILES, bundle
@@ -366,7 +367,14 @@ def upload(
 ) -> str:  # fmt: skip
     """One commit of all files of a tree, by `huggingface_hub`, which retries and skips what is there already."""
     api = HfApi(token=token, library_name="palette-diffusers", library_version=__version__)
-    api.create_repo(repo_id, private=private, exist_ok=True)
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+    except HfHubHTTPError as error:
+        if error.response.status_code not in (401, 403):
+            raise
+        raise PermissionError(
+            f"{repo_id} may not be written ({error.response.status_code}): log in (hf auth login) or give another token"
+        ) from error
     info = api.model_info(repo_id)
     if private and not info.private:
         raise ValueError(f"{repo_id} exists and is public, a private repository was asked for")

@@ -58,6 +58,7 @@ class PalettePipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs = ["sample", "pred_original_sample"]
 
     def __init__(
         self,
@@ -263,7 +264,7 @@ class PalettePipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("sample", "pred_original_sample"),
+        callback_on_step_end_tensor_inputs: Sequence[str] = tuple(_callback_tensor_inputs),
         max_pixels: int = canvas.MAX_PIXELS,
     ) -> PalettePipelineOutput | tuple:
         """Mends photographs of any size; pixels that were given come back bit for bit.
@@ -292,6 +293,9 @@ class PalettePipeline(DiffusionPipeline):
         """
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type is {output_type!r}, expected 'pil', 'np' or 'pt'")
+        if not set(callback_on_step_end_tensor_inputs) <= set(self._callback_tensor_inputs):
+            asked, known = list(callback_on_step_end_tensor_inputs), self._callback_tensor_inputs
+            raise ValueError(f"callback_on_step_end_tensor_inputs is {asked}, expected names of {known}")
         if num_images_per_input < 1:
             raise ValueError(f"num_images_per_input is {num_images_per_input}, expected at least 1")
         pictures = canvas.read_list(image, max_pixels)

@@ -233,7 +233,7 @@ def _adapt(unet: PaletteUNet2DModel, settings: TrainSettings) -> None:
     try:
         from peft import LoraConfig
     except ImportError:
-        raise ValueError("lora_rank needs the package peft, which is not installed") from None
+        raise ValueError("lora_rank needs peft: pip install 'palette-diffusers[lora]'") from None
     unet.requires_grad_(False)
     unet.add_adapter(LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_rank, target_modules=LORA_TARGETS))
 

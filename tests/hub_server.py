@@ -110,6 +110,23 @@ class Handler(BaseHTTPRequestHandler):
             return None
         return repo, sha
 
+    # who asks: a device's login, which its user grants at once
+
+    def device(self) -> None:
+        self.body()
+        page = f"{self.hub.url}/device"
+        codes = {"device_code": "d", "user_code": "ABCD", "verification_uri": page, "interval": 0, "expires_in": 60}
+        self.answer(200, codes)
+
+    def token(self) -> None:
+        self.body()
+        self.answer(200, {"access_token": TOKEN, "token_type": "bearer", "expires_in": 3600})
+
+    def whoami(self) -> None:
+        if not self.logged_in:
+            return self.answer(401, {"error": "Invalid username or password."})
+        self.answer(200, {"type": "user", "name": "me", "orgs": [], "auth": {"type": "oauth"}})
+
     # writing
 
     def create(self) -> None:
@@ -243,6 +260,9 @@ class Handler(BaseHTTPRequestHandler):
 
 NAME = r"(?P<name>[^/]+/[^/]+)"
 ROUTES = [
+    ("POST", r"/oauth/device", Handler.device),
+    ("POST", r"/oauth/token", Handler.token),
+    ("GET", r"/api/whoami-v2", Handler.whoami),
     ("POST", r"/api/repos/create", Handler.create),
     ("POST", r"/api/validate-yaml", Handler.validate_yaml),
     ("POST", rf"/api/models/{NAME}/preupload/(?P<revision>.+)", Handler.preupload),

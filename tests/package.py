@@ -46,10 +46,17 @@ def attempt(interpreter: str, package: Path, home: Path) -> None:
     where, seconds, torch = json.loads(run(python, "-c", SMOKE, cwd=home).stdout.splitlines()[-1])
     assert "site-packages" in where, where
     assert "colorization" in run(palette, "info", cwd=home).stdout
+    assert "6.4M" in run(palette, "info", "--model", "starter-few-steps", cwd=home).stdout
     run(palette, "publish", "starter", "me/starter", "--dry-run", "tree", cwd=home)
     assert (home / "tree" / "palette_pipeline.py").is_file()
-    missing = run(python, ROOT / "train" / "train_palette.py", "--data", "x", "--output", "run", cwd=home, check=False)
-    assert missing.returncode == 2 and "palette-diffusers[train]" in missing.stderr, missing.stderr
+    for extra, *command in (
+        ("[train]", python, ROOT / "train" / "train_palette.py", "--data", "x", "--output", "run"),
+        ("[demo]", palette, "demo"),
+        ("[eval]", palette, "evaluate", "starter", "--data", "x", "--features", "inception", "-o", "run"),
+        ("[onnx]", palette, "export-network", "starter", "network"),
+    ):
+        missing = run(*command, cwd=home, check=False)
+        assert missing.returncode == 2 and f"palette-diffusers{extra}" in missing.stderr, (command, missing.stderr)
     version = run(python, "--version").stdout.split()[-1]
     print(f"Python {version}, torch {torch}: {package.name} installs and runs; imported in {seconds} s", flush=True)
 

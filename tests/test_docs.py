@@ -180,6 +180,8 @@ def test_the_site_has_no_dead_link(tmp_path):
                 assert parts.fragment in pages[target].anchors, f"{page}: {link}"
     api = (tmp_path / "site" / "api" / "index.html").read_text()
     assert 'id="palette_diffusers.pipeline.PalettePipeline"' in api and "num_images_per_input" in api
+    hub = (tmp_path / "site" / "hub" / "index.html").read_text()
+    assert re.search(r"<code>(<[^>]*>)*hf auth login\n", hub), "a section may begin with commands"
 
 
 def test_files_named_in_the_text_exist():

@@ -134,20 +134,43 @@ def test_card(hub, published):
 
 
 def test_loads_without_the_package(hub, published, place, tmp_path):
-    """The package's name is blocked, because an editable install would be found even by `python -I`."""
+    """Also what has a solver of diffusers' own, and the shipped student. The package's name is blocked, because an
+    editable install would be found even by `python -I`."""
+    small_pipe().speed("fast").save_pretrained(tmp_path / "fast")
+    code = """
+from palette_diffusers.hub import publish
+publish("fast", "me/fast")
+publish("starter-few-steps", "me/student")
+"""
+    run(hub, tmp_path, code=code)
     code = f"""
 import sys
 sys.modules["palette_diffusers"] = None
 from diffusers import DiffusionPipeline
 import hashlib, numpy, torch
-pipe = DiffusionPipeline.from_pretrained("{NAME}", trust_remote_code=True)
-image = pipe({str(place / "photo.png")!r}, task="colorization", generator=torch.Generator().manual_seed(3)).images[0]
-assert type(pipe).__name__ == "PalettePipeline" and not type(pipe).__module__.startswith("palette_diffusers")
-print(hashlib.sha256(numpy.asarray(image).tobytes()).hexdigest())
+for name in ("{NAME}", "me/fast", "me/student"):
+    pipe = DiffusionPipeline.from_pretrained(name, trust_remote_code=True)
+    generator = torch.Generator().manual_seed(3)
+    image = pipe({str(place / "photo.png")!r}, task="colorization", generator=generator).images[0]
+    assert type(pipe).__name__ == "PalettePipeline" and not type(pipe).__module__.startswith("palette_diffusers")
+    print(hashlib.sha256(numpy.asarray(image).tobytes()).hexdigest())
 """
     done = run(hub, tmp_path, code=code, PYTHONPATH="")
-    assert done.stdout.split()[-1] == sample(small_pipe(), place / "photo.png")
+    pipes = [PalettePipeline.from_pretrained(name) for name in (place / "run" / "pipeline", tmp_path / "fast")]
+    pipes.append(PalettePipeline.from_pretrained("starter-few-steps"))
+    assert done.stdout.split()[-3:] == [sample(pipe, place / "photo.png") for pipe in pipes]
     assert "Expected types" not in done.stderr
+
+
+def test_login_as_the_readme_says(hub, place, tmp_path):
+    """`hf auth login`, then publish: no token by the environment, and before it a line that says what to do."""
+    command = ["publish", place / "run", "me/login"]
+    home = {"HF_TOKEN": "", "HF_HOME": str(tmp_path)}
+    refused = run(hub, tmp_path, *command, check=False, **home)
+    assert refused.returncode == 2 and "log in (hf auth login)" in refused.stderr.splitlines()[-1]
+    environment = os.environ | {"HF_ENDPOINT": hub.url, **home}
+    subprocess.run([Path(sys.executable).with_name("hf"), "auth", "login"], env=environment, check=True)
+    assert run(hub, tmp_path, *command, **home).stdout.split()[-1] == f"{hub.url}/me/login"
 
 
 LOADING = f"""

@@ -168,6 +168,11 @@ def test_callback_sees_the_predicted_original(pipe, photo):
     pipe(photo, num_inference_steps=3, callback_on_step_end=callback)
     assert [s[0] for s in seen] == [0, 1, 2] and all(s[1] <= 1 for s in seen)
     assert seen[0][2] == ["pred_original_sample", "sample"]
+    seen.clear()
+    pipe(photo, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=["pred_original_sample"])
+    assert seen[0][2] == ["pred_original_sample"]
+    with pytest.raises(ValueError, match=r"\['latents'\], expected names of \['sample'"):
+        pipe(photo, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=["latents"])
 
 
 def test_latents_are_the_start(pipe, photo):
