@@ -35,11 +35,12 @@ ImageInput: TypeAlias = Image.Image | str | os.PathLike | np.ndarray | torch.Ten
 @dataclass(frozen=True)
 class Picture:
     """A decoded picture, upright. image: (1, 3, H, W); alpha: (1, 1, H, W) or None; info: what a file carries
-    along (`icc_profile`, `exif`)."""
+    along (`icc_profile`, `exif`); file: where it was read from."""
 
     image: torch.Tensor
     alpha: torch.Tensor | None = None
     info: dict[str, Any] = field(default_factory=dict)
+    file: Path | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -182,7 +183,8 @@ def read(source: ImageInput, max_pixels: int = MAX_PIXELS) -> Picture:
     try:
         if isinstance(source, (str, os.PathLike)):
             with _open(source) as picture:
-                return _from_pil(picture, name, max_pixels)
+                file = Path(source) if Path(source).is_file() else None
+                return replace(_from_pil(picture, name, max_pixels), file=file)
         if isinstance(source, Image.Image):
             return _from_pil(source, name, max_pixels)
     except (UnidentifiedImageError, Image.DecompressionBombError) as error:

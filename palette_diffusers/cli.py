@@ -303,9 +303,12 @@ def restore(
     model: Model = None, device: Device = "auto", dtype: DType = "auto", max_megapixels: Limit = 50,
     recursive: Recursive = False, overwrite: Overwrite = False, no_exif: NoExif = False, plan: PlanOnly = False,
     speed: Speed = None,
+    consistent: Annotated[bool | None, typer.Option(
+        help="hold the result to what JPEG would store as the same file; default: where the file is a JPEG")] = None,
 ) -> None:  # fmt: skip
     """Take the blocks and ringing out of a JPEG."""
-    _run(task="jpeg_restoration", **locals())
+    asked = locals()
+    _run(task="jpeg_restoration", options={"consistent": asked.pop("consistent")}, **asked)
 
 
 @app.command()

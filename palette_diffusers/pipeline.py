@@ -22,12 +22,13 @@ from PIL import Image
 from . import canvas, sizes
 from .canvas import ImageInput, Picture
 from .checkpoint import FORMAT, check_folder, fetch, is_local, read_index
+from .coefficients import read_coefficients
 from .color import chroma
 from .masks import border_mask, extend
 from .optimize import Optimized, optimize
 from .scheduler import PaletteScheduler, diffuse, noise_level, output_for, predicted_original, variance_exploding
 from .speed import solver_for
-from .tasks import Given, Task, get_task, network_condition
+from .tasks import Given, JPEGRestoration, Task, get_task, network_condition
 from .unet import PaletteUNet2DModel
 
 STARTER = Path(__file__).resolve().with_name("starter")
@@ -254,6 +255,7 @@ class PalettePipeline(DiffusionPipeline):
         top: int | float = 0,
         bottom: int | float = 0,
         aspect: float | None = None,
+        consistent: bool | None = None,
         num_images_per_input: int = 1,
         num_inference_steps: int | None = None,
         strength: float | None = None,
@@ -274,6 +276,9 @@ class PalettePipeline(DiffusionPipeline):
                 "alpha", "#RRGGBB" or "LEFT,TOP,RIGHT,BOTTOM" (`canvas.mask_for`).
             left, right, top, bottom: for uncropping: an int is pixels, a float a fraction of the side.
             aspect: for uncropping, instead of sides: the width / height that is reached by extending both evenly.
+            consistent: for JPEG restoration: whether the result is one that JPEG would store as the file's very
+                coefficients, which also takes bands out of skies (`coefficients.Coefficients`). None does so where the
+                picture comes from a file that has them, True refuses one that has not.
             num_images_per_input: variations of each picture.
             num_inference_steps: network evaluations, the checkpoint's default if None.
             strength: share of them that is taken, starting from the source instead of noise (`denoise`).
@@ -292,6 +297,8 @@ class PalettePipeline(DiffusionPipeline):
             raise ValueError(f"output_type is {output_type!r}, expected 'pil', 'np' or 'pt'")
         if num_images_per_input < 1:
             raise ValueError(f"num_images_per_input is {num_images_per_input}, expected at least 1")
+        if consistent and chosen.name != "jpeg_restoration":
+            raise ValueError(f"consistent belongs to 'jpeg_restoration', the task is {chosen.name!r}")
         pictures = canvas.read_list(image, max_pixels)
         masks: list[torch.Tensor | None] = [None] * len(pictures)
         borders = (left, right, top, bottom)
@@ -335,8 +342,9 @@ class PalettePipeline(DiffusionPipeline):
             generators.append([torch.Generator().manual_seed(seed + k) for k in range(num_images_per_input)])
         restored: dict[int, torch.Tensor] = {}
         for group in self._groups(pictures, chosen, num_images_per_input):
+            held = _consistent(chosen, pictures[group[0]], consistent) if type(chosen) is JPEGRestoration else chosen
             images = self._restore(
-                [pictures[i].image for i in group], [masks[i] for i in group], chosen, [generators[i] for i in group],
+                [pictures[i].image for i in group], [masks[i] for i in group], held, [generators[i] for i in group],
                 num_inference_steps, latents, callback if callback_on_step_end else None, strength,
             )  # fmt: skip
             restored |= dict(zip(group, images, strict=True))
@@ -472,6 +480,20 @@ def _source(given: Given) -> torch.Tensor:
     if given.mask is None:
         return given.condition
     return torch.where(given.mask > 0, extend(given.known, 1 - given.mask), given.known)
+
+
+def _consistent(task: Task, picture: Picture, wanted: bool | None) -> Task:
+    """JPEG restoration, held to the coefficients of the file; None: where it has any."""
+    if wanted is False or (wanted is None and picture.file is None):
+        return task
+    if picture.file is None:
+        raise ValueError("consistent needs the path of a JPEG file, this picture came without one")
+    try:
+        return JPEGRestoration(read_coefficients(picture.file))
+    except ValueError:
+        if wanted:
+            raise
+        return task
 
 
 def _grow(

@@ -12,6 +12,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
+from .coefficients import Coefficients
 from .color import chroma, is_gray, luma, with_luma
 from .masks import extend, free_form_mask, numpy_generator, rectangle_mask, seamless, uncropping_mask
 
@@ -169,18 +170,32 @@ def jpeg(image: torch.Tensor, quality: int, subsampling: str = "4:2:0") -> torch
 
 
 class JPEGRestoration(Task):
-    """JPEG => the picture before compression. Quality factors as in the paper: 5 to 30, p(Q) ~ exp(-Q / 10)."""
+    """JPEG => the picture before compression. Quality factors as in the paper: 5 to 30, p(Q) ~ exp(-Q / 10).
+
+    With the `coefficients` of its file (`read_coefficients`), the result is moved to a smooth picture close by that the
+    file could have been made of.
+    """
 
     name = "jpeg_restoration"
     strategy = "tiles"
     start = 0.0  # as good as from noise, in half of the steps
     qualities = np.arange(5, 31)
 
+    def __init__(self, coefficients: Coefficients | None = None):
+        self.coefficients = coefficients
+
     def degrade(self, clean: torch.Tensor, generator: torch.Generator | None = None) -> Given:
         rng = numpy_generator(generator)
         weights = np.exp(-self.qualities / 10)
         quality = int(rng.choice(self.qualities, p=weights / weights.sum()))
         return self.prepare(jpeg(clean, quality, "4:2:0" if rng.random() < 0.75 else "4:4:4"))
+
+    def compose(self, sample: torch.Tensor, given: Given) -> torch.Tensor:
+        composed = super().compose(sample, given)
+        return composed if self.coefficients is None else self.coefficients.smooth(composed)
+
+    def guide(self, original: torch.Tensor, given: Given) -> torch.Tensor:
+        return super().compose(original, given)
 
 
 class Paired(Task):
