@@ -31,9 +31,7 @@ KINDS = ("jpeg", "model", "held")  # held: to the coefficients
 
 def distance(features: torch.nn.Module, a: torch.Tensor, b: torch.Tensor) -> float:
     """Of two photographs (1, 3, H, W)."""
-    patches = [
-        x.unfold(2, 64, 48).unfold(3, 64, 48).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, 64, 64) for x in (a, b)
-    ]
+    patches = [x.unfold(2, 64, 48).unfold(3, 64, 48).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, 64, 64) for x in (a, b)]
     with torch.no_grad():
         first, second = (features.features(x) for x in patches)
     return (first - second).norm(dim=1).mean().item()

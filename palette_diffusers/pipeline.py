@@ -284,7 +284,8 @@ class PalettePipeline(DiffusionPipeline):
             strength: share of them that is taken, starting from the source instead of noise (`denoise`).
             generator: one for all, or one for each input.
             latents: the start of sampling, at the working size (num_images_per_input, 3, h, w); of one image.
-            output_type: "pil", "np" ((H, W, 3) in [0, 1]) or "pt" ((3, H, W) in [-1, 1]).
+            output_type: "pil" (8 bits; 16 where a gray picture of 16 bits stays gray), "np" ((H, W, 3) in [0, 1]) or
+                "pt" ((3, H, W) in [-1, 1]).
             callback_on_step_end: called as f(pipe, step, timestep, tensors) => tensors.
             max_pixels: larger files are refused before they are decoded.
 
@@ -520,4 +521,4 @@ def _grow(
     if picture.alpha is not None:
         alpha = torch.ones(1, 1, *new)
         alpha[inside] = picture.alpha
-    return Picture(image, alpha, picture.info), border_mask(*new, **pixels)[None]
+    return Picture(image, alpha, picture.info, deep=picture.deep), border_mask(*new, **pixels)[None]
