@@ -24,11 +24,12 @@ from .canvas import ImageInput, Picture
 from .checkpoint import FORMAT, check_folder, fetch, is_local, read_index
 from .coefficients import read_coefficients
 from .color import chroma
+from .hints import Hints, read_hints
 from .masks import border_mask, extend
 from .optimize import Optimized, optimize
 from .scheduler import PaletteScheduler, diffuse, noise_level, output_for, predicted_original, variance_exploding
 from .speed import solver_for
-from .tasks import Given, JPEGRestoration, Task, get_task, network_condition
+from .tasks import Colorization, Given, JPEGRestoration, Task, get_task, network_condition
 from .unet import PaletteUNet2DModel
 
 STARTER = Path(__file__).resolve().with_name("starter")
@@ -256,6 +257,7 @@ class PalettePipeline(DiffusionPipeline):
         bottom: int | float = 0,
         aspect: float | None = None,
         consistent: bool | None = None,
+        hints: ImageInput | Sequence[ImageInput] | None = None,
         num_images_per_input: int = 1,
         num_inference_steps: int | None = None,
         strength: float | None = None,
@@ -279,6 +281,8 @@ class PalettePipeline(DiffusionPipeline):
             consistent: for JPEG restoration: whether the result is one that JPEG would store as the file's very
                 coefficients, which also takes bands out of skies (`coefficients.Coefficients`). None does so where the
                 picture comes from a file that has them, True refuses one that has not.
+            hints: for colorization: coloured strokes on a transparent picture of the same size; theirs is the chroma
+                there, and around them up to the photograph's edges. For several images, one each (None for none).
             num_images_per_input: variations of each picture.
             num_inference_steps: network evaluations, the checkpoint's default if None.
             strength: share of them that is taken, starting from the source instead of noise (`denoise`).
@@ -327,6 +331,7 @@ class PalettePipeline(DiffusionPipeline):
             pictures, masks = [p for p, _ in masked], [m for _, m in masked]
         elif mask_image is not None:
             raise ValueError(f"task {chosen.name!r} takes no mask_image")
+        strokes = _strokes(hints, pictures, chosen)
         if latents is not None and len(pictures) > 1:
             raise ValueError(f"latents came for {len(pictures)} images, expected one image")
         if isinstance(generator, (list, tuple)) and len(generator) != len(pictures):
@@ -347,6 +352,7 @@ class PalettePipeline(DiffusionPipeline):
             images = self._restore(
                 [pictures[i].image for i in group], [masks[i] for i in group], held, [generators[i] for i in group],
                 num_inference_steps, latents, callback if callback_on_step_end else None, strength,
+                [strokes[i] for i in group],
             )  # fmt: skip
             restored |= dict(zip(group, images, strict=True))
         results = [(picture, image) for i, picture in enumerate(pictures) for image in restored[i].split(1)]
@@ -385,28 +391,31 @@ class PalettePipeline(DiffusionPipeline):
         latents: torch.Tensor | None,
         callback: Callable | None,
         strength: float | None,
+        strokes: list[Hints | None],
     ) -> list[torch.Tensor]:
         """Photographs (1, 3, H, W), several only where they are sampled whole and at one size => the variations of
         each, (N, 3, H, W)."""
         every = [one for each in generators for one in each]
+        native, multiple, number = self.unet.config.sample_size, self.unet.size_multiple, len(generators[0])
+        views = [sizes.fit(image.shape[-2], image.shape[-1], native, multiple) for image in images]
+        if any(strokes):
+            task = Colorization(Hints.of_batch(strokes, [(v.inner, v.outer) for v in views], number))
         denoise = partial(
             self.denoise, generator=every, num_inference_steps=steps, callback=callback, task=task, strength=strength
         )
         if task.strategy == "hole":
             return [self._fill_all(images[0], masks[0], task, every, latents, denoise)]
-        native, multiple, number = self.unet.config.sample_size, self.unet.size_multiple, len(generators[0])
         predict = None
         if task.strategy == "tiles":
             views = [sizes.full(images[0].shape[-2], images[0].shape[-1], max(16, multiple))]
             predict = sizes.tiled(self._predict, max(128, native), 16)
-        else:
-            views = [sizes.fit(image.shape[-2], image.shape[-1], native, multiple) for image in images]
         seen = [v.look(image).expand(number, -1, -1, -1) for v, image in zip(views, images, strict=True)]
         given = task.prepare(torch.cat(seen), None, every)
         sample = denoise(given, latents=latents, predict=predict).cpu().clamp(-1, 1)
         if task.strategy == "chroma":
             colors = chroma(task.compose(sample, given)).split(number)
-            return [sizes.merge_chroma(image, c, v) for image, c, v in zip(images, colors, views, strict=True)]
+            merged = [sizes.merge_chroma(image, c, v) for image, c, v in zip(images, colors, views, strict=True)]
+            return [m if h is None else h.imposed(m) for m, h in zip(merged, strokes, strict=True)]
         results = []  # the task composes at the photograph's own resolution
         for image, part, v in zip(images, sample.split(number), views, strict=True):
             known = image.expand(number, -1, -1, -1)
@@ -495,6 +504,18 @@ def _consistent(task: Task, picture: Picture, wanted: bool | None) -> Task:
         if wanted:
             raise
         return task
+
+
+def _strokes(hints: Any, pictures: list[Picture], task: Task) -> list[Hints | None]:
+    """The hints of each picture."""
+    if hints is None:
+        return [None] * len(pictures)
+    if type(task) is not Colorization:
+        raise ValueError(f"hints belong to 'colorization', the task is {task.name!r}")
+    each = list(hints) if isinstance(hints, (list, tuple)) else [hints]
+    if len(each) != len(pictures):
+        raise ValueError(f"{len(each)} hints came for {len(pictures)} images, expected one for each (or None)")
+    return [None if h is None else read_hints(h, picture) for h, picture in zip(each, pictures, strict=True)]
 
 
 def _grow(

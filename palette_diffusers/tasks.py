@@ -14,6 +14,7 @@ from PIL import Image
 
 from .coefficients import Coefficients
 from .color import chroma, is_gray, luma, with_luma
+from .hints import Hints
 from .masks import extend, free_form_mask, numpy_generator, rectangle_mask, seamless, uncropping_mask
 
 Generators: TypeAlias = torch.Generator | list[torch.Generator] | None
@@ -99,10 +100,14 @@ class Task:
 
 
 class Colorization(Task):
-    """Grayscale => colour. The photograph's own luma is kept, the model gives the chroma."""
+    """Grayscale => colour. The photograph's own luma is kept, the model gives the chroma; with `hints` at its working
+    size, it is moved toward theirs at every step."""
 
     name = "colorization"
     strategy = "chroma"
+
+    def __init__(self, hints: Hints | None = None):
+        self.hints = hints
 
     def degrade(self, clean: torch.Tensor, generator: torch.Generator | None = None) -> Given:
         return self.prepare(clean)
@@ -112,7 +117,9 @@ class Colorization(Task):
         return Given(known=gray, condition=gray)
 
     def compose(self, sample: torch.Tensor, given: Given) -> torch.Tensor:
-        return with_luma(luma(given.known), chroma(sample)).clamp(-1, 1)
+        light, color = luma(given.known), chroma(sample)
+        color = color if self.hints is None else self.hints.spread(color, light)
+        return with_luma(light, color).clamp(-1, 1)
 
 
 class Inpainting(Task):
