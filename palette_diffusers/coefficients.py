@@ -18,7 +18,7 @@ from .masks import box_mean
 
 BAND = 256  # rows that are projected at a time, so that memory stays bounded
 ROUNDS = 3  # of projecting onto the intervals and into the gamut, in turn
-SMOOTHINGS, RADIUS = 8, 4  # more and wider ones take more of the bands, and of the texture
+SMOOTHINGS, RADIUS = 16, 4  # more and wider ones take more of the bands, and of the texture
 ROUNDING = 0.8  # levels that a coefficient may move as its pixels are rounded to 8 bits: four standard deviations
 TURNS = {  # EXIF orientation => is it transposed, and which sides are flipped then
     1: (False, ()), 2: (False, (-1,)), 3: (False, (-2, -1)), 4: (False, (-2,)),
@@ -61,7 +61,8 @@ def _mixed(matrix: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
 
 
 def _smoothed(image: torch.Tensor, variance: float) -> torch.Tensor:
-    """A guided filter by the picture's own luma: what varies by less than `variance` becomes its mean."""
+    """A guided filter by the picture's own luma: what varies by less than `variance` becomes its mean; squares, which
+    the filter as published does not have, spare texture."""
     out = torch.empty_like(image)
     height, halo = image.shape[-2], 2 * RADIUS
     for top in range(0, height, BAND):
@@ -69,8 +70,8 @@ def _smoothed(image: torch.Tensor, variance: float) -> torch.Tensor:
         here = image[..., first:last, :]
         light = luma(here)
         mean = box_mean(light, RADIUS)
-        variances = (box_mean(light.square(), RADIUS) - mean.square()).clamp_min(0)
-        slope = variances / (variances + variance)
+        found = (box_mean(light.square(), RADIUS) - mean.square()).square()
+        slope = found / (found + variance**2)
         offset = box_mean((1 - slope) * box_mean(here, RADIUS), RADIUS)
         out[..., top : top + BAND, :] = (box_mean(slope, RADIUS) * here + offset)[..., top - first :, :][..., :BAND, :]
     return out
