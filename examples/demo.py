@@ -5,7 +5,6 @@ Chelsea, a cup of coffee, a rocket.
 """
 
 import argparse
-import io
 import time
 from pathlib import Path
 
@@ -36,12 +35,6 @@ def with_hole(photo: Image.Image) -> tuple[Image.Image, Image.Image]:
     shown = photo.copy()
     shown.paste((128, 128, 128), mask=mask)
     return shown, mask
-
-
-def compressed(photo: Image.Image, quality: int) -> Image.Image:
-    buffer = io.BytesIO()
-    photo.save(buffer, "JPEG", quality=quality)
-    return Image.open(buffer).convert("RGB")
 
 
 def sheet(rows: list[tuple[str, list[Image.Image]]], height: int = 200) -> Image.Image:
@@ -75,12 +68,13 @@ def main() -> None:
     for name, photo in photographs().items():
         hole, mask = with_hole(photo)
         gray = photo.convert("L")
-        jpeg = compressed(photo, 10)
+        jpeg = args.output / f"{name}-quality-10.jpg"
+        photo.save(jpeg, quality=10)
         jobs = {
             "colorization": (gray, {}, gray.convert("RGB")),
             "inpainting": (hole, {"mask_image": mask}, hole),
             "uncropping": (photo, {"right": 0.25}, photo),
-            "jpeg_restoration": (jpeg, {}, jpeg),
+            "jpeg_restoration": (jpeg, {}, Image.open(jpeg).convert("RGB")),
         }
         for task, (image, options, shown) in jobs.items():
             begin = time.time()

@@ -8,8 +8,8 @@ import ast
 from importlib import resources
 
 PIPELINE = (
-    "color", "masks", "canvas", "tasks", "scheduler", "sizes", "unet", "checkpoint", "machine", "speed", "optimize",
-    "pipeline",
+    "color", "masks", "canvas", "coefficients", "hints", "tasks", "scheduler", "sizes", "unet", "checkpoint", "machine",
+    "speed", "optimize", "pipeline",
 )  # fmt: skip
 FILES = {
     "palette_pipeline.py": PIPELINE,

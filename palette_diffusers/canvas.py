@@ -21,6 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")  # of photographs, where a folder is searched
+DEEP = ("PNG", "TIFF")  # formats that hold 16 bits
 RECIPE = "palette"  # the text chunk of a PNG that says how it was made
 MAX_PIXELS = 50_000_000  # a decompression bomb is refused before it is decoded
 MAX_DOWNLOAD = 200_000_000  # bytes that are fetched from a URL
@@ -35,11 +36,13 @@ ImageInput: TypeAlias = Image.Image | str | os.PathLike | np.ndarray | torch.Ten
 @dataclass(frozen=True)
 class Picture:
     """A decoded picture, upright. image: (1, 3, H, W); alpha: (1, 1, H, W) or None; info: what a file carries
-    along (`icc_profile`, `exif`)."""
+    along (`icc_profile`, `exif`); file: where it was read from; deep: whether it is gray at 16 bits."""
 
     image: torch.Tensor
     alpha: torch.Tensor | None = None
     info: dict[str, Any] = field(default_factory=dict)
+    file: Path | None = None
+    deep: bool = False
 
     @property
     def size(self) -> tuple[int, int]:
@@ -113,9 +116,10 @@ def _from_pil(picture: Image.Image, name: str, max_pixels: int) -> Picture:
         levels = np.asarray(picture).astype(np.float64)
         if not np.isfinite(levels).all():
             raise ValueError(f"{name} has pixels that are not finite")
-        high = 65535.0 if levels.max() > 255 else 255.0 if levels.max() > 1 or picture.mode != "F" else 1.0
+        deep = picture.mode.startswith("I;16") or levels.max() > 255
+        high = 65535.0 if deep else 255.0 if levels.max() > 1 or picture.mode != "F" else 1.0
         gray = torch.from_numpy((levels / high).clip(0, 1) * 2 - 1).float()
-        return Picture(gray.expand(1, 3, -1, -1).contiguous(), alpha, info)
+        return Picture(gray.expand(1, 3, -1, -1).contiguous(), alpha, info, deep=deep)
     if picture.mode == "CMYK":
         info.pop("icc_profile", None)  # describes inks, not the RGB that follows
     pixels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)[None].contiguous()
@@ -139,7 +143,7 @@ def _from_array(array: np.ndarray) -> Picture:
     values = values.permute(2, 0, 1)[None]
     alpha = values[:, 3:] if values.shape[1] == 4 else None
     color = values[:, :3] if values.shape[1] > 1 else values.expand(-1, 3, -1, -1)
-    return Picture((color * 2 - 1).contiguous(), alpha)
+    return Picture((color * 2 - 1).contiguous(), alpha, deep=array.dtype == np.uint16 and values.shape[1] == 1)
 
 
 def _check_range(values: torch.Tensor, low: float, name: str) -> None:
@@ -184,7 +188,8 @@ def read(source: ImageInput, max_pixels: int = MAX_PIXELS) -> Picture:
     try:
         if isinstance(source, (str, os.PathLike)):
             with _open(source) as picture:
-                return _from_pil(picture, name, max_pixels)
+                file = Path(source) if Path(source).is_file() else None
+                return replace(_from_pil(picture, name, max_pixels), file=file)
         if isinstance(source, Image.Image):
             return _from_pil(source, name, max_pixels)
     except (UnidentifiedImageError, Image.DecompressionBombError) as error:
@@ -304,17 +309,31 @@ def to_uint8(image: torch.Tensor) -> np.ndarray:
 
 
 def to_pil(image: torch.Tensor, picture: Picture | None = None) -> Image.Image:
-    """(1, 3, H, W) => PIL image, RGB or RGBA, with the alpha and metadata of `picture`."""
-    pixels = to_uint8(image)
-    info = {}
-    if picture is not None:
-        info = picture.info
-        if picture.alpha is not None:
+    """(1, 3, H, W) => PIL image, RGB or RGBA, with the alpha and metadata of `picture`; I;16 where that was gray at 16
+    bits and the image is gray, to the bit."""
+    info = {} if picture is None else picture.info
+    if picture is not None and picture.deep and torch.equal(image[:, 0], image[:, 1]):
+        levels = (image[0, 0].double() + 1).mul_(32767.5).round_().clamp_(0, 65535)
+        out = Image.fromarray(levels.cpu().numpy().astype(np.uint16))
+    else:
+        pixels = to_uint8(image)
+        if picture is not None and picture.alpha is not None:
             alpha = (picture.alpha[0, 0] * 255).round().byte().numpy()
             pixels = np.concatenate([pixels, alpha[..., None]], axis=-1)
-    out = Image.fromarray(pixels)
+        out = Image.fromarray(pixels)
     out.info.update(info)
     return out
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """At 8 bits; Pillow's own conversion cuts off what is above 255 in 16 bits.
+
+    >>> to_rgb(Image.new("I;16", (1, 1), 32896)).getpixel((0, 0))
+    (128, 128, 128)
+    """
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    return image.convert("RGB")
 
 
 def save(image: Image.Image, path: str | os.PathLike) -> None:
@@ -330,8 +349,10 @@ def save(image: Image.Image, path: str | os.PathLike) -> None:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent} is no folder: the picture can't be written there")
     options: dict[str, Any] = {k: image.info[k] for k in ("icc_profile", "exif") if k in image.info}
+    if kind == "JPEG" or (image.mode == "I;16" and kind not in DEEP):
+        image, metadata = to_rgb(image), image.info
+        image.info.update(metadata)
     if kind == "JPEG":
-        image = image.convert("RGB")
         options |= {"quality": 95, "subsampling": "4:4:4"}
     if kind == "WEBP":
         options["lossless"] = True
@@ -351,7 +372,7 @@ def save(image: Image.Image, path: str | os.PathLike) -> None:
 
 def diversity(images: list[Image.Image]) -> float:
     """The mean absolute difference of two pictures of one size, over all pairs of at least two, 0 to 255."""
-    pixels = [np.asarray(image.convert("RGB"), np.float32) for image in images]
+    pixels = [np.asarray(to_rgb(image), np.float32) for image in images]
     return float(np.mean([np.abs(a - b).mean() for a, b in itertools.combinations(pixels, 2)]))
 
 
@@ -361,7 +382,7 @@ def sheet(images: list[Image.Image], side: int = 320, gap: int = 8) -> Image.Ima
     >>> sheet([Image.new("RGB", (640, 320))] * 3).size
     (664, 344)
     """
-    small = [image.convert("RGB") for image in images]
+    small = [to_rgb(image) for image in images]
     for image in small:
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
     columns = math.ceil(math.sqrt(len(small)))

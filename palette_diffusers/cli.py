@@ -107,10 +107,11 @@ class _Work:
         from . import recipes
 
         entry = recipes.fingerprint(Path(mask)) if mask is not None and Path(mask).is_file() else mask
+        options = {k: recipes.fingerprint(Path(v)) if k == "hints" else v for k, v in self.options.items()}
         return {
             "task": self.task, "source": recipes.fingerprint(source), "mask": entry, "model": self.model,
             "dtype": self.dtype, "steps": self.steps, "seed": self.seed, "sample": 0, "samples": self.samples,
-            "speed": self.speed, "options": self.options, "no_exif": self.no_exif,
+            "speed": self.speed, "options": options, "no_exif": self.no_exif,
         }  # fmt: skip
 
     def finish(self, image: Any, recipe: dict[str, Any]) -> Any:
@@ -208,6 +209,8 @@ def _folder(work: _Work, mask: str | None) -> None:
         raise ValueError(f"{work.source} is a folder: name one for the results by -o")
     if work.samples > 1:
         raise ValueError(f"samples is {work.samples}: of a folder, each photograph gets one")
+    if "hints" in work.options:
+        raise ValueError(f"hints are for one photograph, {work.source} is a folder")
     from . import folders
     from .files import alone
 
@@ -248,9 +251,13 @@ def colorize(
     model: Model = None, device: Device = "auto", dtype: DType = "auto", max_megapixels: Limit = 50,
     recursive: Recursive = False, overwrite: Overwrite = False, no_exif: NoExif = False, plan: PlanOnly = False,
     speed: Speed = None,
+    hints: Annotated[Path | None, typer.Option(
+        help="picture of the same size: strokes of the colours that things have, transparent elsewhere")] = None,
 ) -> None:  # fmt: skip
     """Colour for a grayscale photograph; its own luma is kept."""
-    _run(task="colorization", **locals())
+    asked = locals()
+    hints = asked.pop("hints")
+    _run(task="colorization", options={} if hints is None else {"hints": str(hints)}, **asked)
 
 
 @app.command()
@@ -311,9 +318,12 @@ def restore(
     model: Model = None, device: Device = "auto", dtype: DType = "auto", max_megapixels: Limit = 50,
     recursive: Recursive = False, overwrite: Overwrite = False, no_exif: NoExif = False, plan: PlanOnly = False,
     speed: Speed = None,
+    consistent: Annotated[bool | None, typer.Option(
+        help="hold the result to what JPEG would store as the same file; default: where the file is a JPEG")] = None,
 ) -> None:  # fmt: skip
     """Take the blocks and ringing out of a JPEG."""
-    _run(task="jpeg_restoration", **locals())
+    asked = locals()
+    _run(task="jpeg_restoration", options={"consistent": asked.pop("consistent")}, **asked)
 
 
 @app.command()
@@ -321,6 +331,7 @@ def again(
     picture: Annotated[Path, typer.Argument(help="a PNG that this command wrote")],
     source: Annotated[Path | None, typer.Option(help="its photograph; default: beside it, by its name")] = None,
     mask: Annotated[Path | None, typer.Option(help="its mask, likewise")] = None,
+    hints: Annotated[Path | None, typer.Option(help="its hints, likewise")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="default: PICTURE-again.png")] = None,
     device: Device = "auto", max_megapixels: Limit = 50,
 ) -> None:  # fmt: skip
@@ -330,9 +341,12 @@ def again(
         from . import canvas, recipes
 
         recipe = recipes.read(picture)
+        kept, recipe = recipe, recipe | {"options": dict(recipe["options"])}
         folder, hole = picture.parent, recipe.get("mask")
         if isinstance(hole, dict):
             hole = str(recipes.find(hole, folder, mask, "mask"))
+        if "hints" in recipe["options"]:
+            recipe["options"]["hints"] = str(recipes.find(recipe["options"]["hints"], folder, hints, "hints"))
         work = _Work(
             source=recipes.find(recipe["source"], folder, source, "source"), output=output, device=device,
             max_megapixels=max_megapixels, recursive=False, overwrite=False, plan=False,
@@ -343,7 +357,7 @@ def again(
         if target.resolve() == work.source.resolve():
             raise ValueError(f"{target} is the input: name another output")
         image = _sample(work, canvas.read(work.source, work.limit), hole)[recipe["sample"]]
-        canvas.save(work.finish(image, recipe), target)
+        canvas.save(work.finish(image, kept), target)
         print(target)
 
 

@@ -22,12 +22,14 @@ from PIL import Image
 from . import canvas, sizes
 from .canvas import ImageInput, Picture
 from .checkpoint import FORMAT, check_folder, fetch, is_local, read_index
+from .coefficients import read_coefficients
 from .color import chroma
+from .hints import Hints, read_hints
 from .masks import border_mask, extend
 from .optimize import Optimized, optimize
 from .scheduler import PaletteScheduler, diffuse, noise_level, output_for, predicted_original, variance_exploding
 from .speed import solver_for
-from .tasks import Given, Task, get_task, network_condition
+from .tasks import Colorization, Given, JPEGRestoration, Task, get_task, network_condition
 from .unet import PaletteUNet2DModel
 
 STARTER = Path(__file__).resolve().with_name("starter")
@@ -256,6 +258,8 @@ class PalettePipeline(DiffusionPipeline):
         top: int | float = 0,
         bottom: int | float = 0,
         aspect: float | None = None,
+        consistent: bool | None = None,
+        hints: ImageInput | Sequence[ImageInput] | None = None,
         num_images_per_input: int = 1,
         num_inference_steps: int | None = None,
         strength: float | None = None,
@@ -278,12 +282,18 @@ class PalettePipeline(DiffusionPipeline):
                 tasks that take none.
             left, right, top, bottom: for uncropping: an int is pixels, a float a fraction of the side.
             aspect: for uncropping, instead of sides: the width / height that is reached by extending both evenly.
+            consistent: for JPEG restoration: whether the result is one that JPEG would store as the file's very
+                coefficients, which also takes bands out of skies (`coefficients.Coefficients`). None does so where the
+                picture comes from a file that has them, True refuses one that has not.
+            hints: for colorization: coloured strokes on a transparent picture of the same size; theirs is the chroma
+                there, and around them up to the photograph's edges. For several images, one each (None for none).
             num_images_per_input: variations of each picture.
             num_inference_steps: network evaluations, the checkpoint's default if None.
             strength: share of them that is taken, starting from the source instead of noise (`denoise`).
             generator: one for all, or one for each input.
             latents: the start of sampling, at the working size (num_images_per_input, 3, h, w); of one image.
-            output_type: "pil", "np" ((H, W, 3) in [0, 1]) or "pt" ((3, H, W) in [-1, 1]).
+            output_type: "pil" (8 bits; 16 where a gray picture of 16 bits stays gray), "np" ((H, W, 3) in [0, 1]) or
+                "pt" ((3, H, W) in [-1, 1]).
             callback_on_step_end: called as f(pipe, step, timestep, tensors) => tensors.
             max_pixels: larger files are refused before they are decoded.
 
@@ -301,6 +311,8 @@ class PalettePipeline(DiffusionPipeline):
         pictures = canvas.read_list(image, max_pixels)
         tasks = [self._task(one) for one in self._one_each(task, "tasks", len(pictures), shared=True)]
         masks = self._one_each(mask_image, "masks", len(pictures), shared=mask_image is None)
+        if consistent and not any(one.name == "jpeg_restoration" for one in tasks):
+            raise ValueError(f"consistent belongs to 'jpeg_restoration', the task is {tasks[0].name!r}")
         sides = dict(left=left, right=right, top=top, bottom=bottom)
         grown = aspect is not None or any(sides.values())
         if grown and not any(one.name == "uncropping" for one in tasks):
@@ -309,6 +321,7 @@ class PalettePipeline(DiffusionPipeline):
             )
         met = [_meet(*one, max_pixels, aspect, sides) for one in zip(pictures, masks, tasks, strict=True)]
         pictures, masks = [picture for picture, _ in met], [mask for _, mask in met]
+        strokes = _strokes(hints, pictures, tasks)
         if latents is not None and len(pictures) > 1:
             raise ValueError(f"latents came for {len(pictures)} images, expected one image")
         if isinstance(generator, (list, tuple)) and len(generator) != len(pictures):
@@ -325,10 +338,13 @@ class PalettePipeline(DiffusionPipeline):
             generators.append([torch.Generator().manual_seed(seed + k) for k in range(num_images_per_input)])
         restored: dict[int, torch.Tensor] = {}
         for group in self._groups(pictures, tasks, num_images_per_input):
+            chosen = tasks[group[0]]
+            if type(chosen) is JPEGRestoration:
+                chosen = _consistent(chosen, pictures[group[0]], consistent)
             images = self._restore(
-                [pictures[i].image for i in group], [masks[i] for i in group], tasks[group[0]],
-                [generators[i] for i in group], num_inference_steps, latents,
-                callback if callback_on_step_end else None, strength,
+                [pictures[i].image for i in group], [masks[i] for i in group], chosen, [generators[i] for i in group],
+                num_inference_steps, latents, callback if callback_on_step_end else None, strength,
+                [strokes[i] for i in group],
             )  # fmt: skip
             restored |= dict(zip(group, images, strict=True))
         results = [(picture, image) for i, picture in enumerate(pictures) for image in restored[i].split(1)]
@@ -373,28 +389,31 @@ class PalettePipeline(DiffusionPipeline):
         latents: torch.Tensor | None,
         callback: Callable | None,
         strength: float | None,
+        strokes: list[Hints | None],
     ) -> list[torch.Tensor]:
         """Photographs (1, 3, H, W), several only where they are sampled whole and at one size => the variations of
         each, (N, 3, H, W)."""
         every = [one for each in generators for one in each]
+        native, multiple, number = self.unet.config.sample_size, self.unet.size_multiple, len(generators[0])
+        views = [sizes.fit(image.shape[-2], image.shape[-1], native, multiple) for image in images]
+        if any(strokes):
+            task = Colorization(Hints.of_batch(strokes, [(v.inner, v.outer) for v in views], number))
         denoise = partial(
             self.denoise, generator=every, num_inference_steps=steps, callback=callback, task=task, strength=strength
         )
         if task.strategy == "hole":
             return [self._fill_all(images[0], masks[0], task, every, latents, denoise)]
-        native, multiple, number = self.unet.config.sample_size, self.unet.size_multiple, len(generators[0])
         predict = None
         if task.strategy == "tiles":
             views = [sizes.full(images[0].shape[-2], images[0].shape[-1], max(16, multiple))]
             predict = sizes.tiled(self._predict, max(128, native), 16)
-        else:
-            views = [sizes.fit(image.shape[-2], image.shape[-1], native, multiple) for image in images]
         seen = [v.look(image).expand(number, -1, -1, -1) for v, image in zip(views, images, strict=True)]
         given = task.prepare(torch.cat(seen), None, every)
         sample = denoise(given, latents=latents, predict=predict).cpu().clamp(-1, 1)
         if task.strategy == "chroma":
             colors = chroma(task.compose(sample, given)).split(number)
-            return [sizes.merge_chroma(image, c, v) for image, c, v in zip(images, colors, views, strict=True)]
+            merged = [sizes.merge_chroma(image, c, v) for image, c, v in zip(images, colors, views, strict=True)]
+            return [m if h is None else h.imposed(m) for m, h in zip(merged, strokes, strict=True)]
         results = []  # the task composes at the photograph's own resolution
         for image, part, v in zip(images, sample.split(number), views, strict=True):
             known = image.expand(number, -1, -1, -1)
@@ -497,6 +516,33 @@ def _meet(
     return canvas.with_mask(picture, mask)
 
 
+def _consistent(task: Task, picture: Picture, wanted: bool | None) -> Task:
+    """JPEG restoration, held to the coefficients of the file; None: where it has any."""
+    if wanted is False or (wanted is None and picture.file is None):
+        return task
+    if picture.file is None:
+        raise ValueError("consistent needs the path of a JPEG file, this picture came without one")
+    try:
+        return JPEGRestoration(read_coefficients(picture.file))
+    except ValueError:
+        if wanted:
+            raise
+        return task
+
+
+def _strokes(hints: Any, pictures: list[Picture], tasks: list[Task]) -> list[Hints | None]:
+    """The hints of each picture."""
+    if hints is None:
+        return [None] * len(pictures)
+    each = list(hints) if isinstance(hints, (list, tuple)) else [hints]
+    if len(each) != len(pictures):
+        raise ValueError(f"{len(each)} hints came for {len(pictures)} images, expected one for each (or None)")
+    for one, task in zip(each, tasks, strict=True):
+        if one is not None and type(task) is not Colorization:
+            raise ValueError(f"hints belong to 'colorization', the task is {task.name!r}")
+    return [None if h is None else read_hints(h, picture) for h, picture in zip(each, pictures, strict=True)]
+
+
 def _grow(
     picture: Picture, left: float, right: float, top: float, bottom: float, max_pixels: int
 ) -> tuple[Picture, torch.Tensor]:
@@ -521,4 +567,4 @@ def _grow(
     if picture.alpha is not None:
         alpha = torch.ones(1, 1, *new)
         alpha[inside] = picture.alpha
-    return Picture(image, alpha, picture.info), border_mask(*new, **pixels)[None]
+    return Picture(image, alpha, picture.info, deep=picture.deep), border_mask(*new, **pixels)[None]

@@ -13,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 
 from .canvas import RECIPE, WORDS
 
-OPTIONS = ("left", "right", "top", "bottom", "aspect")
+OPTIONS = ("left", "right", "top", "bottom", "aspect", "consistent", "hints")
 MOST = {"samples": 64, "steps": 10_000}  # of a recipe, which may be a stranger's
 
 
@@ -64,7 +64,10 @@ def _checks(recipe: dict[str, Any]) -> dict[str, bool]:
         "sample": isinstance(number, int) and isinstance(samples, int) and 0 <= number < samples,
         "options": isinstance(options, dict)
         and set(options) <= set(OPTIONS)
-        and all(isinstance(value, int | float | None) for value in options.values()),
+        and all(
+            _is_fingerprint(value) if name == "hints" else isinstance(value, int | float | None)
+            for name, value in options.items()
+        ),
     }
 
 

@@ -12,7 +12,9 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
+from .coefficients import Coefficients
 from .color import chroma, is_gray, luma, with_luma
+from .hints import Hints
 from .masks import extend, free_form_mask, numpy_generator, rectangle_mask, seamless, uncropping_mask
 
 Generators: TypeAlias = torch.Generator | list[torch.Generator] | None
@@ -98,10 +100,14 @@ class Task:
 
 
 class Colorization(Task):
-    """Grayscale => colour. The photograph's own luma is kept, the model gives the chroma."""
+    """Grayscale => colour. The photograph's own luma is kept, the model gives the chroma; with `hints` at its working
+    size, it is moved toward theirs at every step."""
 
     name = "colorization"
     strategy = "chroma"
+
+    def __init__(self, hints: Hints | None = None):
+        self.hints = hints
 
     def degrade(self, clean: torch.Tensor, generator: torch.Generator | None = None) -> Given:
         return self.prepare(clean)
@@ -111,7 +117,9 @@ class Colorization(Task):
         return Given(known=gray, condition=gray)
 
     def compose(self, sample: torch.Tensor, given: Given) -> torch.Tensor:
-        return with_luma(luma(given.known), chroma(sample)).clamp(-1, 1)
+        light, color = luma(given.known), chroma(sample)
+        color = color if self.hints is None else self.hints.spread(color, light)
+        return with_luma(light, color).clamp(-1, 1)
 
 
 class Inpainting(Task):
@@ -169,18 +177,32 @@ def jpeg(image: torch.Tensor, quality: int, subsampling: str = "4:2:0") -> torch
 
 
 class JPEGRestoration(Task):
-    """JPEG => the picture before compression. Quality factors as in the paper: 5 to 30, p(Q) ~ exp(-Q / 10)."""
+    """JPEG => the picture before compression. Quality factors as in the paper: 5 to 30, p(Q) ~ exp(-Q / 10).
+
+    With the `coefficients` of its file (`read_coefficients`), the result is moved to a smooth picture close by that the
+    file could have been made of.
+    """
 
     name = "jpeg_restoration"
     strategy = "tiles"
     start = 0.0  # as good as from noise, in half of the steps
     qualities = np.arange(5, 31)
 
+    def __init__(self, coefficients: Coefficients | None = None):
+        self.coefficients = coefficients
+
     def degrade(self, clean: torch.Tensor, generator: torch.Generator | None = None) -> Given:
         rng = numpy_generator(generator)
         weights = np.exp(-self.qualities / 10)
         quality = int(rng.choice(self.qualities, p=weights / weights.sum()))
         return self.prepare(jpeg(clean, quality, "4:2:0" if rng.random() < 0.75 else "4:4:4"))
+
+    def compose(self, sample: torch.Tensor, given: Given) -> torch.Tensor:
+        composed = super().compose(sample, given)
+        return composed if self.coefficients is None else self.coefficients.smooth(composed)
+
+    def guide(self, original: torch.Tensor, given: Given) -> torch.Tensor:
+        return super().compose(original, given)
 
 
 class Paired(Task):

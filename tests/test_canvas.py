@@ -442,3 +442,28 @@ def test_limits_are_told_with_the_name(tmp_path, photo):
     assert canvas.read(Image.new("RGB", (1, 1))).size == (1, 1)
     with pytest.raises(IsADirectoryError, match="is a folder, an image file was expected"):
         canvas.read(tmp_path)
+
+
+def test_sixteen_bits_of_gray_survive(pipe, tmp_path):
+    """Every level of a gray PNG, through reading and writing; and those that are known, through the pipeline."""
+    levels = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    Image.fromarray(levels).save(tmp_path / "a.png")
+    for source in (tmp_path / "a.png", levels):
+        picture = canvas.read(source)
+        for name in ("b.png", "b.tif"):
+            canvas.save(canvas.to_pil(picture.image, picture), tmp_path / name)
+            assert np.array_equal(np.asarray(Image.open(tmp_path / name)), levels)
+    dark = levels[:1, :60].repeat(64, 0)  # nothing above 255
+    result = pipe(dark, task="inpainting", mask_image="20,20,40,40").images[0]
+    changed = np.asarray(result) != dark
+    assert result.mode == "I;16" and changed.any() and not changed[:, :20].any() and not changed[40:].any()
+    assert pipe(levels[:64, :64], task="colorization").images[0].mode == "RGB"
+
+
+def test_what_holds_eight_bits_gets_them(tmp_path):
+    image = Image.fromarray(np.full((8, 8), 32896, np.uint16))
+    for name in ("a.jpg", "a.bmp", "a.webp"):
+        canvas.save(image, tmp_path / name)
+        assert Image.open(tmp_path / name).getpixel((3, 3)) == (128, 128, 128)
+    assert canvas.sheet([image]).getpixel((12, 12)) == (128, 128, 128)
+    assert canvas.diversity([image, Image.fromarray(np.full((8, 8), 33153, np.uint16))]) == 1

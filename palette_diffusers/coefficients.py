@@ -1,0 +1,201 @@
+"""What a JPEG file says about its picture: each DCT coefficient, to half a quantisation step.
+
+Images are (B, 3, H, W), RGB, [-1, 1]; planes are Y, Cb, Cr (ITU-R BT.601, full range) in levels, -128 to 127.
+"""
+
+import math
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
+
+from .color import LUMA_WEIGHTS, luma
+from .masks import box_mean
+
+BAND = 256  # rows that are projected at a time, so that memory stays bounded
+ROUNDS = 3  # of projecting onto the intervals and into the gamut, in turn
+SMOOTHINGS, RADIUS = 16, 4  # more and wider ones take more of the bands, and of the texture
+ROUNDING = 0.8  # levels that a coefficient may move as its pixels are rounded to 8 bits: four standard deviations
+TURNS = {  # EXIF orientation => is it transposed, and which sides are flipped then
+    1: (False, ()), 2: (False, (-1,)), 3: (False, (-2, -1)), 4: (False, (-2,)),
+    5: (True, ()), 6: (True, (-1,)), 7: (True, (-2, -1)), 8: (True, (-2,)),
+}  # fmt: skip
+
+
+def _dct_matrix() -> torch.Tensor:
+    """The orthonormal DCT-II of 8 points."""
+    k, n = torch.arange(8.0)[:, None], torch.arange(8.0)
+    matrix = torch.cos(math.pi * (n + 0.5) * k / 8) / 2
+    matrix[0] /= math.sqrt(2)
+    return matrix
+
+
+def _ycc_matrix() -> torch.Tensor:
+    """RGB => Y, Cb, Cr (JFIF 1.02)."""
+    red, green, blue = LUMA_WEIGHTS
+    y = torch.tensor([red, green, blue])
+    only_red, _, only_blue = torch.eye(3)
+    return torch.stack([y, (only_blue - y) / (2 - 2 * blue), (only_red - y) / (2 - 2 * red)])
+
+
+DCT, YCC = _dct_matrix(), _ycc_matrix()
+
+
+def _blocks(plane: torch.Tensor) -> torch.Tensor:
+    """(B, H, W), multiples of 8 => (B, H / 8, W / 8, 8, 8)."""
+    b, h, w = plane.shape
+    return plane.reshape(b, h // 8, 8, w // 8, 8).transpose(2, 3)
+
+
+def _joined(blocks: torch.Tensor) -> torch.Tensor:
+    b, h, w = blocks.shape[:3]
+    return blocks.transpose(2, 3).reshape(b, 8 * h, 8 * w)
+
+
+def _mixed(matrix: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    return torch.einsum("ij,bjhw->bihw", matrix, image)
+
+
+def _smoothed(image: torch.Tensor, variance: float) -> torch.Tensor:
+    """A guided filter by the picture's own luma: what varies by less than `variance` becomes its mean; squares, which
+    the filter as published does not have, spare texture."""
+    out = torch.empty_like(image)
+    height, halo = image.shape[-2], 2 * RADIUS
+    for top in range(0, height, BAND):
+        first, last = max(0, top - halo), min(height, top + BAND + halo)
+        here = image[..., first:last, :]
+        light = luma(here)
+        mean = box_mean(light, RADIUS)
+        found = (box_mean(light.square(), RADIUS) - mean.square()).square()
+        slope = found / (found + variance**2)
+        offset = box_mean((1 - slope) * box_mean(here, RADIUS), RADIUS)
+        out[..., top : top + BAND, :] = (box_mean(slope, RADIUS) * here + offset)[..., top - first :, :][..., :BAND, :]
+    return out
+
+
+@dataclass(frozen=True)
+class Plane:
+    """One plane, as far as it has whole blocks.
+
+    steps: the quantisation table, (8, 8). levels: the quantised coefficients, (rows, columns, 8, 8). sure: whether
+    they are known, (rows, columns): saturated pixels may hide them. scale: pixels of the photograph to one of the
+    plane, 1 or 2, in each direction.
+    """
+
+    steps: torch.Tensor
+    levels: torch.Tensor
+    sure: torch.Tensor
+    scale: int
+
+    @staticmethod
+    def decoded(pixels: torch.Tensor, steps: torch.Tensor, scale: int) -> "Plane":
+        """From the decoder's (H, W), 0 to 255."""
+        h, w = (side // 8 * 8 for side in pixels.shape)
+        blocks = _blocks(pixels[None, :h, :w].float() - 128)
+        levels = (DCT @ blocks @ DCT.T / steps).round()
+        error = ((DCT.T @ (levels * steps) @ DCT).clamp(-128, 127) - blocks).abs().amax((-2, -1))
+        return Plane(steps, levels[0].to(torch.int16), error[0] < 1.5, scale)
+
+    def project(self, plane: torch.Tensor, top: int) -> torch.Tensor:
+        """Rows of the plane (B, H, W), whole blocks from row `top` on => the nearest whose coefficients quantise to
+        these."""
+        rows, columns = plane.shape[-2] // 8, plane.shape[-1] // 8
+        here = slice(top // 8, top // 8 + rows), slice(columns)
+        blocks, centre = _blocks(plane), self.levels[here] * self.steps
+        room = torch.maximum(self.steps / 2 - ROUNDING, self.steps / 4)
+        nearest = (DCT @ blocks @ DCT.T).clamp(centre - room, centre + room)
+        return _joined(torch.where(self.sure[here][..., None, None], DCT.T @ nearest @ DCT, blocks))
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """The coefficients of a JPEG: of luma alone where it is gray, or where chroma is subsampled otherwise than 4:2:0.
+
+    size: (height, width) as stored. orientation: how it is turned to be upright, by EXIF.
+    """
+
+    planes: tuple[Plane, ...]
+    size: tuple[int, int]
+    orientation: int = 1
+
+    def project(self, image: torch.Tensor, rounds: int = ROUNDS) -> torch.Tensor:
+        """The upright photograph (B, 3, H, W) => the nearest one that the file could have been made of.
+
+        Blocks that the right or lower border cuts stay as they are, and those whose coefficients saturation hides.
+
+        Raises:
+            ValueError: another size than the file's.
+        """
+        transposed, flipped = TURNS[self.orientation]
+        stored = image.flip(flipped)  # a copy
+        stored = stored.transpose(-2, -1) if transposed else stored
+        if tuple(stored.shape[-2:]) != self.size:
+            raise ValueError(f"the picture is {image.shape[-1]}x{image.shape[-2]}, its JPEG has another size")
+        for top in range(0, self.size[0], BAND):
+            band = stored[..., top : top + BAND, :]
+            for _ in range(rounds):
+                band += _mixed(torch.linalg.inv(YCC), self._missing(_mixed(YCC, band), top))
+                band.clamp_(-1, 1)
+        return (stored.transpose(-2, -1) if transposed else stored).flip(flipped)
+
+    def smooth(self, image: torch.Tensor) -> torch.Tensor:
+        """The same, as smooth as the file allows: steps between blocks and bands in a sky go, edges and texture stay.
+
+        Smoothing where luma varies by less than the file can tell, and projecting, in turn (Zakhor 1992, with the
+        guided filter of He et al. 2013).
+        """
+        half_step = self.planes[0].steps[0, 0].item() / 16 / 127.5  # of a block's mean
+        for _ in range(SMOOTHINGS):
+            image = self.project(_smoothed(image, (half_step / 2) ** 2), rounds=1)
+        return self.project(image)
+
+    def _missing(self, ycc: torch.Tensor, top: int) -> torch.Tensor:
+        """What Y, Cb and Cr (B, 3, H, W) lack to be consistent."""
+        missing = torch.zeros_like(ycc)
+        for i, plane in enumerate(self.planes):
+            h, w = (side // (8 * plane.scale) * 8 * plane.scale for side in ycc.shape[-2:])
+            if not (h and w):
+                continue
+            levels = F.avg_pool2d(ycc[:, i, :h, :w], plane.scale) * 127.5 - (0.5 if i == 0 else 0)
+            change = (plane.project(levels, top // plane.scale) - levels) / 127.5
+            missing[:, i, :h, :w] = change.repeat_interleave(plane.scale, -2).repeat_interleave(plane.scale, -1)
+        return missing
+
+
+def read_coefficients(path: str | os.PathLike) -> Coefficients:
+    """The coefficients of a JPEG file.
+
+    Raises:
+        ValueError: no JPEG, or one of four inks or in RGB.
+    """
+    with Image.open(path) as file:
+        if not isinstance(file, JpegImageFile):
+            raise ValueError(f"{path} is no JPEG: it has no coefficients to be consistent with")
+        components = file.layer  # (number, h, v, table) each
+        if len(components) not in (1, 3) or file.info.get("adobe_transform") == 0:
+            raise ValueError(f"{path} is a JPEG of {len(components)} inks or in RGB, expected gray or YCbCr")
+        orientation = file.getexif().get(0x0112, 1)
+        height, width = file.size[::-1]
+        tables = [torch.tensor(file.quantization[c[3]], dtype=torch.float32).reshape(8, 8) for c in components]
+    sampling = tuple(component[1:3] for component in components)
+    planes = [Plane.decoded(_decode(path, 1, len(components))[0], tables[0], 1)]
+    scales: dict[tuple, int] = {((1, 1),) * 3: 1, ((2, 2), (1, 1), (1, 1)): 2}
+    scale = scales.get(sampling)
+    if scale:
+        chroma = _decode(path, scale, 3)[1:]
+        planes += [Plane.decoded(pixels, table, scale) for pixels, table in zip(chroma, tables[1:], strict=True)]
+    return Coefficients(tuple(planes), (height, width), orientation if orientation in TURNS else 1)
+
+
+def _decode(path: str | os.PathLike, scale: int, number: int) -> torch.Tensor:
+    """The planes (C, H, W) at 1 / scale of the size: at half of it, 4:2:0 chroma is decoded as it is stored, since
+    libjpeg then doubles the size of its transform instead of halving and enlarging it."""
+    with Image.open(path) as file:
+        if number == 3:
+            file.draft("YCbCr", (max(1, file.width // scale), max(1, file.height // scale)))
+        pixels = np.atleast_3d(np.array(file))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
