@@ -388,12 +388,12 @@ def test_diversity_and_sheet():
 
 
 @pytest.mark.parametrize(("mode", "levels", "high"), [
-    ("I;16", [0, 1, 300, 65535], 65535), ("I;16B", [0, 1, 300, 65535], 65535), ("I;16", [0, 1, 200, 255], 255),
+    ("I;16", [0, 1, 300, 65535], 65535), ("I;16B", [0, 1, 300, 65535], 65535), ("I;16", [0, 1, 200, 255], 65535),
     ("I", [0, 7, 256, 40000], 65535), ("I", [0, 0, 0, 1], 255), ("F", [0, 0.25, 0.5, 1], 1), ("F", [0, 1, 1.5, 2], 255),
     ("F", [0, 1, 254, 255], 255), ("F", [0, 1, 255, 255.5], 65535),
 ])  # fmt: skip
 def test_gray_levels_beyond_a_byte(mode, levels, high):
-    """The largest value says whether white is 1, 255 or 65535."""
+    """Where the mode is not of 16 bits, the largest value says whether white is 1, 255 or 65535."""
     kind = {"F": np.float32, "I": np.int32, "I;16": np.uint16, "I;16B": ">u2"}[mode]
     image = Image.frombytes(mode, (4, 1), np.array(levels, kind).tobytes())
     picture = canvas.read(image)

@@ -57,7 +57,8 @@ def data(tmp_path_factory):
 def command(data, work, claims):
     return [sys.executable, "-m", "benchmarks.claims.run", "--claim", claims, "--data", str(data), "--steps", "2",
         "--workers", "0", "--batch", "2", "--stages", "2", "--size", str(SIZE), "--network", json.dumps(NETWORK),
-        "--count", str(COUNT), "--features", f"{data}/toy.py:Colors", "--folder", str(work), "--output", str(work / "results")]  # fmt: skip
+        "--count", str(COUNT), "--features", f"{data}/toy.py:Colors",
+        "--folder", str(work), "--output", str(work / "results")]  # fmt: skip
 
 
 def test_every_claim_goes_on_after_a_kill(data, tmp_path):
