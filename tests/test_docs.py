@@ -127,7 +127,8 @@ def test_options_in_the_text_exist(capsys):
     from palette_diffusers.cli import app
     from palette_diffusers.settings import parse
 
-    known = {option for command in get_command(app).commands.values() for p in command.params for option in p.opts}
+    commands = get_command(app).commands.values()
+    known = {option for command in commands for p in command.params for option in (*p.opts, *p.secondary_opts)}
     with pytest.raises(SystemExit):
         parse(["--help"])
     known |= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
