@@ -102,6 +102,9 @@ def place(tmp_path, photo):
     mask = np.zeros((90, 120), np.uint8)
     mask[40:60, 40:60] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
+    stroke = Image.new("RGBA", image.size)
+    stroke.paste("#c83c32", (20, 20, 50, 26))
+    stroke.save(tmp_path / "strokes.png")
     clear = image.copy()
     clear.putalpha(Image.fromarray(255 - mask))
     clear.save(tmp_path / "photo.png")
