@@ -102,6 +102,9 @@ def place(tmp_path, photo):
     mask = np.zeros((90, 120), np.uint8)
     mask[40:60, 40:60] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
+    stroke = Image.new("RGBA", image.size)
+    stroke.paste("#c83c32", (20, 20, 50, 26))
+    stroke.save(tmp_path / "strokes.png")
     clear = image.copy()
     clear.putalpha(Image.fromarray(255 - mask))
     clear.save(tmp_path / "photo.png")
@@ -127,7 +130,8 @@ def test_options_in_the_text_exist(capsys):
     from palette_diffusers.cli import app
     from palette_diffusers.settings import parse
 
-    known = {option for command in get_command(app).commands.values() for p in command.params for option in p.opts}
+    commands = get_command(app).commands.values()
+    known = {option for command in commands for p in command.params for option in (*p.opts, *p.secondary_opts)}
     with pytest.raises(SystemExit):
         parse(["--help"])
     known |= set(re.findall(r"--[\w-]+", capsys.readouterr().out))

@@ -370,7 +370,7 @@ def test_the_sheet_of_a_run_is_published_only_when_asked_for(place, tmp_path):
 
 
 def test_code_that_one_file_cannot_hold():
-    with pytest.raises(ValueError, match="tasks.py imports color"):
+    with pytest.raises(ValueError, match="tasks.py imports hints"):
         bundle(("masks", "tasks"), "0")
     assert all(compile(bundle(rooms, "0"), name, "exec") for name, rooms in FILES.items())
 
