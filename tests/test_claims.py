@@ -56,7 +56,8 @@ def data(tmp_path_factory):
 
 def command(data, work, claims):
     return [sys.executable, "-m", "benchmarks.claims.run", "--claim", claims, "--data", str(data), "--steps", "2",
-        "--workers", "0", "--batch", "2", "--stages", "2", "--size", str(SIZE), "--network", json.dumps(NETWORK), "--count", str(COUNT),
+        "--workers", "0", "--batch", "2", "--stages", "2", "--size", str(SIZE), "--network", json.dumps(NETWORK),
+        "--count", str(COUNT),
         "--features", f"{data}/toy.py:Colors", "--folder", str(work), "--output", str(work / "results")]  # fmt: skip
 
 
