@@ -56,15 +56,15 @@ def data(tmp_path_factory):
 
 def command(data, work, claims):
     return [sys.executable, "-m", "benchmarks.claims.run", "--claim", claims, "--data", str(data), "--steps", "2",
-        "--workers", "0", "--batch", "2", "--stages", "1", "--size", str(SIZE), "--network", json.dumps(NETWORK),
-        "--count", str(COUNT), "--features", f"{data}/toy.py:Colors", "--folder", str(work), "--output",
-        str(work / "results")]  # fmt: skip
+        "--workers", "0", "--batch", "2", "--stages", "2", "--size", str(SIZE), "--network", json.dumps(NETWORK),
+        "--count", str(COUNT),
+        "--features", f"{data}/toy.py:Colors", "--folder", str(work), "--output", str(work / "results")]  # fmt: skip
 
 
 def test_every_claim_goes_on_after_a_kill(data, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command(data, tmp_path, "a,b"), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
-    first = tmp_path / "runs" / "regression 0" / "pipeline-0000002"
+    first = tmp_path / "runs" / "regression 0" / "pipeline-0000001"
     begin = time.time()
     while not first.is_dir() and process.poll() is None and time.time() - begin < 60:
         time.sleep(0.02)
@@ -82,7 +82,7 @@ def test_every_claim_goes_on_after_a_kill(data, tmp_path):
     for letter, one in results.items():
         assert len(one["verdicts"]) == len(verdicts.CLAIMS[letter].comparisons)
         assert f"## Claim {letter}" in done.stdout and all(v["verdict"] in done.stdout for v in one["verdicts"])
-    assert {row["step"] for row in results["a"]["stages"]} == {2}
+    assert {row["step"] for row in results["a"]["stages"]} == {1, 2}
     specialist = [row["task"] for row in results["b"]["rows"] if row["images"] == "specialist 0"]
     assert len(specialist) == len(set(specialist)) == 6
     spread = {row["images"]: row["spread"]["value"] for row in results["a"]["rows"] if row["task"] == "inpainting"}
