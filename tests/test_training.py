@@ -487,8 +487,9 @@ def test_condition_dropout(folder):
         tasks._TASKS.pop("same")
 
 
-def test_regression_twin(folder, tmp_path):
-    final = train(settings(folder, tmp_path / "run", regression=True, prediction_type="sample"))
+@pytest.mark.parametrize("kind", ["sample", "v_prediction"])
+def test_regression_twin(folder, tmp_path, kind):
+    final = train(settings(folder, tmp_path / "run", regression=True, prediction_type=kind))
     pipe = PalettePipeline.from_pretrained(final)
     pipe.set_progress_bar_config(disable=True)
     assert pipe.config.default_steps == 1

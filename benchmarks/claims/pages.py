@@ -120,12 +120,13 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     compared = [one for one in results if one["claim"] != "e"]
     stages = next((one["stages"] for one in compared if one["stages"]), [])
     tasks = list(dict.fromkeys(row["task"] for row in stages))
-    drawing, axes = plt.subplots(2, max(len(compared), len(tasks)), figsize=(17, 7.5), squeeze=False)
+    shape = (2 if tasks else 1, max(len(compared), len(tasks)))
+    drawing, axes = plt.subplots(*shape, figsize=(17, 3.75 * shape[0]), squeeze=False)
     for panel in axes.flat:
         panel.axis("off")
     for panel, one in zip(axes[0], compared, strict=False):
         _bars(panel, one)
-    for panel, task in zip(axes[1], tasks, strict=False):
+    for panel, task in zip(axes[-1], tasks, strict=False):
         _curves(panel, [row for row in stages if row["task"] == task], task)
     drawing.tight_layout()
     drawing.savefig(path, dpi=80)

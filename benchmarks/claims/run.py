@@ -59,7 +59,7 @@ def compare(letter: str, args: argparse.Namespace, scale: Scale, count: int) -> 
         "figures": bench.features.figures,
         "trained": [facts(name, seed, args.folder, scale) for seed in args.seeds for name in claim.runs],
         "rows": rows,
-        "stages": bench.stages(claim.stages, args.seeds),
+        "stages": bench.stages(claim.stages, args.seeds) if args.curve else [],
     }
 
 
@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6000, help="of training, the same for every run")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--stages", type=int, default=4, help="parts of training, after each of which it is measured")
+    parser.add_argument("--curve", action=argparse.BooleanOptionalAction, default=True, help="measure the stages too")
     parser.add_argument("--size", type=int, default=64, help="pixels a side")
     parser.add_argument("--network", type=json.loads, default={}, help="JSON: changes of every run's network")
     parser.add_argument("--seeds", default="0", help="of training, with commas")
