@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 comma := ,
 
-.PHONY: install browser demo test torture soak audit bench bench-full lint docs clean
+.PHONY: install browser demo test coverage mutation torture soak audit bench bench-full lint docs clean
 
 install: $(VENV)/.installed
 
@@ -21,6 +21,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --exclude tests .
 	$(BIN)/mypy
+	$(BIN)/detect-secrets-hook --no-verify --baseline .secrets.baseline $$(git ls-files '*.py' '*.md' '*.toml' '*.txt' Makefile)
 
 browser:  # the tests of the demo drive Debian's Chromium; without it they are skipped
 	command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
@@ -28,6 +29,16 @@ browser:  # the tests of the demo drive Debian's Chromium; without it they are s
 
 test: lint browser
 	$(BIN)/python -m pytest
+
+# the whole suite, in half an hour; the test left out limits the size of files, which coverage's own are, too
+coverage: install browser
+	$(BIN)/python -m pytest --cov --cov-report= --deselect \
+		tests/test_cli.py::test_a_full_disk_and_a_folder_that_cannot_be_written
+	$(BIN)/python -m torture.covered
+
+mutation: install  # mutants of four files that the tests must notice; goes on where it was stopped
+	$(BIN)/mutmut run --max-children 2
+	$(BIN)/mutmut results
 
 docs: install  # a site in build/site; a dead link is an error
 	$(BIN)/mkdocs build --quiet
@@ -42,9 +53,9 @@ torture: install  # generated inputs and kills; goes on where it was stopped
 soak: install
 	$(BIN)/python -m torture.soak --minutes $(MINUTES)
 
-audit: install  # asks an online list of known weaknesses
-	$(BIN)/python -m pip install -q pip-audit
-	$(BIN)/pip-audit -r constraints.txt --no-deps --disable-pip
+audit: install  # asks an online list of known weaknesses; without a network it fails, and says so
+	$(BIN)/python -m pip install -q pip-audit==2.10.1
+	$(BIN)/pip-audit -r constraints.txt --no-deps --disable-pip --strict
 
 # JANSPIRY, GUIDED: checkouts of the peers; without them, against diffusers only
 PEERS = $(if $(JANSPIRY),--janspiry $(JANSPIRY)) $(if $(GUIDED),--guided-diffusion $(GUIDED))
