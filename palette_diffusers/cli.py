@@ -58,10 +58,11 @@ def _one_line(*more: type[Exception]) -> Iterator[None]:
 def _load(model: str | None, device: str, dtype: str, speed: str | None = None) -> Any:
     import torch
 
-    from .machine import best_dtype, chosen_device
+    from .machine import best_dtype, bound_caches, chosen_device
     from .pipeline import PalettePipeline
     from .portable import is_portable, load_portable
 
+    bound_caches()
     device = chosen_device(device)
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in ("auto", *known):

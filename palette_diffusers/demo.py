@@ -35,7 +35,7 @@ from .demo_handlers import (
 )
 from .demo_jobs import SOLVERS, Step, Stopped, on_zero_gpu
 from .demo_limits import BodyLimit, Limits, choice, open_upload
-from .machine import best_dtype, chosen_device
+from .machine import best_dtype, bound_caches, chosen_device
 from .pipeline import PalettePipeline
 from .tasks import get_task
 
@@ -401,6 +401,7 @@ class Page:
 
 def load(model: str | None = None, device: str = "auto") -> PalettePipeline:
     """The pipeline on the fastest device, warm: a folder, a Hub id, or None for the starter checkpoint."""
+    bound_caches()
     device = chosen_device(device)
     pipe = PalettePipeline.from_pretrained(model, dtype=best_dtype(device)).to(device)
     pipe.set_progress_bar_config(disable=True)

@@ -1,8 +1,11 @@
 """What this machine computes fastest with."""
 
+import os
 from pathlib import Path
 
 import torch
+
+PRIMITIVES = 128  # about three shapes of a network
 
 
 def best_device() -> str:
@@ -20,6 +23,12 @@ def best_dtype(device: str) -> torch.dtype:
         except OSError:
             pass
     return torch.float32
+
+
+def bound_caches() -> None:
+    """oneDNN keeps what it prepared for each layer and shape, 1024 times: photographs of ever new sizes fill memory.
+    Fewer here, unless `ONEDNN_PRIMITIVE_CACHE_CAPACITY` is set; before the first convolution, and for its process."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(PRIMITIVES))
 
 
 def chosen_device(name: str) -> str:

@@ -1,6 +1,9 @@
+import os
+
 import torch
 from torch._inductor import config
 
+from palette_diffusers.cli import _load
 from palette_diffusers.optimize import ALIKE, GAIN, optimize
 
 
@@ -31,3 +34,14 @@ def test_without_a_compiler_that_is_said(pipe):
     last = report.trials[-1]
     assert last.name == "torch.compile" and not last.kept and "not possible here" in str(last)
     assert pipe.unet._compiled_call_impl is None and network.config == pipe.unet.config
+
+
+def test_what_is_prepared_by_shape_is_bounded(monkeypatch):
+    """Or a folder of photographs of every size fills memory; who sets a limit, keeps it."""
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.delenv(name, raising=False)
+    _load(None, "cpu", "float32")
+    assert int(os.environ[name]) == 128
+    monkeypatch.setenv(name, "7")
+    _load(None, "cpu", "float32")
+    assert os.environ[name] == "7"

@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 
 from palette_diffusers import folders
+from palette_diffusers.machine import bound_caches
 from palette_diffusers.training import preset, train
 from torture.files import noise
 from torture.surfaces import TASKS, model_folder, toy_pipe
@@ -157,6 +158,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60, help="in all")
     minutes = parser.parse_args().minutes
     torch.set_num_threads(1)
+    bound_caches()
     lines = [soak(name, minutes / 3) for name in ("folder", "training", "space")]
     OUTPUT.mkdir(parents=True, exist_ok=True)
     (OUTPUT / "soak.json").write_text(json.dumps(lines, indent=2) + "\n")
