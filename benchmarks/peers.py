@@ -33,15 +33,21 @@ NETWORKS = {
 Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+def processor() -> tuple[str, list[str]]:
+    """The processor's name, as far as it is known, and its flags."""
+    name, flags = platform.processor() or platform.machine(), []
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []:
+        key, _, value = map(str.strip, line.partition(":"))
+        if key == "model name":
+            name = value
+        elif key == "flags":
+            return name, value.split()
+    return name, flags
+
+
 def machine() -> dict[str, str]:
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-        flags = next(line for line in lines if line.startswith("flags"))
-        name += ", ".join(["", *[f for f in ("avx512_bf16", "amx_bf16") if f in flags]])
-    except (OSError, StopIteration):
-        pass
+    name, flags = processor()
+    name = ", ".join([name, *(f for f in ("avx512_bf16", "amx_bf16") if f in flags)])
     return {"cpu": name, "threads": str(torch.get_num_threads()), "torch": torch.__version__}
 
 

@@ -543,7 +543,7 @@ def export_network(
     """Write the network as ONNX or a program of torch.export, checked against this one; float32, for CPUs."""
     _quiet()
     with _one_line(ImportError):
-        pipe = _load(None if source == "starter" else source, "cpu", "float32")
+        pipe = _load(source, "cpu", "float32")
         from .portable import write_portable
 
         error = write_portable(pipe, output, format)

@@ -43,6 +43,7 @@ def _ycc_matrix() -> torch.Tensor:
 
 
 DCT, YCC = _dct_matrix(), _ycc_matrix()
+RGB = torch.linalg.inv(YCC)
 
 
 def _blocks(plane: torch.Tensor) -> torch.Tensor:
@@ -138,7 +139,7 @@ class Coefficients:
         for top in range(0, self.size[0], BAND):
             band = stored[..., top : top + BAND, :]
             for _ in range(rounds):
-                band += _mixed(torch.linalg.inv(YCC), self._missing(_mixed(YCC, band), top))
+                band += _mixed(RGB, self._missing(_mixed(YCC, band), top))
                 band.clamp_(-1, 1)
         return (stored.transpose(-2, -1) if transposed else stored).flip(flipped)
 

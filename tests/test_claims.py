@@ -24,18 +24,6 @@ from palette_diffusers import PalettePipeline  # noqa: E402
 
 NETWORK = dict(block_out_channels=[8, 8, 16], norm_num_groups=4, attention_head_dim=8)
 COUNT, SIZE = 12, 16
-FEATURES = """
-import torch
-
-class Colors(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.head = torch.nn.Linear(6, 4)
-
-    def features(self, images):
-        return torch.cat([images.mean((2, 3)), images.std((2, 3))], 1)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +38,13 @@ def data(tmp_path_factory):
     rows = Dataset.from_dict({"image": pictures, "label": [i % 4 for i in range(COUNT)]}, columns)
     for split in ("train", "validation"):
         rows.to_parquet(folder / f"{split}-0.parquet")
-    (folder / "toy.py").write_text(FEATURES)
     return folder
 
 
 def command(data, work, claims):
     return [sys.executable, "-m", "benchmarks.claims.run", "--claim", claims, "--data", str(data), "--steps", "2",
         "--workers", "0", "--batch", "2", "--stages", "2", "--size", str(SIZE), "--network", json.dumps(NETWORK),
-        "--count", str(COUNT), "--features", f"{data}/toy.py:Colors",
+        "--count", str(COUNT), "--features", f"{ROOT}/tests/toy.py:Colors",
         "--folder", str(work), "--output", str(work / "results")]  # fmt: skip
 
 

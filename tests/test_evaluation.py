@@ -21,30 +21,7 @@ from palette_diffusers.evaluation.restorers import baseline, from_function
 
 ROOT = Path(__file__).parents[1]
 COUNT, BATCH = 24, 4
-
-TOY = """
-import os, time, torch
-
-class Colors(torch.nn.Module):
-    def __init__(self, classes):
-        super().__init__()
-        torch.manual_seed(0)
-        self.head = torch.nn.Linear(6, classes)
-
-    def features(self, images):
-        return torch.cat([images.mean((2, 3)), images.std((2, 3))], 1)
-
-def four(): return Colors(4)
-def nine(): return Colors(9)
-
-def gray(known, mask): return known * 0.5
-def slow(known, mask):
-    with open(os.environ["RANKS"], "a") as ranks:
-        print(os.environ["RANK"], os.getpid(), file=ranks)
-    time.sleep(0.4)
-    return known * 0.5
-def narrow(known, mask): return known[..., 1:]
-"""
+TOY = ROOT / "tests" / "toy.py"
 
 
 @pytest.fixture(autouse=True)
@@ -58,12 +35,11 @@ def fresh_accelerator():
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory, photo):
-    """24 photographs of four classes in a parquet file, and a file with toy networks and restorers."""
+    """24 photographs of four classes in a parquet file."""
     from datasets import Dataset, Features, Value
     from datasets import Image as ImageFeature
 
     folder = tmp_path_factory.mktemp("evaluation")
-    (folder / "toy.py").write_text(TOY)
     crops = [Image.fromarray(photo[i * 4 : i * 4 + 32, i * 6 : i * 6 + 32]) for i in range(COUNT)]
     columns = Features({"image": ImageFeature(), "label": Value("int64")})
     rows = {"image": crops, "label": [i % 4 for i in range(COUNT)]}
@@ -77,7 +53,7 @@ def work(tmp_path_factory, photo):
 
 @pytest.fixture
 def features(work):
-    return load_features(f"{work}/toy.py:four")
+    return load_features(f"{TOY}:four")
 
 
 @pytest.fixture
@@ -246,7 +222,7 @@ def launch(*arguments):
 def test_killed_with_two_processes_and_gone_on_equals_one(work, features, photographs, tmp_path, monkeypatch):
     ranks = tmp_path / "ranks"
     monkeypatch.setenv("RANKS", str(ranks))
-    arguments = [f"{work}/toy.py:slow", "--data", work / "data", "--features", f"{work}/toy.py:four", "--task",
+    arguments = [f"{TOY}:slow", "--data", work / "data", "--features", f"{TOY}:four", "--task",
         "inpainting", "--against", "identity", "--batch", BATCH, "--size", 32, "-o", tmp_path / "two"]  # fmt: skip
     process = launch(*arguments)
     done = tmp_path / "two" / "inpainting" / "slow"
@@ -280,7 +256,7 @@ def test_killed_with_two_processes_and_gone_on_equals_one(work, features, photog
 
 def invoke(work, *arguments, features="four"):
     return CliRunner().invoke(app, ["evaluate", *map(str, arguments), "--data", str(work / "data"), "--features",
-        f"{work}/toy.py:{features}", "--size", "32", "--batch", str(BATCH)])  # fmt: skip
+        f"{TOY}:{features}", "--size", "32", "--batch", str(BATCH)])  # fmt: skip
 
 
 def test_results_of_others(work, tmp_path):
@@ -338,8 +314,8 @@ def test_bad_input_is_one_line(work, tmp_path):
         (["identity", "--protocol", "mine", "-o", tmp_path / "a"], "expected starter, palette"),
         (["identity", "--seed", 1, "-o", run], "holds a run with seed 0, 1 came"),
         (["x=identity", "--against", "x=telea", "-o", tmp_path / "a"], "names that differ"),
-        ([f"{work}/toy.py:none", "-o", tmp_path / "a"], "has no function 'none'"),
-        ([f"{work}/toy.py:narrow", "--task", "inpainting", "-o", tmp_path / "a"], "narrow gave (4, 3, 32, 31)"),
+        ([f"{TOY}:none", "-o", tmp_path / "a"], "has no function 'none'"),
+        ([f"{TOY}:narrow", "--task", "inpainting", "-o", tmp_path / "a"], "narrow gave (4, 3, 32, 31)"),
         (["x=false {outputs}", "--task", "inpainting", "-o", tmp_path / "a"], "false ended with code 1"),
         ([tmp_path / "empty", "-o", tmp_path / "a"], "holds neither a model_index.json nor results"),
         (["identity", "--list", lists, "-o", tmp_path / "a"], "1 files of"),
@@ -378,7 +354,7 @@ def test_a_classifier_with_other_classes_has_no_accuracy(work, tmp_path):
 
     photographs = Photographs(str(work / "data"), 32)
     photographs.classes = ["a", "b", "c", "d"]
-    results = evaluate([baseline("identity")], photographs, ["colorization"], load_features(f"{work}/toy.py:nine"),
+    results = evaluate([baseline("identity")], photographs, ["colorization"], load_features(f"{TOY}:nine"),
         tmp_path / "a", batch=BATCH, progress=False)  # fmt: skip
     assert results["notes"] == ["accuracy is left out: toy has 9 classes, the photographs 4"]
     assert all("accuracy" not in row and "frechet" in row for row in results["rows"])

@@ -33,20 +33,7 @@ OUTPUT = Path("outputs/torture")
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "palette_diffusers.cli"]
 ROUND = 10  # kills before a run is let through to its end
-TOY = """
-import torch
-
-class Colors(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.head = torch.nn.Linear(6, 4)
-
-    def features(self, images):
-        return torch.cat([images.mean((2, 3)), images.std((2, 3))], 1)
-
-def half(known, mask): return known * 0.5
-"""
+TOY = ROOT / "tests" / "toy.py"
 VOTER = """
 import sys
 from pathlib import Path
@@ -144,13 +131,12 @@ def evaluation_figures(folder: Path) -> object:
 
 
 def prepare_evaluation(folder: Path) -> None:
-    (folder / "toy.py").write_text(TOY)
     photographs(folder / "images", 160, 32)
 
 
 def evaluation_command(folder: Path, again: bool) -> list[str]:
-    return [*COMMAND, "evaluate", f"{folder}/toy.py:half", "--data", f"{folder}/images", "--features",
-        f"{folder}/toy.py:Colors", "--task", "inpainting,colorization", "--against", "telea", "--batch", "4",
+    return [*COMMAND, "evaluate", f"{TOY}:gray", "--data", f"{folder}/images", "--features",
+        f"{TOY}:Colors", "--task", "inpainting,colorization", "--against", "telea", "--batch", "4",
         "--size", "32", "-o", f"{folder}/eval"]  # fmt: skip
 
 

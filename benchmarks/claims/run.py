@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks import solvers
+from benchmarks.peers import processor
 from palette_diffusers.evaluation import Photographs, load_features
 from palette_diffusers.files import write_text
 from palette_diffusers.machine import best_device, best_dtype
@@ -30,11 +31,7 @@ CURVE = HERE.parent / "results" / "solvers.json"
 
 def hardware() -> str:
     device = best_device()
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []:
-        if device == "cpu" and line.startswith("model name"):
-            name = f"{line.partition(':')[2].strip()}, {name}"
-            break
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{processor()[0]}, {torch.get_num_threads()} threads"
     return f"{name}, {str(best_dtype(device)).removeprefix('torch.')}, torch {torch.__version__}, {platform.system()}"
 
 
