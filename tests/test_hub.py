@@ -450,7 +450,7 @@ for folder, dtype in (("one", "float32"), ("shards", "float32"), ("shards", "bfl
     before = kib("VmRSS")
     pipe = PalettePipeline.from_pretrained(Path(sys.argv[1]) / folder, dtype=getattr(torch, dtype))
     weights = list(pipe.unet.parameters())
-    assert all(weight.isfinite().all() for weight in weights)
+    assert all(weight.sum().isfinite() for weight in weights)  # reads every page, and holds no copy
     print(1024 * (kib("VmHWM") - before) / sum(weight.nbytes for weight in weights))
     del pipe, weights
 """
@@ -464,4 +464,4 @@ def test_loading_peaks_little_above_the_weights(tmp_path):
     command = [sys.executable, "-c", PEAK, str(tmp_path)]
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     peaks = [float(line) for line in done.stdout.split()]
-    assert len(peaks) == 3 and all(0.5 < peak < 1.3 for peak in peaks), (peaks, done.stderr[-2000:])
+    assert len(peaks) == 3 and all(0.5 < peak < 1.1 for peak in peaks), (peaks, done.stderr[-2000:])
