@@ -419,6 +419,7 @@ def evaluate(
         if protocol not in inputs.PROTOCOLS:
             raise ValueError(f"protocol is {protocol!r}, expected {', '.join(inputs.PROTOCOLS)}")
         variants = task.split(",") if task else inputs.PROTOCOLS[protocol]
+        run.processes()
         pipes: list[Any] = []
 
         def load(name: str | None) -> Any:

@@ -18,6 +18,7 @@ from palette_diffusers.cli import app
 from palette_diffusers.evaluation import evaluate, load_features, load_restorer, metrics
 from palette_diffusers.evaluation.inputs import Photographs, degrade
 from palette_diffusers.evaluation.restorers import baseline, from_function
+from palette_diffusers.files import alone
 
 ROOT = Path(__file__).parents[1]
 COUNT, BATCH = 24, 4
@@ -237,11 +238,13 @@ def test_killed_with_two_processes_and_gone_on_equals_one(work, features, photog
     assert 1 <= len(kept) < COUNT // BATCH and not (tmp_path / "two" / "results.json").exists()
     half = tmp_path / "two" / "inpainting" / "inputs" / ".00000.png.abc.part"
     half.write_bytes(b"half")
+    ranks.write_text("")
     process = launch(*arguments)
     out, err = process.communicate(timeout=180)
     assert process.returncode == 0, out + err
     assert "| inpainting | slow |" in out
-    assert {line.split()[0] for line in ranks.read_text().splitlines()} == {"0", "1"}
+    worked = [line.split()[0] for line in ranks.read_text().splitlines()]
+    assert set(worked) == {"0", "1"} and len(worked) == COUNT // BATCH - len(kept)  # shared, and nothing done twice
     assert all(path.stat().st_mtime_ns == kept[path] for path in kept) and not half.exists()
 
     rows = [baseline("identity"), from_function(lambda known, mask: known * 0.5, "slow")]
@@ -252,6 +255,13 @@ def test_killed_with_two_processes_and_gone_on_equals_one(work, features, photog
             assert a.get(name) == b.get(name), (a["images"], name)
     paths = [tmp_path / n / "inpainting" / "manifest.json" for n in ("one", "two")]
     assert paths[0].read_text() == paths[1].read_text()
+
+
+def test_one_evaluation_a_folder(work, tmp_path):
+    with alone(tmp_path / "out"):
+        told = invoke(work, f"{TOY}:gray", "--task", "inpainting", "-o", tmp_path / "out")
+    assert told.exit_code == 2 and "another evaluation is at work in" in told.output, told.output
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
 def invoke(work, *arguments, features="four"):

@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..files import write_text
+from ..files import alone, write_text
 from . import inputs, metrics
 from .features import FeatureNetwork
 from .inputs import Batch, Photographs
@@ -28,6 +29,15 @@ from .store import Store, keep_facts
 DIVERSE = 100  # photographs that several samples are drawn of
 SUBSETS, SUBSET = 20, 1000  # of the kernel distance
 BUDGET = 2**28  # bytes of second moments held at once by the bootstrap
+
+
+def processes() -> Any:
+    """Accelerate's state of the processes that share the work; before a network is put on a device, since each
+    process of several on GPUs gets its own."""
+    from accelerate import PartialState
+
+    cpu = not torch.accelerator.is_available()  # unless it is told, each process on CPUs takes itself for the only one
+    return PartialState(cpu=cpu, timeout=timedelta(days=1))
 
 
 def evaluate(
@@ -68,29 +78,12 @@ def evaluate(
 
     Raises:
         ValueError: too few photographs for the features, another run in `output`, a restorer's wrong results.
+        FileExistsError: another evaluation is at work in `output`.
     """
-    from accelerate import PartialState
-
-    state, begun = PartialState(), time.time()
+    state = processes()
     run = _Run(photographs, features, classifier or features, output, batch, samples, seed, progress, state)
-    run.check(restorers, variants, reference, manifest)
-    run.originals("originals", photographs)
-    if reference is not None:
-        run.originals("reference", reference)
-    for variant in variants:
-        run.task(variant, [r for r in restorers if r.handles(inputs.check_variant(variant))], manifest)
-    state.wait_for_everyone()
-    if not state.is_main_process:
-        return None
-    from .pages import write_pages
-
-    results = _Summary(run, "originals" if reference is None else "reference", replicates).results(restorers, variants)
-    write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
-    write_pages(output, results)
-    for part in output.rglob("*.part"):  # left by a kill, and no other process's
-        if part.stat().st_mtime < begun:
-            part.unlink()
-    return results
+    with alone(output, state.process_index, "another evaluation is at work"):
+        return run.evaluate(restorers, variants, reference, manifest, replicates)
 
 
 class _Run:
@@ -107,6 +100,29 @@ class _Run:
         self.progress, self.state = progress, state
         self.names = [f"{i:05d}" for i in range(len(photographs))]
         self.notes = self._notes()
+
+    def evaluate(
+        self, restorers: Sequence[Restorer], variants: Sequence[str], reference: Photographs | None,
+        manifest: Path | None, replicates: int,
+    ) -> dict[str, Any] | None:  # fmt: skip
+        self.check(restorers, variants, reference, manifest)
+        self.originals("originals", self.photographs)
+        if reference is not None:
+            self.originals("reference", reference)
+        for variant in variants:
+            self.task(variant, [r for r in restorers if r.handles(inputs.check_variant(variant))], manifest)
+        self.state.wait_for_everyone()
+        if not self.state.is_main_process:
+            return None
+        from .pages import write_pages
+
+        compared = "originals" if reference is None else "reference"
+        results = _Summary(self, compared, replicates).results(restorers, variants)
+        write_text(self.output / "results.json", json.dumps(results, indent=2) + "\n")
+        write_pages(self.output, results)
+        for part in self.output.rglob("*.part"):  # left by a kill: nobody else is at work
+            part.unlink()
+        return results
 
     def _notes(self) -> list[str]:
         """Why accuracy is left out, if it is."""
