@@ -437,6 +437,7 @@ def launch(
         server_port=port,
         auth=(user, password) if user else None,
         max_file_size=limits.max_bytes,
+        state_session_capacity=limits.max_visitors,
         mcp_server=mcp,
         css=CSS,
         theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"]),

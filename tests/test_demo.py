@@ -29,21 +29,27 @@ from palette_diffusers.demo_handlers import Handlers, Settings, gpu_seconds  # n
 from palette_diffusers.demo_jobs import SOLVERS, Step, Stopped, watch, with_solver  # noqa: E402
 from palette_diffusers.demo_limits import Limits, whole  # noqa: E402
 
-LIMITS = {"PALETTE_MAX_PIXELS": "1000000", "PALETTE_MAX_BYTES": "2000000", "PALETTE_MAX_QUEUE": "2"}
+LIMITS = {"PALETTE_MAX_PIXELS": "1000000", "PALETTE_MAX_BYTES": "2000000", "PALETTE_MAX_QUEUE": "2",
+    "PALETTE_MAX_VISITORS": "3"}  # fmt: skip
 ROOT = Path(__file__).parents[1]
 MCP = importlib.util.find_spec("mcp") is not None
 
 
 @pytest.fixture(scope="module")
-def server():
+def running():
     os.environ.update(LIMITS)
     try:
-        _, url, _ = demo.launch(host="127.0.0.1", prevent_thread_lock=True, quiet=True, mcp=MCP)
+        app, url, _ = demo.launch(host="127.0.0.1", prevent_thread_lock=True, quiet=True, mcp=MCP)
     finally:
         for name in LIMITS:
             del os.environ[name]
-    yield url
+    yield app, url
     gr.close_all()
+
+
+@pytest.fixture
+def server(running):
+    return running[1]
 
 
 @pytest.fixture
@@ -97,6 +103,16 @@ def test_every_task_as_an_endpoint(client, file, photo, tmp_path):
     assert wide.shape == (180, 220, 3) and np.array_equal(wide[:150, 20:], photo)
     first = pixels(client.predict(image, seed=1, steps=4, api_name="/restore_jpeg"))
     assert np.array_equal(first, pixels(client.predict(image, seed=1, steps=4, api_name="/restore_jpeg")))
+
+
+def test_visitors_who_were_away_longest_are_forgotten(running, client, file):
+    """Gradio keeps a copy of the page for each visitor, and would for 10,000."""
+    first = pixels(client.predict(handle_file(file), seed=1, steps=2, api_name="/colorize"))
+    for _ in range(4):
+        Client(running[1], verbose=False).predict(api_name="/health")
+    assert client.session_hash not in running[0].state_holder
+    again = pixels(client.predict(handle_file(file), seed=1, steps=2, api_name="/colorize"))
+    assert np.array_equal(again, first)
 
 
 def test_the_endpoints_are_documented(client):

@@ -111,7 +111,7 @@ def space(temporary: Path) -> Iterator[tuple[int, Callable[[Path, int], int]]]:
         port = free.getsockname()[1]
     environment = os.environ | {
         "GRADIO_TEMP_DIR": str(temporary / "gradio"), "TMPDIR": str(temporary), "GRADIO_ANALYTICS_ENABLED": "False",
-        "PALETTE_KEEP_SECONDS": str(KEEP), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+        "PALETTE_KEEP_SECONDS": str(KEEP), "PALETTE_MAX_VISITORS": "8", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
     command = [sys.executable, "-m", "palette_diffusers.cli", "demo", "--model", model_folder(), "--port", str(port)]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
