@@ -31,6 +31,9 @@ PlanOnly = Annotated[bool, typer.Option("--plan", help="only say what it will ta
 NoExif = Annotated[bool, typer.Option("--no-exif", help="drop date, place and camera; the colour profile stays")]
 
 
+LOST = "the accelerator failed or is gone; what was finished is there, and the same command goes on from it"
+
+
 def _fail(message: object) -> None:
     """One clear line, exit code 2."""
     print(f"palette: {' '.join(str(message).split())}", file=sys.stderr)
@@ -53,6 +56,10 @@ def _one_line(*more: type[Exception]) -> Iterator[None]:
         yield
     except refused as error:
         _fail(error)
+    except RuntimeError as error:
+        if type(error).__name__ != "AcceleratorError":
+            raise
+        _fail(f"{LOST}: {str(error).partition(chr(10))[0]}")
 
 
 def _load(model: str | None, device: str, dtype: str, speed: str | None = None) -> Any:

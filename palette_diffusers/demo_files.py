@@ -9,26 +9,33 @@ from pathlib import Path
 from typing import Any
 
 
-def delete_old(blocks: Any, age: float) -> None:
-    """Of the files that this `gr.Blocks` made, those older than `age` seconds; its components' own stay."""
+def delete_old(blocks: Any, seen: dict[tuple[str, int], float], age: float) -> None:
+    """Of the files that this `gr.Blocks` made, those that were `seen` first, as they are, more than `age` seconds ago
+    by a clock that nobody sets; its components' own stay."""
     own = set().union(*(getattr(block, "keep_in_cache", ()) for block in blocks.blocks.values()))
     for files in blocks.temp_file_sets:
         for name in set(list(files)) - own:  # a list is copied at once, whoever adds to the set
             path = Path(name)
             with suppress(FileNotFoundError):
-                if time.time() - path.stat().st_ctime <= age:
+                written = name, path.stat().st_mtime_ns
+                if time.monotonic() - seen.setdefault(written, time.monotonic()) <= age:
                     continue
                 path.unlink()
             files.discard(name)
+    gone = [written for written in seen if not Path(written[0]).exists()]
+    for written in gone:
+        del seen[written]
 
 
 def deleting(blocks: Any, age: float) -> Callable[[Any], AbstractAsyncContextManager[None]]:
-    """A lifespan for the server: looks every `age` seconds, every ten minutes at least."""
+    """A lifespan for the server: looks twice in `age` seconds, every five minutes at least."""
+
+    seen: dict[tuple[str, int], float] = {}
 
     async def look() -> None:
         while True:
-            await asyncio.sleep(min(600, age))
-            await asyncio.to_thread(delete_old, blocks, age)
+            await asyncio.sleep(min(600, age) / 2)
+            await asyncio.to_thread(delete_old, blocks, seen, age)
 
     @asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:

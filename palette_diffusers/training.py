@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -27,6 +28,7 @@ from .unet import PaletteUNet2DModel
 
 __all__ = ["PRESETS", "TrainSettings", "parse", "preset", "train"]
 
+DAMAGE = (zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError)
 SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]
 
@@ -135,17 +137,23 @@ def save_state(folder: Path, step: int, keep: int = 2, **parts: object) -> Path:
 
 
 def last_state(folder: Path) -> dict | None:
-    """The newest checkpoint of a run that can be read, or None where there is none. A damaged one is passed over,
-    and named `.damaged`.
+    """The newest checkpoint of a run that can be read, or None where there is none. A damaged one (its checksums, which
+    `torch.load` does not look at, are) is passed over, and named `.damaged`.
 
     Raises:
         ValueError: there are checkpoints, and none can be read.
+        PermissionError: one may not be read.
     """
     paths = sorted(folder.glob("step-*.pt"), reverse=True)
     for path in paths:
         try:
+            with zipfile.ZipFile(path) as parts:
+                if (wrong := parts.testzip()) is not None:
+                    raise ValueError(f"{wrong} is not what was written")
             return torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        except PermissionError:
+            raise
+        except DAMAGE as error:
             why = (str(error).splitlines() or [type(error).__name__])[0]
             print(f"{path} is damaged and passed over: {why}", file=sys.stderr)
             path.rename(path.with_suffix(".damaged"))

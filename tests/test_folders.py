@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from typer.testing import CliRunner
 
-from palette_diffusers import folders
+from palette_diffusers import cli, folders
 from palette_diffusers.folders import Job, plan, run
 
 
@@ -77,6 +79,50 @@ def test_a_full_disk_leaves_nothing_half_written(album, tmp_path, monkeypatch):
             run(jobs, negative)
     assert not [p for p in (tmp_path / "out").iterdir()]
     assert run(jobs, negative).done == 4
+
+
+def test_a_permission_lost_in_the_middle(album, tmp_path, monkeypatch):
+    """What is written stays, the run ends with the reason, and goes on once the folder can be written again."""
+    replace, allowed = os.replace, 2
+
+    def guarded(source, target):
+        nonlocal allowed
+        allowed -= 1
+        if allowed < 0:
+            raise PermissionError(13, "Permission denied", str(target))
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", guarded)
+        with pytest.raises(PermissionError):
+            run(plan(album, tmp_path / "out"), negative)
+    there = [path.name for path in (tmp_path / "out").iterdir()]
+    assert len(there) == 2 and all(name.endswith(".png") for name in there)
+    assert run(plan(album, tmp_path / "out"), negative).done == 2
+
+
+def test_an_accelerator_that_is_lost(album, tmp_path, pipe, monkeypatch):
+    pipe.set_progress_bar_config(disable=True)
+    forward, calls = pipe.unet.forward, 0
+
+    def lost(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise torch.AcceleratorError("CUDA error: unspecified launch failure\nCompile with TORCH_USE_CUDA_DSA")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(cli, "_load", lambda *args: pipe)
+    monkeypatch.setattr(folders, "AHEAD", 1)
+    monkeypatch.setattr(pipe.unet, "forward", lost)
+    arguments = ["colorize", str(album), "-o", str(tmp_path / "out"), "--steps", "1"]
+    told = CliRunner().invoke(cli.app, arguments)
+    assert told.exit_code == 2 and "accelerator failed" in told.output and "CUDA error" in told.output, told.output
+    assert "Traceback" not in told.output and "DSA" not in told.output
+    kept = list((tmp_path / "out").glob("*.png"))
+    again = CliRunner().invoke(cli.app, arguments)
+    assert f"{4 - len(kept)} done, {len(kept)} there already, 0 failed" in again.output, again.output
+    assert len(kept) == 1
 
 
 def test_bounded_look_ahead(album, tmp_path, monkeypatch):

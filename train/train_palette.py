@@ -5,6 +5,8 @@ Every setting is an option, below; settings start from the preset. A run that wa
 
 import sys
 
+import torch
+
 from palette_diffusers.training import parse, train
 
 if __name__ == "__main__":
@@ -18,4 +20,8 @@ if __name__ == "__main__":
         sys.exit(2)
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except torch.AcceleratorError as error:
+        advice = "error: the accelerator failed or is gone; --resume goes on from the last checkpoint:"
+        print(advice, str(error).partition("\n")[0], file=sys.stderr)
         sys.exit(1)
