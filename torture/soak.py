@@ -31,6 +31,7 @@ from torture.files import noise
 from torture.surfaces import TASKS, model_folder, toy_pipe
 
 KEEP = 10  # seconds
+WORKS = "folder", "training", "space"
 OUTPUT = Path("outputs/torture")
 
 
@@ -156,10 +157,12 @@ def soak(name: str, minutes: float) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60, help="in all")
-    minutes = parser.parse_args().minutes
+    parser.add_argument("--work", choices=WORKS, action="append", help="default: all three")
+    asked = parser.parse_args()
+    works = asked.work or WORKS
     torch.set_num_threads(1)
     bound_caches()
-    lines = [soak(name, minutes / 3) for name in ("folder", "training", "space")]
+    lines = [soak(name, asked.minutes / len(works)) for name in works]
     OUTPUT.mkdir(parents=True, exist_ok=True)
     (OUTPUT / "soak.json").write_text(json.dumps(lines, indent=2) + "\n")
     print(*map(json.dumps, lines), sep="\n")
