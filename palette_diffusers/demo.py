@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from . import __version__, canvas, sizes
+from .demo_batches import Stopped
 from .demo_files import deleting
 from .demo_handlers import (
     ASPECTS,
@@ -33,7 +34,7 @@ from .demo_handlers import (
     smaller,
     write,
 )
-from .demo_jobs import SOLVERS, Step, Stopped, on_zero_gpu
+from .demo_jobs import SOLVERS, Step, on_zero_gpu
 from .demo_limits import BodyLimit, Limits, choice, open_upload
 from .machine import best_dtype, bound_caches, chosen_device
 from .pipeline import PalettePipeline
@@ -43,7 +44,6 @@ PHOTOGRAPHS = Path(__file__).with_name("photographs")
 AT_THE_END = (10**7, 10**7)  # seconds; while the server runs, files are deleted by demo_files.py
 FRAME = 0.15  # seconds between two previews
 EDITOR = 1024  # pixels of the longer side while a mask is painted
-COMPUTE: dict[str, Any] = dict(concurrency_id="pipeline", concurrency_limit=1)
 OWN = next(iter(ASPECTS))
 # on a phone the result stands below the button
 SHOW_RESULT = "() => { if (innerWidth < 768) document.querySelector('#status').scrollIntoView({behavior: 'smooth'}) }"
@@ -78,6 +78,9 @@ class Page:
 
     def __init__(self, handlers: Handlers):
         self.handlers, self.limits = handlers, handlers.limits
+        self.compute: dict[str, Any] = dict(
+            concurrency_id="pipeline", concurrency_limit=self.limits.max_jobs if handlers.shared else 1
+        )
         with gr.Blocks(
             title="Palette: mend photographs", analytics_enabled=False, delete_cache=AT_THE_END
         ) as self.blocks:
@@ -208,7 +211,7 @@ class Page:
                     trigger(
                         function, [*settings, *([] if task == "Batch" else [self.photo]), *inputs], self._shown(),
                         preprocess=False, show_progress="minimal", show_progress_on=self.status,
-                        **private, **COMPUTE,
+                        **private, **self.compute,
                     )
                 )  # fmt: skip
             self.run[task].click(None, js=SHOW_RESULT)
@@ -385,7 +388,7 @@ class Page:
             (handlers.restore_jpeg, [image, *tail]),
         ):
             gr.Button(visible=False).click(
-                function, inputs, result, api_name=function.__name__, preprocess=False, **COMPUTE
+                function, inputs, result, api_name=function.__name__, preprocess=False, **self.compute
             )
         gr.Button(visible=False).click(self.health, None, state, api_name="health", queue=False)
 

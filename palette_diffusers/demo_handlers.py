@@ -16,7 +16,8 @@ from gradio.components.image_editor import EditorData
 from PIL import Image
 
 from . import canvas, masks
-from .demo_jobs import SOLVERS, Step, Stopped, Stops, borrowing_gpu, friendly, watch, with_solver
+from .demo_batches import SharedNetwork, Stopped
+from .demo_jobs import SOLVERS, Step, Stops, borrowing_gpu, friendly, on_zero_gpu, watch, with_solver
 from .demo_limits import Limits, choice, number, open_upload, stem, whole
 from .pipeline import PalettePipeline
 
@@ -86,6 +87,8 @@ class Handlers:
     def __init__(self, pipe: PalettePipeline, limits: Limits):
         self.pipe, self.limits = pipe, limits
         self.stops = Stops()
+        # ZeroGPU runs each job in a process of its own
+        self.shared = None if on_zero_gpu() else SharedNetwork(pipe, limits.max_pixels)
         self.steps = borrowing_gpu(self._steps, gpu_seconds)
         self.read_layers: Callable[[EditorData], Any] = lambda data: None
 
@@ -180,6 +183,7 @@ class Handlers:
             with_solver(self.pipe, settings.solver),
             picture,
             self.stops.event(job),
+            self.shared,
             task=task,
             generator=torch.Generator().manual_seed(seed),
             num_inference_steps=settings.steps,

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import count
 from queue import SimpleQueue
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 from . import canvas
+from .demo_batches import SharedNetwork, Stopped
 from .pipeline import PalettePipeline
 
 SOLVERS = {
@@ -37,10 +39,6 @@ class Step:
     level: int
     seconds: float
     picture: Image.Image
-
-
-class Stopped(Exception):
-    """The visitor stopped the work, or left."""
 
 
 class Stops:
@@ -100,8 +98,11 @@ def with_solver(pipe: PalettePipeline, name: str | None) -> PalettePipeline:
     return own
 
 
-def watch(pipe: PalettePipeline, picture: canvas.Picture, stop: Event, **options: Any) -> Iterator[Step | Image.Image]:
-    """`pipe(picture, **options)` in a thread: every step as it is done, and the finished picture last.
+def watch(
+    pipe: PalettePipeline, picture: canvas.Picture, stop: Event, shared: SharedNetwork | None = None, **options: Any
+) -> Iterator[Step | Image.Image]:
+    """`pipe(picture, **options)` in a thread: every step as it is done, and the finished picture last; on a `shared`
+    network, beside other jobs.
 
     Closing the generator, as Gradio does when the browser has left, stops the work too.
 
@@ -111,6 +112,9 @@ def watch(pipe: PalettePipeline, picture: canvas.Picture, stop: Event, **options
     news: SimpleQueue[Step | Image.Image | BaseException] = SimpleQueue()
     gone = Event()  # nobody looks any more
     level, begun = 0, time.monotonic()
+    height, width = picture.size
+    height += options.get("top", 0) + options.get("bottom", 0)
+    width += options.get("left", 0) + options.get("right", 0)
 
     def tell(pipe: PalettePipeline, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict:
         nonlocal level, begun
@@ -125,7 +129,9 @@ def watch(pipe: PalettePipeline, picture: canvas.Picture, stop: Event, **options
 
     def work() -> None:
         try:
-            done: Any = pipe(picture, callback_on_step_end=tell, **options)
+            ended = lambda: stop.is_set() or gone.is_set()  # noqa: E731
+            with shared.job(pipe, height * width, ended) if shared else nullcontext():
+                done: Any = pipe(picture, callback_on_step_end=tell, **options)
             news.put(done.images[0])
         except BaseException as error:  # handed over to the one who waits
             news.put(error)

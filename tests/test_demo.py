@@ -25,11 +25,14 @@ gr = pytest.importorskip("gradio")
 from gradio_client import Client, handle_file  # noqa: E402
 
 from palette_diffusers import cli, demo  # noqa: E402
+from palette_diffusers.demo_batches import Stopped  # noqa: E402
 from palette_diffusers.demo_handlers import Handlers, Settings, gpu_seconds  # noqa: E402
-from palette_diffusers.demo_jobs import SOLVERS, Step, Stopped, watch, with_solver  # noqa: E402
+from palette_diffusers.demo_jobs import SOLVERS, Step, watch, with_solver  # noqa: E402
 from palette_diffusers.demo_limits import Limits, whole  # noqa: E402
 
-LIMITS = {"PALETTE_MAX_PIXELS": "1000000", "PALETTE_MAX_BYTES": "2000000", "PALETTE_MAX_QUEUE": "2"}
+LIMITS = {
+    "PALETTE_MAX_PIXELS": "1000000", "PALETTE_MAX_BYTES": "2000000", "PALETTE_MAX_QUEUE": "2", "PALETTE_MAX_JOBS": "2",
+}  # fmt: skip
 ROOT = Path(__file__).parents[1]
 MCP = importlib.util.find_spec("mcp") is not None
 
