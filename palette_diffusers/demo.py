@@ -55,6 +55,7 @@ CSS = """
 .tab-container button {padding: 0 .5rem !important; font-size: .95rem}
 @media (max-width: 480px) {.tab-container button {padding: 0 .35rem !important; font-size: .85rem}}
 #status {min-height: 2.6rem}
+#preview img {width: 100%; max-height: 640px; object-fit: contain}
 #status progress {width: 100%; height: .5rem; accent-color: var(--color-accent)}
 """
 
@@ -168,7 +169,7 @@ class Page:
         self.status = gr.HTML(_status("Choose a photo, then press the button."), elem_id="status")
         self.stop = gr.Button("Stop", variant="stop", visible=False, elem_id="stop")
         self.preview = gr.Image(
-            label="Preview", format="png", interactive=False, visible=False, elem_id="preview", buttons=[]
+            label="Preview", format="jpeg", interactive=False, visible=False, elem_id="preview", buttons=[]
         )
         self.slider = gr.ImageSlider(
             label="Before / after", format="png", interactive=False, elem_id="result", buttons=["fullscreen"],

@@ -16,7 +16,7 @@ import torch
 
 from .pipeline import BATCH, PalettePipeline
 
-PATIENCE = 0.005  # seconds that an evaluation waits for jobs that are between two of theirs
+PATIENCE = 0.02  # seconds, and no longer than the last took, that an evaluation waits for jobs between two of theirs
 
 
 class Stopped(Exception):
@@ -50,6 +50,7 @@ class SharedNetwork:
         self._asked: list[_Asked] = []
         self._worker = ThreadPoolExecutor(1)
         self._changed = Condition()
+        self._took = 0.0  # seconds, by the last evaluation
         self._pixels, self._held, self._jobs = pixels, 0, 0
         self._line: list[object] = []  # jobs that wait for room
 
@@ -100,7 +101,7 @@ class SharedNetwork:
     @torch.no_grad()
     def _turn(self) -> None:
         """The one that has waited longest, and all that fit to it."""
-        until = time.monotonic() + PATIENCE
+        until = time.monotonic() + min(PATIENCE, self._took)
         with self._changed:
             if not self._asked:
                 return
@@ -113,6 +114,11 @@ class SharedNetwork:
                     together.append(other)
                     room -= other.pixels
             self._asked = [asked for asked in self._asked if asked not in together]
+        begun = time.monotonic()
+        self._answer(together)
+        self._took = time.monotonic() - begun
+
+    def _answer(self, together: list[_Asked]) -> None:
         if len(together) > 1:
             try:
                 answers = self._as_one(together)

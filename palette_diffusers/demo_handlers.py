@@ -261,7 +261,7 @@ class Handlers:
                 for moment in self.moments(task, payload, picture, settings, session, **options):
                     if isinstance(moment, Result):
                         yield write(moment.after, Path(folder) / f"{moment.name}.png")
-                    elif time.monotonic() - last > 0.2:
+                    elif time.monotonic() - last > 1:
                         yield write(moment.picture, Path(folder) / "preview.png")
                         last = time.monotonic()
             except Stopped:

@@ -1,5 +1,6 @@
 """The pipeline watched while it works: a generator of what it predicts, which can be stopped within one step."""
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ SOLVERS = {
 @dataclass(frozen=True)
 class Step:
     """One step is done. number: from 1 to `of`; level: 1, 2, ... where a hole is filled coarse to fine;
-    seconds: what is left of this level; picture: what the network predicts."""
+    seconds: what is left of this level; picture: what the network predicts, at its size, thinned out above 640."""
 
     number: int
     of: int
@@ -152,11 +153,8 @@ def watch(
 
 
 def _shown(predicted: torch.Tensor, side: int = 640) -> Image.Image:
-    """(1, 3, H, W) => a picture to look at: thinned out where it is large, smooth where it is small."""
-    every = max(1, max(predicted.shape[-2:]) // side)
-    picture = canvas.to_pil(predicted[..., ::every, ::every])
-    scale = side / max(picture.size)
-    return picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
+    every = math.ceil(max(predicted.shape[-2:]) / side)
+    return canvas.to_pil(predicted[..., ::every, ::every])
 
 
 def friendly(error: Exception) -> gr.Error:
