@@ -64,7 +64,7 @@ def picture(width: int, height: int) -> str:
 def colorize(url: str, width: int, height: int, steps: int = 8) -> str:
     """One request => "answered", "turned away", "mixed up" or what else came."""
     image = {"url": picture(width, height), "meta": {"_type": "gradio.FileData"}}
-    asked = requests.post(f"{url}gradio_api/call/colorize", json={"data": [image, 0, steps]}, timeout=60)
+    asked = requests.post(f"{url}gradio_api/call/colorize", json={"data": [image, 0, steps, "Standard"]}, timeout=60)
     if asked.status_code == 503 and "full" in asked.text.lower():
         return "turned away"
     if not asked.ok:
@@ -118,10 +118,10 @@ def page_share(url: str, number: int = 9) -> tuple[float, float]:
         start = time.monotonic()
         pipe(image, task="jpeg_restoration", generator=torch.Generator().manual_seed(0))
         direct.append(time.monotonic() - start)
-    body = {"url": picture(256, 256), "meta": {"_type": "gradio.FileData"}}
+    given = {"data": [{"url": picture(256, 256), "meta": {"_type": "gradio.FileData"}}, 0, 8, "Standard"]}
     for _ in range(number):
         start = time.monotonic()
-        asked = requests.post(f"{url}gradio_api/call/restore_jpeg", json={"data": [body, 0, 8]}, timeout=60).json()
+        asked = requests.post(f"{url}gradio_api/call/restore_jpeg", json=given, timeout=60).json()
         requests.get(f"{url}gradio_api/call/restore_jpeg/{asked['event_id']}", timeout=60)
         served.append(time.monotonic() - start)
     return statistics.median(direct), statistics.median(served)

@@ -27,6 +27,8 @@ from .demo_handlers import (
     BATCH_TASKS,
     SEEDS,
     SHOWN,
+    SPEED_NAMES,
+    STANDARD,
     Handlers,
     Moment,
     Result,
@@ -152,6 +154,10 @@ class Page:
                 )
                 self.batch_task = gr.Radio(list(BATCH_TASKS), value="Colorize", label="Task")
                 self.run["Batch"] = gr.Button("Run all", variant="primary")
+        self.speed = gr.Radio(
+            list(SPEED_NAMES), value=STANDARD, label="Speed", elem_id="speed",
+            info="Fast, Balanced and Best choose steps and solver themselves.",
+        )  # fmt: skip
         self.samples = gr.Slider(1, self.limits.max_samples, 1, step=1, label="Variations")
         with gr.Accordion("Advanced", open=False):
             self.anew = gr.Checkbox(True, label="Another seed each time")
@@ -200,7 +206,7 @@ class Page:
         handlers = self.handlers
         private: dict[str, Any] = dict(api_visibility="private")
         handlers.read_layers = self.editor.preprocess
-        settings = [self.seed, self.anew, self.samples, self.steps, self.solver]
+        settings = [self.seed, self.anew, self.samples, self.steps, self.solver, self.speed]
         sides = [self.left, self.right, self.top, self.bottom]
         jobs: dict[str, tuple[Callable, list]] = {
             "Colorize": (self._colorize, []),
@@ -234,6 +240,7 @@ class Page:
         self.aspect.input(self._aspect, [self.photo, self.aspect], sides, preprocess=False, **private)
         gr.on([side.input for side in sides], lambda: OWN, None, self.aspect, queue=False, **private)
         gr.on([self.photo.upload, self.photo.clear], lambda: None, None, self.mask, queue=False, **private)
+        gr.on([self.steps.input, self.solver.input], None, None, self.speed, js=f"() => '{STANDARD}'", **private)
         self.gallery.select(
             self._pick, [self.full, self.pairs], [self.slider, self.download], queue=False, show_progress="hidden",
             **private,
@@ -399,7 +406,7 @@ class Page:
             seed, steps = gr.Number(0, label="seed"), gr.Number(default, label="steps")
             result = gr.Image(label="result", type="filepath", format="png")
             state = gr.JSON(label="health")
-        tail = [seed, steps]
+        tail = [seed, steps, gr.Radio(list(SPEED_NAMES), value=STANDARD, label="speed")]
         for function, inputs in (
             (handlers.colorize, [image, *tail]),
             (handlers.inpaint, [image, mask, *tail]),

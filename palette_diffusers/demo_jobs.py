@@ -19,6 +19,7 @@ from PIL import Image
 from . import canvas
 from .demo_batches import SharedNetwork, Stopped
 from .pipeline import PalettePipeline
+from .speed import build
 
 SOLVERS = {
     "The model's own": None,
@@ -90,7 +91,7 @@ def with_solver(pipe: PalettePipeline, name: str | None) -> PalettePipeline:
     kind = getattr(diffusers, name) if name else type(pipe.scheduler)
     own = PalettePipeline(
         unet=pipe.unet,
-        scheduler=kind.from_config(pipe.scheduler.config),
+        scheduler=build(kind, pipe.scheduler.config),
         tasks=pipe.config.tasks,
         default_task=pipe.config.default_task,
         default_steps=pipe.config.default_steps,

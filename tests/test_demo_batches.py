@@ -166,7 +166,7 @@ def test_stopping_one_lets_the_others_go_on(pipe, photo, batches):
     forward = pipe.unet.forward
     pipe.unet.forward = lambda *args, **options: time.sleep(0.01) or forward(*args, **options)
     handlers, payload = Handlers(pipe, Limits()), data_url(Image.fromarray(photo))
-    given = Settings.checked(Limits(), 1, False, 1, 40, "DDIM")
+    given = Settings.checked(Limits(), 1, False, 1, 40, "DDIM", "Standard")
     seen = {}
 
     def visit(session):
