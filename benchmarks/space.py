@@ -1,5 +1,8 @@
 """The demo under load, on this machine's loopback only:  python benchmarks/space.py --clients 64 --seconds 45
 
+`--batches ROUNDS` compares instead: eight clients with photographs of one size, whose jobs share the network or work
+one at a time, in alternating rounds.
+
 Every client sends pictures of its own size, so that an answer that was meant for another is seen. Temporary files are
 kept for 20 seconds here. Needs `[demo]`; the first preview is timed where playwright and Debian's Chromium are.
 """
@@ -26,10 +29,10 @@ from PIL import Image
 
 
 @contextmanager
-def server():
+def server(**settings: str):
     """`palette demo` in a process of its own: (address, process, folder of its temporary files)."""
     folder = Path(tempfile.mkdtemp())
-    environment = os.environ | {"GRADIO_TEMP_DIR": str(folder), "PALETTE_KEEP_SECONDS": "20"}
+    environment = os.environ | {"GRADIO_TEMP_DIR": str(folder), "PALETTE_KEEP_SECONDS": "20"} | settings
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -61,7 +64,7 @@ def picture(width: int, height: int) -> str:
 def colorize(url: str, width: int, height: int, steps: int = 8) -> str:
     """One request => "answered", "turned away", "mixed up" or what else came."""
     image = {"url": picture(width, height), "meta": {"_type": "gradio.FileData"}}
-    asked = requests.post(f"{url}gradio_api/call/colorize", json={"data": [image, 0, steps]}, timeout=60)
+    asked = requests.post(f"{url}gradio_api/call/colorize", json={"data": [image, 0, steps, "Standard"]}, timeout=60)
     if asked.status_code == 503 and "full" in asked.text.lower():
         return "turned away"
     if not asked.ok:
@@ -75,8 +78,9 @@ def colorize(url: str, width: int, height: int, steps: int = 8) -> str:
     return "answered" if answer.size == (width, height) else "mixed up"
 
 
-def load(url: str, clients: int, seconds: float) -> tuple[Counter, list[float], float]:
-    """Clients that ask again and again: (outcomes, seconds of those that were answered, seconds in all)."""
+def load(url: str, clients: int, seconds: float, sizes: int = 64) -> tuple[Counter, list[float], float]:
+    """Clients that ask again and again, in so many sizes: (outcomes, seconds of those that were answered, seconds in
+    all)."""
     outcomes: Counter = Counter()
     times: list[float] = []
     begun = time.monotonic()
@@ -85,7 +89,7 @@ def load(url: str, clients: int, seconds: float) -> tuple[Counter, list[float], 
         while time.monotonic() - begun < seconds:
             start = time.monotonic()
             try:
-                outcome = colorize(url, 64 + i, 64)
+                outcome = colorize(url, 64 + i % sizes, 64)
             except requests.RequestException as error:
                 outcome = f"lost: {type(error).__name__}"
             outcomes[outcome] += 1
@@ -114,10 +118,10 @@ def page_share(url: str, number: int = 9) -> tuple[float, float]:
         start = time.monotonic()
         pipe(image, task="jpeg_restoration", generator=torch.Generator().manual_seed(0))
         direct.append(time.monotonic() - start)
-    body = {"url": picture(256, 256), "meta": {"_type": "gradio.FileData"}}
+    given = {"data": [{"url": picture(256, 256), "meta": {"_type": "gradio.FileData"}}, 0, 8, "Standard"]}
     for _ in range(number):
         start = time.monotonic()
-        asked = requests.post(f"{url}gradio_api/call/restore_jpeg", json={"data": [body, 0, 8]}, timeout=60).json()
+        asked = requests.post(f"{url}gradio_api/call/restore_jpeg", json=given, timeout=60).json()
         requests.get(f"{url}gradio_api/call/restore_jpeg/{asked['event_id']}", timeout=60)
         served.append(time.monotonic() - start)
     return statistics.median(direct), statistics.median(served)
@@ -149,6 +153,26 @@ def first_previews(url: str, number: int = 5) -> list[float]:
     return times
 
 
+def batches(rounds: int, seconds: float = 10, clients: int = 8) -> None:
+    """Pictures a second, and seconds of the processor for each, with a shared network and one job at a time."""
+    rates: dict[str, list[float]] = {"1": [], "8": []}
+    costs: dict[str, list[float]] = {"1": [], "8": []}
+    with server(PALETTE_MAX_JOBS="1") as one, server(PALETTE_MAX_JOBS="8") as eight:
+        for _ in range(rounds):
+            for jobs, (url, process, _) in {"1": one, "8": eight}.items():
+                load(url, clients, 1, 1)
+                before = sum(process.cpu_times()[:2])
+                outcomes, _, spent = load(url, clients, seconds, 1)
+                assert set(outcomes) == {"answered"}, outcomes
+                rates[jobs].append(outcomes["answered"] / spent)
+                costs[jobs].append((sum(process.cpu_times()[:2]) - before) / outcomes["answered"])
+    for jobs in rates:
+        rate, cost = statistics.median(rates[jobs]), statistics.median(costs[jobs])
+        print(f"{clients} clients, {jobs} at work: {rate:.2f} pictures a second, {cost:.2f} s of the processor each")
+    gains = [more / less for less, more in zip(rates["1"], rates["8"], strict=True)]
+    print(f"shared network: {statistics.median(gains):.2f} times the throughput, {min(gains):.2f} to {max(gains):.2f}")
+
+
 def held(process: psutil.Process, folder: Path) -> str:
     files = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     memory = process.memory_info().rss / 2**20
@@ -159,7 +183,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=45)
+    parser.add_argument("--batches", type=int, default=0, metavar="ROUNDS")
     args = parser.parse_args()
+    if args.batches:
+        batches(args.batches)
+        return
     with server() as (url, process, folder):
         first = [requests.get(url, stream=True, timeout=5).elapsed.total_seconds() for _ in range(20)]
         print(

@@ -19,12 +19,16 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from . import __version__, canvas, sizes
+from .demo_batches import Stopped
+from .demo_examples import EXAMPLES, GROW, PHOTOGRAPHS, RIGHT, Examples, mask_of
 from .demo_files import deleting
 from .demo_handlers import (
     ASPECTS,
     BATCH_TASKS,
     SEEDS,
     SHOWN,
+    SPEED_NAMES,
+    STANDARD,
     Handlers,
     Moment,
     Result,
@@ -33,17 +37,22 @@ from .demo_handlers import (
     smaller,
     write,
 )
-from .demo_jobs import SOLVERS, Step, Stopped, on_zero_gpu
-from .demo_limits import BodyLimit, Limits, choice, open_upload
+from .demo_jobs import SOLVERS, Step, on_zero_gpu
+from .demo_limits import BodyLimit, Limits, choice, open_upload, whole
 from .machine import best_dtype, bound_caches, chosen_device
 from .pipeline import PalettePipeline
 from .tasks import get_task
 
-PHOTOGRAPHS = Path(__file__).with_name("photographs")
+# the tabs, and what the pipeline calls their tasks
+TASKS = {
+    "Colorize": "colorization",
+    "Inpaint": "inpainting",
+    "Uncrop": "uncropping",
+    "Restore": "jpeg_restoration",
+}
 AT_THE_END = (10**7, 10**7)  # seconds; while the server runs, files are deleted by demo_files.py
 FRAME = 0.15  # seconds between two previews
 EDITOR = 1024  # pixels of the longer side while a mask is painted
-COMPUTE: dict[str, Any] = dict(concurrency_id="pipeline", concurrency_limit=1)
 OWN = next(iter(ASPECTS))
 # on a phone the result stands below the button
 SHOW_RESULT = "() => { if (innerWidth < 768) document.querySelector('#status').scrollIntoView({behavior: 'smooth'}) }"
@@ -55,6 +64,7 @@ CSS = """
 .tab-container button {padding: 0 .5rem !important; font-size: .95rem}
 @media (max-width: 480px) {.tab-container button {padding: 0 .35rem !important; font-size: .85rem}}
 #status {min-height: 2.6rem}
+#preview img {width: 100%; max-height: 640px; object-fit: contain}
 #status progress {width: 100%; height: .5rem; accent-color: var(--color-accent)}
 """
 
@@ -78,6 +88,11 @@ class Page:
 
     def __init__(self, handlers: Handlers):
         self.handlers, self.limits = handlers, handlers.limits
+        self.compute: dict[str, Any] = dict(
+            concurrency_id="pipeline", concurrency_limit=self.limits.max_jobs if handlers.shared else 1
+        )
+        self.default_steps = min(handlers.pipe.config.default_steps, self.limits.max_steps)
+        self.examples = Examples(handlers, self.default_steps)
         with gr.Blocks(
             title="Palette: mend photographs", analytics_enabled=False, delete_cache=AT_THE_END
         ) as self.blocks:
@@ -97,11 +112,11 @@ class Page:
         self.photo = gr.Image(label="Your photo", elem_id="photo", height=300, **photo)
         self.facts = gr.Markdown("", elem_id="facts")
         self.run: dict[str, gr.Button] = {}
-        self.examples: dict[str, Any] = {}
+        self.tries: dict[str, Any] = {}
         with gr.Tabs():
             with gr.Tab("Colorize"):
                 gr.Markdown("Colour for a black-and-white photo.")
-                self._finish("Colorize", "astronaut-gray.jpg", "cat-gray.jpg")
+                self._finish("Colorize")
             with gr.Tab("Inpaint"):
                 gr.Markdown("Paint over what should go.")
                 self.editor = gr.ImageEditor(
@@ -111,27 +126,27 @@ class Page:
                 )  # fmt: skip
                 with gr.Row():
                     self.invert = gr.Checkbox(label="Keep only what is painted")
-                    self.grow = gr.Slider(0, 64, 4, step=1, label="Grow the mask (pixels)")
+                    self.grow = gr.Slider(0, 64, GROW, step=1, label="Grow the mask (pixels)")
                 with gr.Accordion("Upload a mask instead", open=False):
                     self.mask = gr.Image(label="Mask, as large as the photo; white = fill in", height=200, **photo)
-                self._finish("Inpaint", "coffee.jpg", "cat.jpg", mask=self.mask)
+                self._finish("Inpaint", mask=self.mask)
             with gr.Tab("Uncrop"):
                 gr.Markdown("More picture beyond the border.")
                 self.aspect = gr.Radio(list(ASPECTS), value=OWN, label="Shape")
                 with gr.Row():
                     self.left, self.right = (
                         gr.Slider(0, 400, value, step=0.01, label=f"{side} (%)", min_width=130)
-                        for side, value in (("Left", 0), ("Right", 25))
+                        for side, value in (("Left", 0), ("Right", RIGHT))
                     )
                     self.top, self.bottom = (
                         gr.Slider(0, 400, 0, step=0.01, label=f"{side} (%)", min_width=130)
                         for side in ("Top", "Bottom")
                     )
-                self._finish("Uncrop", "rocket.jpg", "coffee.jpg")
+                self._finish("Uncrop")
             with gr.Tab("Restore"):
                 gr.Markdown("Takes blocks and noise out of a strongly compressed photo.")
                 self.quality = gr.Textbox("Choose a photo", label="JPEG quality found", interactive=False)
-                self._finish("Restore", "cat-jpeg.jpg", "astronaut-jpeg.jpg")
+                self._finish("Restore")
             with gr.Tab("Batch"):
                 gr.Markdown(f"Up to {self.limits.max_files} photos at once; a zip comes back.")
                 self.files = gr.File(
@@ -139,12 +154,15 @@ class Page:
                 )
                 self.batch_task = gr.Radio(list(BATCH_TASKS), value="Colorize", label="Task")
                 self.run["Batch"] = gr.Button("Run all", variant="primary")
+        self.speed = gr.Radio(
+            list(SPEED_NAMES), value=STANDARD, label="Speed", elem_id="speed",
+            info="Fast, Balanced and Best choose steps and solver themselves.",
+        )  # fmt: skip
         self.samples = gr.Slider(1, self.limits.max_samples, 1, step=1, label="Variations")
         with gr.Accordion("Advanced", open=False):
             self.anew = gr.Checkbox(True, label="Another seed each time")
             self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=SEEDS)
-            steps = min(self.handlers.pipe.config.default_steps, self.limits.max_steps)
-            self.steps = gr.Slider(1, self.limits.max_steps, steps, step=1, label="Steps")
+            self.steps = gr.Slider(1, self.limits.max_steps, self.default_steps, step=1, label="Steps")
             self.solver = gr.Dropdown(list(SOLVERS), value=next(iter(SOLVERS)), label="Solver")
         limits = self.limits
         gr.Markdown(
@@ -152,20 +170,19 @@ class Page:
             f"Files are deleted after {limits.keep_seconds / 60:g} minutes."
         )
 
-    def _finish(self, task: str, *examples: str, mask: gr.Image | None = None) -> None:
+    def _finish(self, tab: str, mask: gr.Image | None = None) -> None:
         """The button of a tab, and photographs to try it on; those of a mask have it beside them."""
-        self.run[task] = gr.Button(task, variant="primary")
-        rows = [[str(PHOTOGRAPHS / name)] for name in examples]
-        if mask is not None:
-            rows = [[photo, photo.replace(".jpg", "-mask.png")] for (photo,) in rows]
+        self.run[tab] = gr.Button(tab, variant="primary")
+        photos = [PHOTOGRAPHS / name for name in EXAMPLES[TASKS[tab]]]
+        rows = [[str(photo)] if mask is None else [str(photo), str(mask_of(photo))] for photo in photos]
         inputs = [self.photo] if mask is None else [self.photo, mask]
-        self.examples[task] = gr.Examples(rows, inputs, label="Or try one of these")
+        self.tries[tab] = gr.Examples(rows, inputs, label="Or try one of these")
 
     def _outputs(self) -> None:
         self.status = gr.HTML(_status("Choose a photo, then press the button."), elem_id="status")
         self.stop = gr.Button("Stop", variant="stop", visible=False, elem_id="stop")
         self.preview = gr.Image(
-            label="Preview", format="png", interactive=False, visible=False, elem_id="preview", buttons=[]
+            label="Preview", format="jpeg", interactive=False, visible=False, elem_id="preview", buttons=[]
         )
         self.slider = gr.ImageSlider(
             label="Before / after", format="png", interactive=False, elem_id="result", buttons=["fullscreen"],
@@ -189,7 +206,7 @@ class Page:
         handlers = self.handlers
         private: dict[str, Any] = dict(api_visibility="private")
         handlers.read_layers = self.editor.preprocess
-        settings = [self.seed, self.anew, self.samples, self.steps, self.solver]
+        settings = [self.seed, self.anew, self.samples, self.steps, self.solver, self.speed]
         sides = [self.left, self.right, self.top, self.bottom]
         jobs: dict[str, tuple[Callable, list]] = {
             "Colorize": (self._colorize, []),
@@ -198,20 +215,17 @@ class Page:
             "Restore": (self._restore, []),
             "Batch": (self._batch, [self.files, self.batch_task]),
         }
+        options: dict[str, Any] = dict(
+            preprocess=False, show_progress="minimal", show_progress_on=self.status, **private, **self.compute
+        )
         runs: list[Any] = []
-        for task, (function, inputs) in jobs.items():
-            triggers = [self.run[task].click]
-            if task in self.examples:
-                triggers.append(self.examples[task].load_input_event.then)
-            for trigger in triggers:
-                runs.append(
-                    trigger(
-                        function, [*settings, *([] if task == "Batch" else [self.photo]), *inputs], self._shown(),
-                        preprocess=False, show_progress="minimal", show_progress_on=self.status,
-                        **private, **COMPUTE,
-                    )
-                )  # fmt: skip
-            self.run[task].click(None, js=SHOW_RESULT)
+        for tab, (function, inputs) in jobs.items():
+            photo = [] if tab == "Batch" else [self.photo]
+            runs.append(self.run[tab].click(function, [*settings, *photo, *inputs], self._shown(), **options))
+            self.run[tab].click(None, js=SHOW_RESULT)
+        for tab, tries in self.tries.items():
+            runs.append(tries.load_input_event.then(self._example(tab), tries.dataset, self._shown(), **options))
+            tries.dataset.click(None, js=SHOW_RESULT)
         for run in runs:
             run.then(lambda: gr.update(visible=False), None, self.stop, queue=False, show_progress="hidden", **private)
         self.stop.click(self._stop, None, None, queue=False, show_progress="hidden", **private)
@@ -226,6 +240,7 @@ class Page:
         self.aspect.input(self._aspect, [self.photo, self.aspect], sides, preprocess=False, **private)
         gr.on([side.input for side in sides], lambda: OWN, None, self.aspect, queue=False, **private)
         gr.on([self.photo.upload, self.photo.clear], lambda: None, None, self.mask, queue=False, **private)
+        gr.on([self.steps.input, self.solver.input], None, None, self.speed, js=f"() => '{STANDARD}'", **private)
         self.gallery.select(
             self._pick, [self.full, self.pairs], [self.slider, self.download], queue=False, show_progress="hidden",
             **private,
@@ -299,6 +314,17 @@ class Page:
         moments = self.handlers.moments(task, payload, picture, settings, request.session_hash or "", **options)
         yield from self._follow(moments, settings.samples, settings.seed)
 
+    def _example(self, tab: str) -> Callable[[gr.Request, Any], Iterator[dict]]:
+        task, examples = TASKS[tab], self.examples
+
+        def example(request: gr.Request, number: Any) -> Iterator[dict]:
+            number = whole("example", number, 0, len(EXAMPLES[task]) - 1)
+            kept = (task, number) in examples.kept
+            moments = examples.moments(task, number, request.session_hash or "")
+            yield from self._follow(moments, 1, examples.settings.seed, kept=kept)
+
+        return example
+
     def _batch(self, request: gr.Request, *values: Any) -> Iterator[dict]:
         *checked, files, task = values
         settings = Settings.checked(self.limits, *checked)
@@ -315,7 +341,9 @@ class Page:
 
         yield from self._follow(all_moments(), len(payloads) * settings.samples, settings.seed, batch=True)
 
-    def _follow(self, moments: Iterator[Moment], total: int, seed: int, batch: bool = False) -> Iterator[dict]:
+    def _follow(
+        self, moments: Iterator[Moment], total: int, seed: int, batch: bool = False, kept: bool = False
+    ) -> Iterator[dict]:
         """What the page shows while the work goes on, and at its end."""
         full: list[str] = []
         pairs: list[str] = []
@@ -341,7 +369,8 @@ class Page:
                             self.preview: gr.update(visible=True, value=moment.picture),
                             self.slider: gr.update(visible=False),
                         }
-                text = f"Done in {time.monotonic() - begun:.1f} s. Seed {seed}."
+                text = "Made before and kept." if kept else f"Done in {time.monotonic() - begun:.1f} s."
+                text += f" Seed {seed}."
             except Stopped:
                 text = "Stopped." if not full else f"Stopped; {len(full)} of {total} pictures are ready."
             if not full:
@@ -370,14 +399,14 @@ class Page:
     # for programs
 
     def _endpoints(self) -> None:
-        handlers, default = self.handlers, self.steps.value
+        handlers, default = self.handlers, self.default_steps
         with gr.Row(visible=False):
             image, mask = (gr.Image(label=x, type="filepath", image_mode=None) for x in ("image", "mask"))
             sides = [gr.Number(0, label=side, precision=None) for side in ("left", "right", "top", "bottom")]
             seed, steps = gr.Number(0, label="seed"), gr.Number(default, label="steps")
             result = gr.Image(label="result", type="filepath", format="png")
             state = gr.JSON(label="health")
-        tail = [seed, steps]
+        tail = [seed, steps, gr.Radio(list(SPEED_NAMES), value=STANDARD, label="speed")]
         for function, inputs in (
             (handlers.colorize, [image, *tail]),
             (handlers.inpaint, [image, mask, *tail]),
@@ -385,7 +414,7 @@ class Page:
             (handlers.restore_jpeg, [image, *tail]),
         ):
             gr.Button(visible=False).click(
-                function, inputs, result, api_name=function.__name__, preprocess=False, **COMPUTE
+                function, inputs, result, api_name=function.__name__, preprocess=False, **self.compute
             )
         gr.Button(visible=False).click(self.health, None, state, api_name="health", queue=False)
 

@@ -16,13 +16,17 @@ from gradio.components.image_editor import EditorData
 from PIL import Image
 
 from . import canvas, masks
-from .demo_jobs import SOLVERS, Step, Stopped, Stops, borrowing_gpu, friendly, watch, with_solver
+from .demo_batches import SharedNetwork, Stopped
+from .demo_jobs import SOLVERS, Step, Stops, borrowing_gpu, friendly, on_zero_gpu, watch, with_solver
 from .demo_limits import Limits, choice, number, open_upload, stem, whole
 from .pipeline import PalettePipeline
+from .speed import SPEEDS
 
 SHOWN = 1280  # pixels of the longer side on the page; files are full size
 SEEDS = 2**31 - 1
 ASPECTS = {"Own": 0.0, "Square": 1.0, "4:3": 4 / 3, "3:2": 1.5, "16:9": 16 / 9, "9:16": 9 / 16, "Panorama 3:1": 3.0}
+STANDARD = "Standard"  # the steps and solver that are given
+SPEED_NAMES = {STANDARD: None} | {name.capitalize(): name for name in SPEEDS}
 BATCH_TASKS = {"Colorize": "colorization", "Restore JPEG": "jpeg_restoration"}
 
 
@@ -36,12 +40,21 @@ class Settings:
     solver: str | None
 
     @classmethod
-    def checked(cls, limits: Limits, seed: Any, anew: Any, samples: Any, steps: Any, solver: Any) -> "Settings":
+    def checked(
+        cls, limits: Limits, seed: Any, anew: Any, samples: Any, steps: Any, solver: Any, speed: Any
+    ) -> "Settings":
+        """A speed stands for a solver and its steps, and overrides both."""
+        chosen = choice("speed", speed, SPEED_NAMES)
+        if chosen:
+            name, number = SPEEDS[chosen]
+            number = min(number, limits.max_steps)
+        else:
+            name, number = choice("solver", solver, SOLVERS), whole("steps", steps, 1, limits.max_steps)
         return cls(
             seed=random.randrange(SEEDS) if anew is True else whole("seed", seed, 0, SEEDS),
-            steps=whole("steps", steps, 1, limits.max_steps),
+            steps=number,
             samples=whole("variations", samples, 1, limits.max_samples),
-            solver=choice("solver", solver, SOLVERS),
+            solver=name,
         )
 
 
@@ -86,6 +99,8 @@ class Handlers:
     def __init__(self, pipe: PalettePipeline, limits: Limits):
         self.pipe, self.limits = pipe, limits
         self.stops = Stops()
+        # ZeroGPU runs each job in a process of its own
+        self.shared = None if on_zero_gpu() else SharedNetwork(pipe, limits.max_pixels)
         self.steps = borrowing_gpu(self._steps, gpu_seconds)
         self.read_layers: Callable[[EditorData], Any] = lambda data: None
 
@@ -180,6 +195,7 @@ class Handlers:
             with_solver(self.pipe, settings.solver),
             picture,
             self.stops.event(job),
+            self.shared,
             task=task,
             generator=torch.Generator().manual_seed(seed),
             num_inference_steps=settings.steps,
@@ -193,17 +209,18 @@ class Handlers:
 
     # for programs: previews are yielded, and the finished picture last
 
-    def colorize(self, image: Any, seed: Any, steps: Any, request: gr.Request) -> Iterator[Any]:
+    def colorize(self, image: Any, seed: Any, steps: Any, speed: Any, request: gr.Request) -> Iterator[Any]:
         """Colours a grayscale photograph; its own luma is kept.
 
         Args:
             image: the photograph.
             seed: the same seed makes the same picture.
             steps: network evaluations; more take longer.
+            speed: Standard, or Fast, Balanced or Best, which choose solver and steps themselves.
         """
-        yield from self._answer("colorization", image, seed, steps, request)
+        yield from self._answer("colorization", image, seed, steps, speed, request)
 
-    def inpaint(self, image: Any, mask: Any, seed: Any, steps: Any, request: gr.Request) -> Iterator[Any]:
+    def inpaint(self, image: Any, mask: Any, seed: Any, steps: Any, speed: Any, request: gr.Request) -> Iterator[Any]:
         """Fills a hole in a photograph; every other pixel is kept bit for bit.
 
         Args:
@@ -211,14 +228,16 @@ class Handlers:
             mask: a picture of the same size, white = fill in.
             seed: the same seed makes the same picture.
             steps: network evaluations; more take longer.
+            speed: Standard, or Fast, Balanced or Best, which choose solver and steps themselves.
         """
         picture = self.photo(image)
         hole = self.mask(picture, None, mask, False, 0)
-        yield from self._answer("inpainting", image, seed, steps, request, picture, mask_image=hole)
+        yield from self._answer("inpainting", image, seed, steps, speed, request, picture, mask_image=hole)
 
     def uncrop(
-        self, image: Any, left: Any, right: Any, top: Any, bottom: Any, seed: Any, steps: Any, request: gr.Request
-    ) -> Iterator[Any]:
+        self, image: Any, left: Any, right: Any, top: Any, bottom: Any, seed: Any, steps: Any, speed: Any,
+        request: gr.Request,
+    ) -> Iterator[Any]:  # fmt: skip
         """Extends a photograph beyond its border; the given pixels are kept bit for bit.
 
         Args:
@@ -229,26 +248,28 @@ class Handlers:
             bottom: percent of the height to add at the bottom.
             seed: the same seed makes the same picture.
             steps: network evaluations; more take longer.
+            speed: Standard, or Fast, Balanced or Best, which choose solver and steps themselves.
         """
         picture = self.photo(image)
         sides = self.sides(picture, left, right, top, bottom)
-        yield from self._answer("uncropping", image, seed, steps, request, picture, **sides)
+        yield from self._answer("uncropping", image, seed, steps, speed, request, picture, **sides)
 
-    def restore_jpeg(self, image: Any, seed: Any, steps: Any, request: gr.Request) -> Iterator[Any]:
+    def restore_jpeg(self, image: Any, seed: Any, steps: Any, speed: Any, request: gr.Request) -> Iterator[Any]:
         """Takes the blocks and ringing out of a JPEG.
 
         Args:
             image: the photograph.
             seed: the same seed makes the same picture.
             steps: network evaluations; more take longer.
+            speed: Standard, or Fast, Balanced or Best, which choose solver and steps themselves.
         """
-        yield from self._answer("jpeg_restoration", image, seed, steps, request)
+        yield from self._answer("jpeg_restoration", image, seed, steps, speed, request)
 
     def _answer(
-        self, task: str, payload: Any, seed: Any, steps: Any, request: gr.Request,
+        self, task: str, payload: Any, seed: Any, steps: Any, speed: Any, request: gr.Request,
         picture: canvas.Picture | None = None, **options: Any,
     ) -> Iterator[Any]:  # fmt: skip
-        settings = Settings.checked(self.limits, seed, False, 1, steps, next(iter(SOLVERS)))
+        settings = Settings.checked(self.limits, seed, False, 1, steps, next(iter(SOLVERS)), speed)
         picture = picture or self.photo(payload)
         session = request.session_hash or ""
         last = time.monotonic()
@@ -257,7 +278,7 @@ class Handlers:
                 for moment in self.moments(task, payload, picture, settings, session, **options):
                     if isinstance(moment, Result):
                         yield write(moment.after, Path(folder) / f"{moment.name}.png")
-                    elif time.monotonic() - last > 0.2:
+                    elif time.monotonic() - last > 1:
                         yield write(moment.picture, Path(folder) / "preview.png")
                         last = time.monotonic()
             except Stopped:

@@ -1,8 +1,10 @@
 """The pipeline watched while it works: a generator of what it predicts, which can be stopped within one step."""
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import count
 from queue import SimpleQueue
@@ -15,7 +17,9 @@ import torch
 from PIL import Image
 
 from . import canvas
+from .demo_batches import SharedNetwork, Stopped
 from .pipeline import PalettePipeline
+from .speed import build
 
 SOLVERS = {
     "The model's own": None,
@@ -30,17 +34,13 @@ SOLVERS = {
 @dataclass(frozen=True)
 class Step:
     """One step is done. number: from 1 to `of`; level: 1, 2, ... where a hole is filled coarse to fine;
-    seconds: what is left of this level; picture: what the network predicts."""
+    seconds: what is left of this level; picture: what the network predicts, at its size, thinned out above 640."""
 
     number: int
     of: int
     level: int
     seconds: float
     picture: Image.Image
-
-
-class Stopped(Exception):
-    """The visitor stopped the work, or left."""
 
 
 class Stops:
@@ -91,7 +91,7 @@ def with_solver(pipe: PalettePipeline, name: str | None) -> PalettePipeline:
     kind = getattr(diffusers, name) if name else type(pipe.scheduler)
     own = PalettePipeline(
         unet=pipe.unet,
-        scheduler=kind.from_config(pipe.scheduler.config),
+        scheduler=build(kind, pipe.scheduler.config),
         tasks=pipe.config.tasks,
         default_task=pipe.config.default_task,
         default_steps=pipe.config.default_steps,
@@ -100,8 +100,11 @@ def with_solver(pipe: PalettePipeline, name: str | None) -> PalettePipeline:
     return own
 
 
-def watch(pipe: PalettePipeline, picture: canvas.Picture, stop: Event, **options: Any) -> Iterator[Step | Image.Image]:
-    """`pipe(picture, **options)` in a thread: every step as it is done, and the finished picture last.
+def watch(
+    pipe: PalettePipeline, picture: canvas.Picture, stop: Event, shared: SharedNetwork | None = None, **options: Any
+) -> Iterator[Step | Image.Image]:
+    """`pipe(picture, **options)` in a thread: every step as it is done, and the finished picture last; on a `shared`
+    network, beside other jobs.
 
     Closing the generator, as Gradio does when the browser has left, stops the work too.
 
@@ -111,6 +114,9 @@ def watch(pipe: PalettePipeline, picture: canvas.Picture, stop: Event, **options
     news: SimpleQueue[Step | Image.Image | BaseException] = SimpleQueue()
     gone = Event()  # nobody looks any more
     level, begun = 0, time.monotonic()
+    height, width = picture.size
+    height += options.get("top", 0) + options.get("bottom", 0)
+    width += options.get("left", 0) + options.get("right", 0)
 
     def tell(pipe: PalettePipeline, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict:
         nonlocal level, begun
@@ -125,7 +131,9 @@ def watch(pipe: PalettePipeline, picture: canvas.Picture, stop: Event, **options
 
     def work() -> None:
         try:
-            done: Any = pipe(picture, callback_on_step_end=tell, **options)
+            ended = lambda: stop.is_set() or gone.is_set()  # noqa: E731
+            with shared.job(pipe, height * width, ended) if shared else nullcontext():
+                done: Any = pipe(picture, callback_on_step_end=tell, **options)
             news.put(done.images[0])
         except BaseException as error:  # handed over to the one who waits
             news.put(error)
@@ -146,11 +154,8 @@ def watch(pipe: PalettePipeline, picture: canvas.Picture, stop: Event, **options
 
 
 def _shown(predicted: torch.Tensor, side: int = 640) -> Image.Image:
-    """(1, 3, H, W) => a picture to look at: thinned out where it is large, smooth where it is small."""
-    every = max(1, max(predicted.shape[-2:]) // side)
-    picture = canvas.to_pil(predicted[..., ::every, ::every])
-    scale = side / max(picture.size)
-    return picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
+    every = math.ceil(max(predicted.shape[-2:]) / side)
+    return canvas.to_pil(predicted[..., ::every, ::every])
 
 
 def friendly(error: Exception) -> gr.Error:

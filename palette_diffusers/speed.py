@@ -26,10 +26,15 @@ def solver_for(name: str, config: Any) -> tuple[Any, int]:
     if name not in SPEEDS:
         raise ValueError(f"speed is {name!r}, expected {', '.join(SPEEDS)}")
     solver, steps = SPEEDS[name]
+    return build(getattr(diffusers, solver), config), steps
+
+
+def build(kind: Any, config: Any) -> Any:
+    """A scheduler of this class from another one's configuration."""
     warnings = logging.getLogger("diffusers.configuration_utils")
     level = warnings.level
     warnings.setLevel(logging.ERROR)  # of our own settings, which the library's solver keeps and does not use
     try:
-        return getattr(diffusers, solver).from_config(config), steps
+        return kind.from_config(config)
     finally:
         warnings.setLevel(level)

@@ -219,12 +219,17 @@ def test_batch_gives_a_zip(open_page, photo, tmp_path):
     assert heights == [100, 110, 120]
 
 
-def test_examples_run_in_one_click(open_page):
-    page = open_page()
-    page.get_by_role("tab", name="Inpaint").click()
-    page.locator("button.gallery-item:visible, .gallery button:visible, tr.tr-body:visible").first.click()
-    page.locator("#status").get_by_text("Done in").wait_for()
-    shot(page, "example")
+def test_examples_run_in_one_click_and_are_kept(open_page):
+    results = []
+    for text in ("Done in", "kept"):  # the second visitor has the first one's
+        page = open_page()
+        page.get_by_role("tab", name="Inpaint").click()
+        page.locator("button.gallery-item:visible, .gallery button:visible, tr.tr-body:visible").first.click()
+        page.locator("#status").get_by_text(text).wait_for()
+        page.locator("#result img").first.wait_for()
+        shot(page, f"example-{text[:4].lower()}")
+        results.append(download(page)[0])
+    assert results[0] == results[1]
 
 
 def test_a_wrong_file_gives_a_clear_message(open_page, tmp_path):

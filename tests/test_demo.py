@@ -17,6 +17,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import requests
+import torch
 from conftest import free_port
 from PIL import Image
 from typer.testing import CliRunner
@@ -25,12 +26,13 @@ gr = pytest.importorskip("gradio")
 from gradio_client import Client, handle_file  # noqa: E402
 
 from palette_diffusers import cli, demo  # noqa: E402
+from palette_diffusers.demo_batches import Stopped  # noqa: E402
 from palette_diffusers.demo_handlers import Handlers, Settings, gpu_seconds  # noqa: E402
-from palette_diffusers.demo_jobs import SOLVERS, Step, Stopped, watch, with_solver  # noqa: E402
+from palette_diffusers.demo_jobs import SOLVERS, Step, watch, with_solver  # noqa: E402
 from palette_diffusers.demo_limits import Limits, whole  # noqa: E402
 
 LIMITS = {"PALETTE_MAX_PIXELS": "1000000", "PALETTE_MAX_BYTES": "2000000", "PALETTE_MAX_QUEUE": "2",
-    "PALETTE_MAX_VISITORS": "3"}  # fmt: skip
+    "PALETTE_MAX_JOBS": "2", "PALETTE_MAX_VISITORS": "3"}  # fmt: skip
 ROOT = Path(__file__).parents[1]
 MCP = importlib.util.find_spec("mcp") is not None
 
@@ -119,7 +121,7 @@ def test_the_endpoints_are_documented(client):
     endpoints = client.view_api(return_format="dict")["named_endpoints"]
     assert set(endpoints) == {"/colorize", "/inpaint", "/uncrop", "/restore_jpeg", "/health"}
     names = [p["parameter_name"] for p in endpoints["/uncrop"]["parameters"]]
-    assert names == ["image", "left", "right", "top", "bottom", "seed", "steps"]
+    assert names == ["image", "left", "right", "top", "bottom", "seed", "steps", "speed"]
     assert "luma" in endpoints["/colorize"]["description"]
 
 
@@ -279,18 +281,18 @@ def call(server, endpoint, *data):
 
 def test_files_of_the_server_stay_there(server):
     for path in ("/etc/passwd", "../../etc/passwd", str(ROOT / "README.md"), "/proc/self/environ"):
-        text = call(server, "colorize", {"path": path, "meta": {"_type": "gradio.FileData"}}, 0, 4)
+        text = call(server, "colorize", {"path": path, "meta": {"_type": "gradio.FileData"}}, 0, 4, "Standard")
         assert text and "root:" not in text
         for address in (f"gradio_api/file={path}", f"file={path}", f"gradio_api/file/{path}"):
             assert not requests.get(server + address, timeout=5).ok
     local = {"path": f"{server}health", "meta": {"_type": "gradio.FileData"}}
-    assert call(server, "colorize", local, 0, 4), "its own network isn't open to visitors"
+    assert call(server, "colorize", local, 0, 4, "Standard"), "its own network isn't open to visitors"
 
 
 def test_payloads_of_the_wrong_type(server, photo):
     for payload in (None, 7, "photo.png", [], {}, {"path": None}, {"path": 3}, {"url": "data:image/png;base64,###"}):
-        assert call(server, "colorize", payload, 0, 4), payload
-    assert call(server, "colorize", data_url(encoded(Image.fromarray(photo))), 0, 4) is None
+        assert call(server, "colorize", payload, 0, 4, "Standard"), payload
+    assert call(server, "colorize", data_url(encoded(Image.fromarray(photo))), 0, 4, "Standard") is None
 
 
 def test_a_polyglot_comes_back_as_a_picture_alone(client, photo, tmp_path):
@@ -307,7 +309,7 @@ def test_a_full_queue_says_so_and_none_are_mixed_up(server, tmp_path, photo):
         Image.new("RGB", (90 + i, 70), (i, i, i)).save(tmp_path / f"{i}.png")
         try:
             own = Client(server, verbose=False, download_files=str(tmp_path / f"answers{i}"))
-            answers[i] = pixels(own.predict(handle_file(tmp_path / f"{i}.png"), steps=60, api_name="/colorize")).shape
+            answers[i] = pixels(own.predict(handle_file(tmp_path / f"{i}.png"), steps=30, api_name="/colorize")).shape
         except Exception as error:
             answers[i] = str(error)
 
@@ -340,13 +342,13 @@ def test_who_leaves_frees_the_place(server, file):
 
 
 def settings(**values):
-    given = {"seed": 1, "anew": False, "samples": 1, "steps": 2, "solver": next(iter(SOLVERS))} | values
-    return Settings.checked(Limits(), *given.values())
+    given = {"seed": 1, "anew": False, "samples": 1, "steps": 2, "solver": next(iter(SOLVERS)), "speed": "Standard"}
+    return Settings.checked(Limits(), *(given | values).values())
 
 
 def test_settings_are_checked():
     assert settings(anew=True) != settings(anew=True) and settings().seed == 1
-    for bad in ({"samples": 5}, {"solver": "os.system"}, {"steps": 1000}):
+    for bad in ({"samples": 5}, {"solver": "os.system"}, {"steps": 1000}, {"speed": "light"}):
         with pytest.raises(gr.Error, match="expected"):
             settings(**bad)
 
@@ -366,6 +368,33 @@ def test_every_solver_works_and_leaves_the_pipeline_alone(pipe, photo, solver):
                           threading.Event(), task="colorization", num_inference_steps=3)
     assert image.size == (200, 150)
     assert (type(pipe.scheduler), dict(pipe.scheduler.config)) == before
+
+
+def test_a_speed_is_one_request_s_alone(pipe, photo):
+    """Fast jobs beside standard ones, at the same time, on one network: each gets what its own pipeline makes."""
+    handlers, payload = Handlers(pipe, Limits()), data_url(encoded(Image.fromarray(photo)))
+    before = type(pipe.scheduler), dict(pipe.scheduler.config), pipe.config.default_steps
+    made, steps = {}, {}
+
+    def visit(speed):
+        *moments, result = handlers.moments(
+            "colorization", payload, handlers.photo(payload), settings(steps=12, speed=speed), speed
+        )
+        made[speed], steps[speed] = np.asarray(result.after).astype(int), {step.of for step in moments}
+
+    threads = [threading.Thread(target=visit, args=(speed,)) for speed in ("Fast", "Standard", "Best")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert (type(pipe.scheduler), dict(pipe.scheduler.config), pipe.config.default_steps) == before
+    assert steps == {"Fast": {4}, "Standard": {12}, "Best": {16}}
+    for speed, number in (("Standard", 12), ("Fast", None), ("Best", None)):
+        own = with_solver(pipe, None)
+        own = own.speed(speed.lower()) if number is None else own
+        generator = torch.Generator().manual_seed(1)
+        alone = own(photo, task="colorization", num_inference_steps=number, generator=generator).images[0]
+        assert np.abs(made[speed] - np.asarray(alone)).max() <= 1, speed
 
 
 def test_stop_is_within_one_step(pipe, photo):

@@ -1,0 +1,141 @@
+"""Visitors share the network: what their jobs ask of it at the same time, at one size, is evaluated as one batch.
+
+A job keeps a pipeline, a solver, steps, seed, previews and Stop of its own: it only asks here instead of the network,
+which takes a noise level for each sample. So jobs of any task, solver and step meet, come and go at every step, and
+each gets the picture that it would get alone.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from threading import Condition
+
+import torch
+
+from .pipeline import BATCH, PalettePipeline
+
+PATIENCE = 0.02  # seconds, and no longer than the last took, that an evaluation waits for jobs between two of theirs
+
+
+class Stopped(Exception):
+    """The visitor stopped the work, or left."""
+
+
+@dataclass(eq=False)
+class _Asked:
+    """One evaluation: sample (B, 3, H, W), gamma (), condition (B, C, H, W)."""
+
+    sample: torch.Tensor
+    gamma: torch.Tensor
+    condition: torch.Tensor
+    answer: Future[torch.Tensor] = field(default_factory=Future)
+
+    @property
+    def size(self) -> tuple[torch.Size, torch.Size]:
+        return self.sample.shape[1:], self.condition.shape[1:]
+
+    @property
+    def pixels(self) -> int:
+        return self.sample[:, 0].numel()
+
+
+class SharedNetwork:
+    """The network of `pipe`, for jobs that hold at most `pixels` of photographs together, so that memory is bounded."""
+
+    def __init__(self, pipe: PalettePipeline, pixels: int):
+        self._evaluate = pipe._predict
+        self._most = BATCH * pipe.unet.config.sample_size**2  # pixels of a batch
+        self._asked: list[_Asked] = []
+        self._worker = ThreadPoolExecutor(1)
+        self._changed = Condition()
+        self._took = 0.0  # seconds, by the last evaluation
+        self._pixels, self._held, self._jobs = pixels, 0, 0
+        self._line: list[object] = []  # jobs that wait for room
+
+    @contextmanager
+    def job(self, pipe: PalettePipeline, pixels: int, stopped: Callable[[], bool]) -> Iterator[None]:
+        """`pipe` asks here while this lasts; first come, first served, once there is room for its `pixels`.
+
+        Raises:
+            Stopped: `stopped()` before there was.
+        """
+        pixels = min(pixels, self._pixels)
+        own = object()
+        with self._changed:
+            self._line.append(own)
+            try:
+                while self._line[0] is not own or self._held + pixels > self._pixels:
+                    self._changed.wait(0.1)
+                    if stopped():
+                        raise Stopped
+                self._held, self._jobs = self._held + pixels, self._jobs + 1
+            finally:
+                self._line.remove(own)
+                self._changed.notify_all()
+        pipe._predict = self.predict  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del pipe._predict
+            with self._changed:
+                self._held, self._jobs = self._held - pixels, self._jobs - 1
+                self._changed.notify_all()
+
+    def predict(self, sample: torch.Tensor, gamma: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """As `PalettePipeline._predict`; of the tiles of a large photograph, some at a time, so that others get on."""
+        step = max(1, self._most // sample[0, 0].numel())
+        if self._jobs < 2 or len(sample) <= step:
+            return self._ask(_Asked(sample, gamma, condition))
+        parts = zip(sample.split(step), condition.split(step), strict=True)
+        return torch.cat([self._ask(_Asked(some, gamma, given)) for some, given in parts])
+
+    def _ask(self, asked: _Asked) -> torch.Tensor:
+        with self._changed:
+            self._asked.append(asked)
+            self._changed.notify_all()
+        self._worker.submit(self._turn)
+        return asked.answer.result()
+
+    @torch.no_grad()
+    def _turn(self) -> None:
+        """The one that has waited longest, and all that fit to it."""
+        until = time.monotonic() + min(PATIENCE, self._took)
+        with self._changed:
+            if not self._asked:
+                return
+            while len(self._asked) < self._jobs and (left := until - time.monotonic()) > 0:
+                self._changed.wait(left)
+            first, *others = self._asked
+            together, room = [first], self._most - first.pixels
+            for other in others:
+                if other.size == first.size and other.pixels <= room:
+                    together.append(other)
+                    room -= other.pixels
+            self._asked = [asked for asked in self._asked if asked not in together]
+        begun = time.monotonic()
+        self._answer(together)
+        self._took = time.monotonic() - begun
+
+    def _answer(self, together: list[_Asked]) -> None:
+        if len(together) > 1:
+            try:
+                answers = self._as_one(together)
+            except Exception:  # whose fault it is shows when each is alone
+                pass
+            else:
+                for asked, answer in zip(together, answers, strict=True):
+                    asked.answer.set_result(answer)
+                return
+        for asked in together:
+            try:
+                asked.answer.set_result(self._evaluate(asked.sample, asked.gamma, asked.condition))
+            except Exception as error:
+                asked.answer.set_exception(error)
+
+    def _as_one(self, together: list[_Asked]) -> tuple[torch.Tensor, ...]:
+        numbers = [len(asked.sample) for asked in together]
+        sample = torch.cat([asked.sample for asked in together])
+        gamma = torch.cat([asked.gamma.to(sample.device).expand(n) for asked, n in zip(together, numbers, strict=True)])
+        return self._evaluate(sample, gamma, torch.cat([asked.condition for asked in together])).split(numbers)
