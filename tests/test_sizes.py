@@ -165,7 +165,7 @@ def test_separate_holes_are_together_the_mask(height, width, seed):
     for _ in range(rng.integers(1, 5)):
         y, x = rng.integers(0, height), rng.integers(0, width)
         mask[..., y : y + rng.integers(1, 30), x : x + rng.integers(1, 30)] = 1
-    holes = sizes.separate(mask)
+    holes = list(sizes.separate(mask))
     assert torch.equal(sum(holes), mask) and all(hole.any() for hole in holes)
 
 
@@ -193,7 +193,7 @@ def test_holes_apart_are_separated_and_a_winding_one_is_not():
     assert large.sum() == 100 * 100 and small.sum() == 50 * 20
     spiral = torch.zeros(1, 1, 64, 64)
     spiral[..., 8, 8:56] = spiral[..., 8:56, 55] = spiral[..., 55, 20:56] = spiral[..., 20:56, 20] = 1
-    assert len(sizes.separate(spiral)) == 1
+    assert len(list(sizes.separate(spiral))) == 1
 
 
 @pytest.mark.parametrize("sides", [dict(right=300), dict(left=70, top=90), dict(left=20, right=20, top=20, bottom=20)])
@@ -262,5 +262,5 @@ def test_a_batch_that_memory_does_not_hold_is_halved():
 
 def test_specks_of_dust_are_not_sampled_one_by_one(seeded):
     mask = (torch.rand(1, 1, 300, 300, generator=seeded()) < 0.01).float()
-    holes = sizes.separate(mask)
+    holes = list(sizes.separate(mask))
     assert 1 <= len(holes) <= sizes.MOST_HOLES and torch.equal(torch.stack(holes).sum(0), mask)
