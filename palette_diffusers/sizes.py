@@ -48,18 +48,19 @@ class View:
         A small pixel is known if at least half of what lies under it is, so that thin scratches don't hide the
         picture; its colour is a mean of known pixels alone, so that nothing of what lies in the hole leaks out.
         """
-        keep = 1 - self.crop(mask)
-        hole = (F.adaptive_avg_pool2d(keep, self.inner) < 0.5).to(keep)
+        image, mask = self.crop(image), self.crop(mask)
+        hole = (F.adaptive_avg_pool2d(mask, self.inner) > 0.5).to(mask)
         if self.inner == (self.height, self.width):
-            small = self.crop(image) * keep
+            small = image * (1 - mask)
         else:
             size: Any = dict(size=self.inner, mode="bilinear", antialias=True, align_corners=False)
-            weight = F.interpolate(keep, **size).clamp_min(1e-6)
-            channels = self.crop(image).split(1, dim=1)  # one by one, so that less is held
-            parts = [F.interpolate(torch.where(keep > 0, channel, 0.0), **size) / weight for channel in channels]
-            small = torch.cat(parts, dim=1)
+            weight = (1 - F.interpolate(mask, **size)).clamp_min_(1e-6)
+            small = image.new_empty(*image.shape[:2], *self.inner)
+            for i in range(small.shape[1]):  # channels one by one, so that less is held
+                known = torch.where(mask > 0, 0.0, image[:, i : i + 1])
+                small[:, i : i + 1] = F.interpolate(known, **size).div_(weight)
         small = torch.where(hole > 0, 0.0, small)
-        return pad_to(small.clamp(-1, 1), self.outer), pad_to(hole, self.outer)
+        return pad_to(small.clamp_(-1, 1), self.outer), pad_to(hole, self.outer)
 
     def back(self, image: torch.Tensor) -> torch.Tensor:
         """(B, C, *outer) => the rectangle's size (B, C, height, width)."""
@@ -243,12 +244,17 @@ def blocks(height: int, width: int, multiple: int) -> list[View]:
 
 
 def lay(canvas: torch.Tensor, part: torch.Tensor, block: View) -> None:
-    """Puts a block's picture into place, faded over what the blocks above and to the left of it have laid there."""
-    down, across = (
-        ((torch.arange(n) + 1) / (LAP + 1)).clamp(max=1) if first else torch.ones(n)
-        for first, n in ((block.top, block.height), (block.left, block.width))
-    )
-    block.crop(canvas).lerp_(part, down[:, None] * across)
+    """Puts a block's picture into place, faded over what the blocks before it, row by row, have laid there, so that
+    each of four has its bilinear share where they meet. What they agree on stays as it is, to the bit."""
+    ramp = (torch.arange(LAP) + 1) / (LAP + 1)
+    down, across, following = torch.ones(block.height, 1), torch.ones(block.width), torch.zeros(block.width)
+    if block.top:
+        down[:LAP, 0] = ramp
+    if block.left:
+        across[:LAP] = ramp
+    if block.left + block.width < canvas.shape[-1]:
+        following[-LAP:] = ramp  # the next one's share, which is laid over it
+    block.crop(canvas).lerp_(part, across * down * (1 - following) / (1 - following * down))
 
 
 def noise_at(seeds: list[int], top: int, left: int, size: tuple[int, int], channels: int = 3) -> torch.Tensor:
