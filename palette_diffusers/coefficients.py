@@ -62,6 +62,16 @@ def _mixed(matrix: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
     return torch.einsum("ij,bjhw->bihw", matrix, image)
 
 
+def _flip(image: torch.Tensor, dims: tuple[int, ...]) -> None:
+    """In place, so that a large photograph is held once."""
+    for dim in dims:
+        half = image.shape[dim] // 2
+        first, last = image.narrow(dim, 0, half), image.narrow(dim, image.shape[dim] - half, half)
+        kept = first.flip(dim)
+        first.copy_(last.flip(dim))
+        last.copy_(kept)
+
+
 def _smoothed(image: torch.Tensor, variance: float) -> torch.Tensor:
     """A guided filter by the picture's own luma: what varies by less than `variance` becomes its mean; squares, which
     the filter as published does not have, spare texture."""
@@ -137,9 +147,10 @@ class Coefficients:
         Raises:
             ValueError: another size than the file's.
         """
-        stored = self._stored(image)
-        self._project(stored, 0, rounds)
-        return self._upright(stored)
+        image = image.clone()
+        self._project(self._stored(image), 0, rounds)
+        _flip(image, TURNS[self.orientation][1])
+        return image
 
     def smooth(self, image: torch.Tensor) -> torch.Tensor:
         """The same, as smooth as the file allows: steps between blocks and bands in a sky go, edges and texture stay.
@@ -147,10 +158,14 @@ class Coefficients:
         Smoothing where luma varies by less than the file can tell, and projecting, in turn (Zakhor 1992, with the
         guided filter of He et al. 2013).
         """
+        return self.smooth_(image.clone())
+
+    def smooth_(self, image: torch.Tensor) -> torch.Tensor:
+        """`smooth`, in place."""
         half_step = self.planes[0].steps[0, 0].item() / 16 / 127.5  # of a block's mean
         stored = self._stored(image)
         above = stored[..., :0, :]
-        for top in range(0, self.size[0], ROWS):  # in place, so that no more than the picture is held
+        for top in range(0, self.size[0], ROWS):
             band = torch.cat([above, stored[..., top : top + ROWS + HALO, :]], dim=-2)
             first = top - above.shape[-2]
             above = stored[..., top + ROWS - HALO : top + ROWS, :].clone()  # the next band's, as it was
@@ -159,21 +174,17 @@ class Coefficients:
                 self._project(band, first, rounds=1)
             self._project(band, first, ROUNDS)
             stored[..., top : top + ROWS, :] = band[..., top - first :, :][..., :ROWS, :]
-        return self._upright(stored)
+        _flip(image, TURNS[self.orientation][1])
+        return image
 
     def _stored(self, image: torch.Tensor) -> torch.Tensor:
-        """A copy, turned as the file is."""
+        """The picture, turned as the file is, in place; `_flip` turns it back."""
         transposed, flipped = TURNS[self.orientation]
-        stored = image.flip(flipped)
-        stored = stored.transpose(-2, -1) if transposed else stored
-        if tuple(stored.shape[-2:]) != self.size:
+        size = (image.shape[-1], image.shape[-2]) if transposed else (image.shape[-2], image.shape[-1])
+        if size != self.size:
             raise ValueError(f"the picture is {image.shape[-1]}x{image.shape[-2]}, its JPEG has another size")
-        return stored
-
-    def _upright(self, stored: torch.Tensor) -> torch.Tensor:
-        transposed, flipped = TURNS[self.orientation]
-        upright = stored.transpose(-2, -1) if transposed else stored
-        return upright.flip(flipped) if flipped else upright
+        _flip(image, flipped)
+        return image.transpose(-2, -1) if transposed else image
 
     def _project(self, stored: torch.Tensor, first: int, rounds: int) -> None:
         """In place; `first` is where the picture has the first of these rows, a multiple of 16."""

@@ -100,7 +100,7 @@ class Task:
         return self.compose(original, given)
 
     def finish(self, image: torch.Tensor) -> torch.Tensor:
-        """The whole photograph, composed (B, 3, H, W) => the one returned."""
+        """The whole photograph, composed (B, 3, H, W) => the one returned; it may be changed in place."""
         return image
 
 
@@ -203,7 +203,7 @@ class JPEGRestoration(Task):
         return self.prepare(jpeg(clean, quality, "4:2:0" if rng.random() < 0.75 else "4:4:4"))
 
     def finish(self, image: torch.Tensor) -> torch.Tensor:
-        return image if self.coefficients is None else self.coefficients.smooth(image)
+        return image if self.coefficients is None else self.coefficients.smooth_(image)
 
 
 class Paired(Task):
