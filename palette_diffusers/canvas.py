@@ -304,8 +304,10 @@ def with_mask(picture: Picture, source: ImageInput) -> tuple[Picture, torch.Tens
 
 def to_uint8(image: torch.Tensor) -> np.ndarray:
     """(1, 3, H, W) in [-1, 1] => (H, W, 3) uint8; the inverse of reading, to the bit."""
-    levels = (image[0].float() + 1).mul_(127.5).round_().clamp_(0, 255)
-    return levels.byte().permute(1, 2, 0).contiguous().cpu().numpy()
+    pixels = torch.empty(*image.shape[-2:], 3, dtype=torch.uint8)
+    for band, out in zip(image[0].split(256, dim=-2), pixels.split(256), strict=True):  # memory stays bounded
+        out[:] = (band.float() + 1).mul_(127.5).round_().clamp_(0, 255).byte().permute(1, 2, 0)
+    return pixels.numpy()
 
 
 def to_pil(image: torch.Tensor, picture: Picture | None = None) -> Image.Image:

@@ -19,6 +19,7 @@ from .masks import box_mean
 BAND = 256  # rows that are projected at a time, so that memory stays bounded
 ROUNDS = 3  # of projecting onto the intervals and into the gamut, in turn
 SMOOTHINGS, RADIUS = 16, 4  # more and wider ones take more of the bands, and of the texture
+ROWS, HALO = 1024, 2 * RADIUS * SMOOTHINGS  # that are smoothed at a time, and how far what lies beside them reaches
 ROUNDING = 0.8  # levels that a coefficient may move as its pixels are rounded to 8 bits: four standard deviations
 TURNS = {  # EXIF orientation => is it transposed, and which sides are flipped then
     1: (False, ()), 2: (False, (-1,)), 3: (False, (-2, -1)), 4: (False, (-2,)),
@@ -61,6 +62,16 @@ def _mixed(matrix: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
     return torch.einsum("ij,bjhw->bihw", matrix, image)
 
 
+def _flip(image: torch.Tensor, dims: tuple[int, ...]) -> None:
+    """In place, so that a large photograph is held once."""
+    for dim in dims:
+        half = image.shape[dim] // 2
+        first, last = image.narrow(dim, 0, half), image.narrow(dim, image.shape[dim] - half, half)
+        kept = first.flip(dim)
+        first.copy_(last.flip(dim))
+        last.copy_(kept)
+
+
 def _smoothed(image: torch.Tensor, variance: float) -> torch.Tensor:
     """A guided filter by the picture's own luma: what varies by less than `variance` becomes its mean; squares, which
     the filter as published does not have, spare texture."""
@@ -96,10 +107,15 @@ class Plane:
     def decoded(pixels: torch.Tensor, steps: torch.Tensor, scale: int) -> "Plane":
         """From the decoder's (H, W), 0 to 255."""
         h, w = (side // 8 * 8 for side in pixels.shape)
-        blocks = _blocks(pixels[None, :h, :w].float() - 128)
-        levels = (DCT @ blocks @ DCT.T / steps).round()
-        error = ((DCT.T @ (levels * steps) @ DCT).clamp(-128, 127) - blocks).abs().amax((-2, -1))
-        return Plane(steps, levels[0].to(torch.int16), error[0] < 1.5, scale)
+        levels = torch.empty(h // 8, w // 8, 8, 8, dtype=torch.int16)
+        sure = torch.empty(h // 8, w // 8, dtype=torch.bool)
+        for top in range(0, h, BAND):
+            blocks = _blocks(pixels[None, top : min(h, top + BAND), :w].float() - 128)
+            found = (DCT @ blocks @ DCT.T / steps).round()
+            error = ((DCT.T @ (found * steps) @ DCT).clamp(-128, 127) - blocks).abs().amax((-2, -1))
+            rows = slice(top // 8, (top + BAND) // 8)
+            levels[rows], sure[rows] = found[0].to(torch.int16), error[0] < 1.5
+        return Plane(steps, levels, sure, scale)
 
     def project(self, plane: torch.Tensor, top: int) -> torch.Tensor:
         """Rows of the plane (B, H, W), whole blocks from row `top` on => the nearest whose coefficients quantise to
@@ -131,17 +147,10 @@ class Coefficients:
         Raises:
             ValueError: another size than the file's.
         """
-        transposed, flipped = TURNS[self.orientation]
-        stored = image.flip(flipped)  # a copy
-        stored = stored.transpose(-2, -1) if transposed else stored
-        if tuple(stored.shape[-2:]) != self.size:
-            raise ValueError(f"the picture is {image.shape[-1]}x{image.shape[-2]}, its JPEG has another size")
-        for top in range(0, self.size[0], BAND):
-            band = stored[..., top : top + BAND, :]
-            for _ in range(rounds):
-                band += _mixed(RGB, self._missing(_mixed(YCC, band), top))
-                band.clamp_(-1, 1)
-        return (stored.transpose(-2, -1) if transposed else stored).flip(flipped)
+        image = image.clone()
+        self._project(self._stored(image), 0, rounds)
+        _flip(image, TURNS[self.orientation][1])
+        return image
 
     def smooth(self, image: torch.Tensor) -> torch.Tensor:
         """The same, as smooth as the file allows: steps between blocks and bands in a sky go, edges and texture stay.
@@ -149,10 +158,41 @@ class Coefficients:
         Smoothing where luma varies by less than the file can tell, and projecting, in turn (Zakhor 1992, with the
         guided filter of He et al. 2013).
         """
+        return self.smooth_(image.clone())
+
+    def smooth_(self, image: torch.Tensor) -> torch.Tensor:
+        """`smooth`, in place."""
         half_step = self.planes[0].steps[0, 0].item() / 16 / 127.5  # of a block's mean
-        for _ in range(SMOOTHINGS):
-            image = self.project(_smoothed(image, (half_step / 2) ** 2), rounds=1)
-        return self.project(image)
+        stored = self._stored(image)
+        above = stored[..., :0, :]
+        for top in range(0, self.size[0], ROWS):
+            band = torch.cat([above, stored[..., top : top + ROWS + HALO, :]], dim=-2)
+            first = top - above.shape[-2]
+            above = stored[..., top + ROWS - HALO : top + ROWS, :].clone()  # the next band's, as it was
+            for _ in range(SMOOTHINGS):
+                band = _smoothed(band, (half_step / 2) ** 2)
+                self._project(band, first, rounds=1)
+            self._project(band, first, ROUNDS)
+            stored[..., top : top + ROWS, :] = band[..., top - first :, :][..., :ROWS, :]
+        _flip(image, TURNS[self.orientation][1])
+        return image
+
+    def _stored(self, image: torch.Tensor) -> torch.Tensor:
+        """The picture, turned as the file is, in place; `_flip` turns it back."""
+        transposed, flipped = TURNS[self.orientation]
+        size = (image.shape[-1], image.shape[-2]) if transposed else (image.shape[-2], image.shape[-1])
+        if size != self.size:
+            raise ValueError(f"the picture is {image.shape[-1]}x{image.shape[-2]}, its JPEG has another size")
+        _flip(image, flipped)
+        return image.transpose(-2, -1) if transposed else image
+
+    def _project(self, stored: torch.Tensor, first: int, rounds: int) -> None:
+        """In place; `first` is where the picture has the first of these rows, a multiple of 16."""
+        for top in range(0, stored.shape[-2], BAND):
+            band = stored[..., top : top + BAND, :]
+            for _ in range(rounds):
+                band += _mixed(RGB, self._missing(_mixed(YCC, band), first + top))
+                band.clamp_(-1, 1)
 
     def _missing(self, ycc: torch.Tensor, top: int) -> torch.Tensor:
         """What Y, Cb and Cr (B, 3, H, W) lack to be consistent."""

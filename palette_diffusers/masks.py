@@ -183,9 +183,24 @@ def extend(values: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
     return torch.where(known > 0, values, F.interpolate(coarse, values.shape[-2:], mode="bilinear"))
 
 
+def _sums(image: torch.Tensor, number: int, dim: int) -> torch.Tensor:
+    """Of so many in a row along one dimension, by doubling: many times as fast as `avg_pool2d` on a CPU."""
+    if number == 1:
+        return image
+    half = number // 2
+    some = _sums(image, half, dim)
+    rest = some.shape[dim] - half
+    some = some.narrow(dim, 0, rest) + some.narrow(dim, half, rest)
+    if number % 2 == 0:
+        return some
+    return some.narrow(dim, 0, rest - 1) + image.narrow(dim, number - 1, rest - 1)
+
+
 def box_mean(image: torch.Tensor, radius: int) -> torch.Tensor:
     """Means over squares of 2 radius + 1 pixels, the border repeated: (B, C, H, W)."""
-    return F.avg_pool2d(F.pad(image, [radius] * 4, mode="replicate"), 2 * radius + 1, stride=1)
+    side = 2 * radius + 1
+    padded = F.pad(image, [radius] * 4, mode="replicate")
+    return _sums(_sums(padded, side, -2), side, -1) / side**2
 
 
 def seamless(sample: torch.Tensor, known: torch.Tensor, mask: torch.Tensor, radius: int = 1) -> torch.Tensor:

@@ -6,8 +6,8 @@ Images are (B, 3, H, W), RGB, [-1, 1]; masks (1, 1, H, W), 1 = generate.
 import inspect
 import math
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -403,13 +403,11 @@ class PalettePipeline(DiffusionPipeline):
         )
         if task.strategy == "hole":
             return [self._fill_all(images[0], masks[0], task, every, latents, denoise)]
-        predict = None
         if task.strategy == "tiles":
-            views = [sizes.full(images[0].shape[-2], images[0].shape[-1], max(16, multiple))]
-            predict = sizes.tiled(self._predict, max(128, native), 16)
+            return [self._mend(images[0], task, every, latents, denoise)]
         seen = [v.look(image).expand(number, -1, -1, -1) for v, image in zip(views, images, strict=True)]
         given = task.prepare(torch.cat(seen), None, every)
-        sample = denoise(given, latents=latents, predict=predict).cpu().clamp(-1, 1)
+        sample = denoise(given, latents=latents).cpu().clamp(-1, 1)
         if task.strategy == "chroma":
             colors = chroma(task.compose(sample, given)).split(number)
             merged = [sizes.merge_chroma(image, c, v) for image, c, v in zip(images, colors, views, strict=True)]
@@ -417,8 +415,32 @@ class PalettePipeline(DiffusionPipeline):
         results = []  # the task composes at the photograph's own resolution
         for image, part, v in zip(images, sample.split(number), views, strict=True):
             known = image.expand(number, -1, -1, -1)
-            results.append(task.compose(v.back(part), Given(known=known, condition=known)))
+            results.append(task.finish(task.compose(v.back(part), Given(known=known, condition=known))))
         return results
+
+    def _mend(
+        self,
+        image: torch.Tensor,
+        task: Task,
+        generators: list[torch.Generator],
+        latents: torch.Tensor | None,
+        denoise: Callable[..., torch.Tensor],
+    ) -> torch.Tensor:
+        """One photograph (1, 3, H, W) at its own resolution, in tiles => its variations (N, 3, H, W)."""
+        number = len(generators)
+        predict = sizes.tiled(self._predict, max(128, self.unet.config.sample_size), 16)
+        blocks = sizes.blocks(image.shape[-2], image.shape[-1], max(16, self.unet.size_multiple))
+        if len(blocks) > 1 and latents is not None:
+            raise ValueError(f"latents came, but the photograph is sampled in {len(blocks)} blocks, each on its own")
+        seeds = _seeds(generators) if len(blocks) > 1 else []
+        result = torch.zeros(number, *image.shape[1:])
+        for block in blocks:
+            given = task.prepare(block.look(image).expand(number, -1, -1, -1), None, generators)
+            noise = sizes.noise_at(seeds, block.top, block.left, block.outer) if seeds else latents
+            sample = denoise(given, latents=noise, predict=predict).cpu().clamp(-1, 1)
+            known = block.crop(image).expand(number, -1, -1, -1)
+            sizes.lay(result, task.compose(block.back(sample), Given(known=known, condition=known)), block)
+        return task.finish(result)
 
     def _fill_all(
         self,
@@ -429,15 +451,18 @@ class PalettePipeline(DiffusionPipeline):
         latents: torch.Tensor | None,
         denoise: Callable[..., torch.Tensor],
     ) -> torch.Tensor:
-        """One photograph (1, 3, H, W), hole after hole => its variations (N, 3, H, W)."""
+        """One photograph (1, 3, H, W), hole after hole => its variations (N, 3, H, W). An uncropping's own canvas is
+        changed in place, so that a large one is held once."""
         assert mask is not None
-        result = image.expand(len(generators), -1, -1, -1)
-        holes = sizes.rings(mask) if task.name == "uncropping" else sizes.separate(mask)
-        if latents is not None and len(holes) > 1:
-            raise ValueError(f"latents came, but the mask has {len(holes)} holes apart, each sampled on its own")
+        result = image if task.name == "uncropping" and len(generators) == 1 else image.repeat(len(generators), 1, 1, 1)
+        holes: Iterable[torch.Tensor] = sizes.rings(mask) if task.name == "uncropping" else sizes.separate(mask)
+        if latents is not None:
+            holes = list(holes)
+            if len(holes) > 1:
+                raise ValueError(f"latents came, but the mask has {len(holes)} holes apart, each sampled on its own")
         for hole in holes:
-            result = self._fill(result, hole, mask, task, generators, latents, denoise)
-            mask = mask - hole
+            self._fill(result, hole, mask, task, generators, latents, denoise)
+            mask = mask if hole is mask else mask - hole
         return result
 
     def _fill(
@@ -449,38 +474,90 @@ class PalettePipeline(DiffusionPipeline):
         generators: list[torch.Generator],
         latents: torch.Tensor | None,
         denoise: Callable[..., torch.Tensor],
-    ) -> torch.Tensor:
-        """One hole, `part`, of all that is unknown, `mask`: (N, 3, H, W) => the same with the hole filled, coarse to
-        fine: what the model made of the whole is refined at twice the resolution, tile by tile, up to the
-        photograph's own."""
+    ) -> None:
+        """One hole, `part`, of all that is unknown, `mask`: filled in the photograph (N, 3, H, W), in place, coarse to
+        fine: what the model made of the whole is refined at twice the resolution, tile by tile, up to the photograph's
+        own."""
         native, multiple = self.unet.config.sample_size, self.unet.size_multiple
-        number, predict, coarse = len(generators), None, None
+        views = sizes.hole_view(part, native, multiple).levels(multiple)
+        finest, finest_hole, finest_part = (views[-1].crop(x) for x in (image, mask, part))
+        grain = sizes.grain(finest, 1 - finest_hole)
         estimate: Any = None
-        for view in sizes.hole_view(part, native, multiple).levels(multiple):
-            small, hole = view.look_known(image, mask)
-            given = task.prepare(small, hole.expand(number, -1, -1, -1), generators)
-            if not hole.any():  # too thin to be seen at this scale
-                estimate, coarse = small[..., : view.inner[0], : view.inner[1]], view
+        for coarse, view in zip([None, *views], views, strict=False):
+            level, hole, wanted = finest, finest_hole, finest_part
+            if view is not views[-1]:
+                level, hole = (x[..., : view.inner[0], : view.inner[1]] for x in view.look_known(image, mask))
+                wanted = hole
+            if hole.any():  # else too thin to be seen at this scale
+                # a photograph below the model's size has been seen in all its detail
+                seen = coarse is not None and view.inner <= coarse.inner and estimate is not None
+                self._fill_level(level, hole, wanted, estimate, task, generators, latents, None if seen else denoise)
+                latents = None
+            estimate = level
+        if min(views[-1].inner) > native:  # what was brought up is as smooth as the model's own size
+            missing = (grain.square() - sizes.grain(finest, finest_part).square()).clamp_min(0)
+            self._add_grain(finest, finest_part, missing, generators)
+
+    def _fill_level(
+        self,
+        level: torch.Tensor,
+        hole: torch.Tensor,
+        wanted: torch.Tensor,
+        estimate: torch.Tensor | None,
+        task: Task,
+        generators: list[torch.Generator],
+        latents: torch.Tensor | None,
+        denoise: Callable[..., torch.Tensor] | None,
+    ) -> None:
+        """Fills the hole (1, 1, h, w) of a picture (N, 3, h, w) at one scale in place, as far as it is `wanted`, from
+        the `estimate` of the scale before: block by block where it is large. Without `denoise`, by the estimate."""
+        native, multiple = self.unet.config.sample_size, self.unet.size_multiple
+        size = level.shape[-2], level.shape[-1]
+        blocks = [sizes.full(*size, multiple)] if estimate is None else sizes.blocks(*size, multiple)
+        seeds = _seeds(generators) if len(blocks) > 1 else []
+        for block in blocks:
+            mask = sizes.pad_to(block.crop(hole), block.outer)
+            if not mask.any():
                 continue
+            known = sizes.pad_to(block.crop(level), block.outer)
+            given = task.prepare(known, mask.expand(len(level), -1, -1, -1), generators)
+            begin, predict, noise = None, None, latents
             if estimate is not None:
-                up = sizes.pad_to(sizes.resize(estimate, view.inner), view.outer).clamp(-1, 1)
-                estimate = torch.where(hole > 0, up, given.known)
-                predict = sizes.tiled(self._predict, native, max(16, native // 64 * 16), where=hole)
-            if coarse is not None and view.inner <= coarse.inner:  # a photograph below the model's size
-                sample = estimate
-            else:
-                sample = denoise(given, latents=latents, predict=predict, estimate=estimate, start=REFINE_FROM).cpu()
-            estimate = task.compose(sample.clamp(-1, 1), given)[..., : view.inner[0], : view.inner[1]]
-            latents, coarse = None, view
-        assert estimate is not None
-        hole = view.crop(part)
-        if min(view.inner) > native:  # what was brought up is as smooth as the model's own size
-            missing = sizes.grain(view.crop(image), 1 - view.crop(mask)).square() - sizes.grain(estimate, hole).square()
-            noise = randn_tensor((number, 1, *view.inner), generator=generators)
-            estimate = (estimate + noise * missing.clamp_min(0).sqrt()).clamp(-1, 1)
-        result = image.clone()
-        view.crop(result)[:] = torch.where(hole > 0, estimate, view.crop(result))
-        return result
+                up = sizes.pad_to(sizes.enlarged(estimate, size, block), block.outer).clamp(-1, 1)
+                begin = torch.where(mask > 0, up, given.known)
+                predict = sizes.tiled(self._predict, native, max(16, native // 64 * 16), where=mask)
+            if seeds and begin is not None:
+                noise, inside = sizes.noise_at(seeds, block.top, block.left, block.outer, channels=6).split(3, dim=1)
+                # what is known within one block doesn't say whether the photograph is gray: the estimate does
+                given = replace(given, known=begin, condition=torch.where(mask > 0, inside, given.condition))
+            sample = begin
+            if denoise is not None:
+                sample = denoise(given, latents=noise, predict=predict, estimate=begin, start=REFINE_FROM).cpu()
+            assert sample is not None
+            filled = task.compose(sample.clamp(-1, 1), given)[..., : block.height, : block.width]
+            sizes.lay(level, torch.where(block.crop(wanted) > 0, filled, block.crop(level)), block)
+
+    def _add_grain(
+        self, image: torch.Tensor, hole: torch.Tensor, variance: torch.Tensor, generators: list[torch.Generator]
+    ) -> None:
+        """To the hole (1, 1, H, W) of a photograph (N, 3, H, W), in place, in bands where it is large."""
+        height, width = image.shape[-2:]
+        whole = len(sizes.blocks(height, width, 1)) == 1
+        seeds, rows = ([], height) if whole else (_seeds(generators), 512)
+        for top in range(0, height, rows):
+            here, where = (x[..., top : top + rows, :] for x in (image, hole))
+            size = here.shape[-2], width
+            noise = (
+                randn_tensor((len(image), 1, *size), generator=generators)
+                if whole
+                else sizes.noise_at(seeds, top, 0, size, channels=1)
+            )
+            here[:] = torch.where(where > 0, (here + noise * variance.sqrt()).clamp(-1, 1), here)
+
+
+def _seeds(generators: list[torch.Generator]) -> list[int]:
+    """One drawn from each, for noise that depends on position."""
+    return [int(torch.randint(0, 2**62, (), generator=generator)) for generator in generators]
 
 
 def _source(given: Given) -> torch.Tensor:

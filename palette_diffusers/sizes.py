@@ -5,10 +5,11 @@ Images are (B, 3, H, W), RGB, [-1, 1]; masks (1, 1, H, W), 1 = generate.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -16,6 +17,8 @@ from .color import luma, with_luma
 from .masks import box_mean
 
 MOST_HOLES = 32  # that are sampled one by one
+BLOCK, LAP = 1472, 48  # pixels a side that are sampled at a time, so that memory stays bounded; how far they overlap
+CELL = 64  # pixels a side of noise that has one seed
 
 Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -45,16 +48,19 @@ class View:
         A small pixel is known if at least half of what lies under it is, so that thin scratches don't hide the
         picture; its colour is a mean of known pixels alone, so that nothing of what lies in the hole leaks out.
         """
-        keep = 1 - self.crop(mask)
-        hole = (F.adaptive_avg_pool2d(keep, self.inner) < 0.5).to(keep)
+        image, mask = self.crop(image), self.crop(mask)
+        hole = (F.adaptive_avg_pool2d(mask, self.inner) > 0.5).to(mask)
         if self.inner == (self.height, self.width):
-            small = self.crop(image) * keep
+            small = image * (1 - mask)
         else:
             size: Any = dict(size=self.inner, mode="bilinear", antialias=True, align_corners=False)
-            weight = F.interpolate(keep, **size)
-            small = F.interpolate(torch.where(keep > 0, self.crop(image), 0.0), **size) / weight.clamp_min(1e-6)
+            weight = (1 - F.interpolate(mask, **size)).clamp_min_(1e-6)
+            small = image.new_empty(*image.shape[:2], *self.inner)
+            for i in range(small.shape[1]):  # channels one by one, so that less is held
+                known = torch.where(mask > 0, 0.0, image[:, i : i + 1])
+                small[:, i : i + 1] = F.interpolate(known, **size).div_(weight)
         small = torch.where(hole > 0, 0.0, small)
-        return pad_to(small.clamp(-1, 1), self.outer), pad_to(hole, self.outer)
+        return pad_to(small.clamp_(-1, 1), self.outer), pad_to(hole, self.outer)
 
     def back(self, image: torch.Tensor) -> torch.Tensor:
         """(B, C, *outer) => the rectangle's size (B, C, height, width)."""
@@ -128,11 +134,12 @@ def hole_view(mask: torch.Tensor, native: int, multiple: int) -> View:
     return fit(crop_height, crop_width, native, multiple, top, left)
 
 
-def separate(mask: torch.Tensor, grid: int = 128) -> list[torch.Tensor]:
+def separate(mask: torch.Tensor, grid: int = 128) -> Iterator[torch.Tensor]:
     """The holes of a mask (1, 1, H, W) that lie apart, each a mask, so that each gets a view of its own.
 
     Holes that touch on a grid of at most `grid` cells a side stay together, and on a coarser one where they would be
-    more than `MOST_HOLES`, as specks of dust are. Sizes fall; together they are the mask.
+    more than `MOST_HOLES`, as specks of dust are. Sizes fall; together they are the mask. Each is made when it is its
+    turn, since each is as large as the photograph.
     """
     size = tuple(mask.shape[-2:])
     cells = F.adaptive_max_pool2d(mask, tuple(min(side, grid) for side in size))
@@ -145,14 +152,18 @@ def separate(mask: torch.Tensor, grid: int = 128) -> list[torch.Tensor]:
         labels = spread
     found = labels.unique()
     if len(found) <= 2:
-        return [mask]
+        yield mask
+        return
     if len(found) > MOST_HOLES + 1:
-        return separate(mask, grid // 2)
+        yield from separate(mask, grid // 2)
+        return
     # by whole numbers: interpolation rounds, and would leave pixels out
     rows, columns = (torch.arange(n) * c // n for n, c in zip(size, labels.shape[-2:], strict=True))
-    near = labels[..., rows, :][..., columns]
-    holes = [mask * (near == label) for label in found if label]
-    return sorted(holes, key=lambda hole: -hole.sum().item())
+
+    def hole(label: torch.Tensor) -> torch.Tensor:
+        return mask * (labels == label)[..., rows, :][..., columns]
+
+    yield from map(hole, sorted(found[found > 0], key=lambda label: -hole(label).sum().item()))
 
 
 def grain(image: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
@@ -161,19 +172,22 @@ def grain(image: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
     It is that of luma's finest detail in the calmest fifth of all 8x8 cells, where there is nothing but grain; 0
     where no cells lie within.
     """
-    light = luma(image)
-    detail = (light - box_mean(light, 1)).square() * where
-    small = min(where.shape[-2:]) < 8
-    cells = (
-        detail.new_zeros(len(image), 0) if small else F.avg_pool2d(detail, 8)[:, 0, F.avg_pool2d(where, 8)[0, 0] > 0.9]
-    )
+    found = [image.new_zeros(len(image), 0)]
+    height, width = where.shape[-2:]
+    for top in range(0, height - 7 if width > 7 else 0, 512):  # in bands, so that memory stays bounded
+        first, last = max(0, top - 1), min(height, top + 513)
+        light = luma(image[..., first:last, :])
+        detail = (light - box_mean(light, 1)).square()[..., top - first :, :][..., :512, :]
+        inside = where[..., top : top + 512, :]
+        found.append(F.avg_pool2d(detail * inside, 8)[:, 0, F.avg_pool2d(inside, 8)[0, 0] > 0.9])
+    cells = torch.cat(found, dim=1)
     if not cells.shape[1]:
         return image.new_zeros(len(image), 1, 1, 1)
     calm = cells.quantile(0.2, dim=1)
     return (calm * 9 / 8).sqrt()[:, None, None, None]  # a mean of nine has taken a ninth of its variance
 
 
-def rings(mask: torch.Tensor) -> list[torch.Tensor]:
+def rings(mask: torch.Tensor) -> Iterator[torch.Tensor]:
     """A border (1, 1, H, W) around a known rectangle => what is filled after what, each a mask, so that none reaches
     further than half the rectangle's short side; sides of a ring that lie apart are filled one after another.
 
@@ -183,15 +197,14 @@ def rings(mask: torch.Tensor) -> list[torch.Tensor]:
     rows, columns = (torch.nonzero((1 - mask[0, 0]).amax(dim)).flatten() for dim in (1, 0))
     top, bottom, left, right = int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
     step = max(1, min(bottom - top, right - left) // 2)
-    out, before = [], 1 - mask
+    before = mask == 0
     while not bool(before.all()):
         top, bottom = max(0, top - step), min(height, bottom + step)
         left, right = max(0, left - step), min(width, right + step)
-        now = torch.zeros_like(mask)
-        now[..., top:bottom, left:right] = 1
-        out += separate(now - before)
+        now = torch.zeros_like(before)
+        now[..., top:bottom, left:right] = True
+        yield from separate((now & ~before).to(mask))
         before = now
-    return out
 
 
 def sides_for(size: tuple[int, int], aspect: float) -> dict[str, float]:
@@ -211,6 +224,68 @@ def sides_for(size: tuple[int, int], aspect: float) -> dict[str, float]:
 def full(height: int, width: int, multiple: int) -> View:
     """The whole photograph at its own resolution, padded to the network's multiple."""
     return View(0, 0, height, width, (height, width), (_up(height, multiple), _up(width, multiple)))
+
+
+def blocks(height: int, width: int, multiple: int) -> list[View]:
+    """A photograph at its own resolution, in blocks that overlap, each padded to the network's multiple; one block
+    where it is small.
+
+    >>> [(view.top, view.height) for view in blocks(3000, 100, 16)]
+    [(0, 1040), (992, 1040), (1984, 1016)]
+    """
+
+    def starts(length: int) -> list[tuple[int, int]]:
+        count = max(1, math.ceil((length - LAP) / (BLOCK - LAP)))
+        step = _up((length - LAP) / count, multiple)
+        firsts = [0] + [i * step for i in range(1, count) if i * step < length - LAP]
+        return [(first, min(step + LAP, length - first)) for first in firsts]
+
+    return [replace(full(h, w, multiple), top=top, left=left) for top, h in starts(height) for left, w in starts(width)]
+
+
+def lay(canvas: torch.Tensor, part: torch.Tensor, block: View) -> None:
+    """Puts a block's picture into place, faded over what the blocks before it, row by row, have laid there, so that
+    each of four has its bilinear share where they meet. What they agree on stays as it is, to the bit."""
+    ramp = (torch.arange(LAP) + 1) / (LAP + 1)
+    down, across, following = torch.ones(block.height, 1), torch.ones(block.width), torch.zeros(block.width)
+    if block.top:
+        down[:LAP, 0] = ramp
+    if block.left:
+        across[:LAP] = ramp
+    if block.left + block.width < canvas.shape[-1]:
+        following[-LAP:] = ramp  # the next one's share, which is laid over it
+    block.crop(canvas).lerp_(part, across * down * (1 - following) / (1 - following * down))
+
+
+def noise_at(seeds: list[int], top: int, left: int, size: tuple[int, int], channels: int = 3) -> torch.Tensor:
+    """Standard Gaussian noise that depends on seed and position alone, so that blocks have the same where they
+    overlap: (N, channels, *size)."""
+    height, width = size
+    rows, columns = (range(a // CELL, (a + n - 1) // CELL + 1) for a, n in ((top, height), (left, width)))
+
+    def cell(seed: int, row: int, column: int) -> torch.Tensor:
+        generator = np.random.Generator(np.random.Philox(key=[seed, row << 32 | column]))
+        return torch.from_numpy(generator.standard_normal((channels, CELL, CELL), np.float32))
+
+    noise = [torch.cat([torch.cat([cell(s, r, c) for c in columns], -1) for r in rows], -2) for s in seeds]
+    return torch.stack(noise)[..., top % CELL :, left % CELL :][..., :height, :width]
+
+
+def enlarged(image: torch.Tensor, size: tuple[int, int], block: View) -> torch.Tensor:
+    """`resize` of a picture to a larger (height, width), of which only a block is made: (B, C, height, width)."""
+    if (block.height, block.width) == tuple(size):
+        return resize(image, size)
+    for dim, length, first, number in ((-2, size[0], block.top, block.height), (-1, size[1], block.left, block.width)):
+        short = image.shape[dim]
+        centre = (torch.arange(first, first + number) + 0.5) * (short / length) - 0.5
+        low, high = max(0, int(centre[0]) - 2), min(short, int(centre[-1]) + 4)
+        distance = (centre[:, None] - torch.arange(low, high)).abs()
+        near, far = 1.5 * distance**3 - 2.5 * distance**2 + 1, ((2.5 - 0.5 * distance) * distance - 4) * distance + 2
+        weight = torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))  # Keys 1981, with a = -0.5
+        weight = weight / weight.sum(1, keepdim=True)
+        some = image.narrow(dim, low, high - low)
+        image = torch.einsum("oi,bciw->bcow" if dim == -2 else "oi,bchi->bcho", weight, some)
+    return image
 
 
 def merge_chroma(gray: torch.Tensor, color: torch.Tensor, view: View) -> torch.Tensor:

@@ -64,8 +64,9 @@ def network_condition(given: Given, holes: bool, fill: torch.Tensor | None = Non
 
 
 class Task:
-    """A task has three verbs, and `guide` for sampling. `degrade` alone is enough to train; override the others
-    where the user's input is not itself the condition, or where pixels must be kept.
+    """A task has three verbs, `guide` for sampling, and `finish`. `degrade` alone is enough to train; override the
+    others where the user's input is not itself the condition, or where pixels must be kept. A large photograph is
+    prepared and composed block by block where it is sampled at its own resolution.
 
     name: as users write it. takes_mask: whether a mask is needed. strategy: how photographs of any size
     are met (`sizes.py`). start: the log-SNR at which sampling starts from the source, where that is already
@@ -97,6 +98,10 @@ class Task:
     def guide(self, original: torch.Tensor, given: Given) -> torch.Tensor:
         """The picture that is predicted at a step (B, 3, H, W) => the same, with what is known put into it."""
         return self.compose(original, given)
+
+    def finish(self, image: torch.Tensor) -> torch.Tensor:
+        """The whole photograph, composed (B, 3, H, W) => the one returned; it may be changed in place."""
+        return image
 
 
 class Colorization(Task):
@@ -197,12 +202,8 @@ class JPEGRestoration(Task):
         quality = int(rng.choice(self.qualities, p=weights / weights.sum()))
         return self.prepare(jpeg(clean, quality, "4:2:0" if rng.random() < 0.75 else "4:4:4"))
 
-    def compose(self, sample: torch.Tensor, given: Given) -> torch.Tensor:
-        composed = super().compose(sample, given)
-        return composed if self.coefficients is None else self.coefficients.smooth(composed)
-
-    def guide(self, original: torch.Tensor, given: Given) -> torch.Tensor:
-        return super().compose(original, given)
+    def finish(self, image: torch.Tensor) -> torch.Tensor:
+        return image if self.coefficients is None else self.coefficients.smooth_(image)
 
 
 class Paired(Task):

@@ -98,3 +98,15 @@ def test_the_pipeline_holds_a_file_to_its_coefficients(pipe, photo, tmp_path):
         pipe(image, **ask)
     with pytest.raises(ValueError, match="belongs to 'jpeg_restoration'"):
         pipe(path, task="colorization", consistent=True)
+
+
+@pytest.mark.parametrize("orientation", [1, 4, 6])
+def test_smoothing_in_bands_is_smoothing_at_once(tmp_path, monkeypatch, seeded, orientation):
+    pixels = np.add.outer(np.arange(600), np.arange(70) * 3) // 12 + np.random.default_rng(0).integers(0, 9, (600, 70))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(tmp_path, pixels.astype(np.uint8), quality=10, exif=exif)
+    coefficients, image = read_coefficients(path), canvas.read(path).image
+    whole = coefficients.smooth(image)
+    monkeypatch.setattr("palette_diffusers.coefficients.ROWS", 256)
+    assert torch.equal(coefficients.smooth(image), whole) and not torch.equal(whole, image)

@@ -514,3 +514,52 @@ def test_extreme_pictures_in_half_precision(dtype, spacing, steps):
         out = pipe(picture, "colorization", num_inference_steps=steps, output_type="pt").images[0]
         assert torch.isfinite(out).all() and out.abs().max() <= 1, name
         assert (luma(out) - luma(canvas.read(picture).image[0])).abs().max() < 1e-3, name
+
+
+def in_blocks(pipe, monkeypatch, *arguments, **options):
+    """The same in one block, and in several."""
+
+    def run():
+        generator = torch.Generator().manual_seed(0)
+        return pipe(*arguments, output_type="pt", generator=generator, **options).images
+
+    whole = run()
+    monkeypatch.setattr(sizes, "BLOCK", 160)
+    return whole, run()
+
+
+def test_a_large_jpeg_is_mended_in_blocks(pipe, photo, monkeypatch, tmp_path):
+    """By a network that gives its source back, the same as at once, held to the file too."""
+    Image.fromarray(photo).save(tmp_path / "a.jpg", quality=20)
+    monkeypatch.setattr(pipe, "_predict", lambda sample, gamma, condition: condition)
+    pipe.scheduler.register_to_config(prediction_type="sample")
+    for consistent in (False, True):
+        with monkeypatch.context() as patch:
+            whole, parts = in_blocks(
+                pipe, patch, tmp_path / "a.jpg", task="jpeg_restoration", consistent=consistent, num_images_per_input=2
+            )
+        torch.testing.assert_close(parts, whole, atol=1e-5, rtol=0)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="sampled in 2 blocks, each on its own"):
+        patch.setattr(sizes, "BLOCK", 160)
+        pipe(photo, task="jpeg_restoration", latents=torch.zeros(1, 3, 160, 208))
+
+
+@pytest.mark.parametrize("task", ["inpainting", "uncropping"])
+def test_a_large_hole_is_filled_in_blocks(pipe, photo, monkeypatch, task):
+    """The same to what the noise makes of it; what is known is kept to the bit, gray stays gray, and colour colour."""
+    monkeypatch.setattr(pipe, "_predict", lambda sample, gamma, condition: 0.6 * sample + 0.2 * condition)
+    photo, mask = np.tile(photo, (2, 1, 1)), np.zeros((300, 200), np.uint8)
+    mask[40:260, 30:170] = 255
+    options = {"mask_image": mask} if task == "inpainting" else {"right": 90, "top": 30}
+    keep = mask == 0 if task == "inpainting" else np.ones_like(mask, bool)
+    inside = (..., slice(options.get("top", 0), None), slice(0, 200))
+    known, keep = canvas.read(photo).image[0], torch.from_numpy(keep)
+    for image, colored in ((photo, True), (photo[..., 0], False)):
+        with monkeypatch.context() as patch:
+            whole, parts = in_blocks(pipe, patch, image, task=task, num_images_per_input=2, **options)
+        wanted = known if colored else known[:1].expand(3, -1, -1)
+        for out in (whole, parts):
+            assert torch.equal(out[inside][..., keep], wanted[..., keep].expand(2, -1, -1))
+            assert (out[:, 0] != out[:, 1]).any() == colored
+        assert not torch.equal(*parts) and not torch.equal(parts, whole)
+        assert (parts - whole).abs().mean() < 0.15

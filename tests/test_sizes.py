@@ -165,7 +165,7 @@ def test_separate_holes_are_together_the_mask(height, width, seed):
     for _ in range(rng.integers(1, 5)):
         y, x = rng.integers(0, height), rng.integers(0, width)
         mask[..., y : y + rng.integers(1, 30), x : x + rng.integers(1, 30)] = 1
-    holes = sizes.separate(mask)
+    holes = list(sizes.separate(mask))
     assert torch.equal(sum(holes), mask) and all(hole.any() for hole in holes)
 
 
@@ -193,7 +193,7 @@ def test_holes_apart_are_separated_and_a_winding_one_is_not():
     assert large.sum() == 100 * 100 and small.sum() == 50 * 20
     spiral = torch.zeros(1, 1, 64, 64)
     spiral[..., 8, 8:56] = spiral[..., 8:56, 55] = spiral[..., 55, 20:56] = spiral[..., 20:56, 20] = 1
-    assert len(sizes.separate(spiral)) == 1
+    assert len(list(sizes.separate(spiral))) == 1
 
 
 @pytest.mark.parametrize("sides", [dict(right=300), dict(left=70, top=90), dict(left=20, right=20, top=20, bottom=20)])
@@ -262,5 +262,51 @@ def test_a_batch_that_memory_does_not_hold_is_halved():
 
 def test_specks_of_dust_are_not_sampled_one_by_one(seeded):
     mask = (torch.rand(1, 1, 300, 300, generator=seeded()) < 0.01).float()
-    holes = sizes.separate(mask)
+    holes = list(sizes.separate(mask))
     assert 1 <= len(holes) <= sizes.MOST_HOLES and torch.equal(torch.stack(holes).sum(0), mask)
+
+
+@pytest.mark.parametrize("multiple", [8, 32])
+@pytest.mark.parametrize("size", [(1, 1), (1472, 1473), (3000, 60), (1, 10_000), (2900, 4400)])
+def test_blocks_cover_and_overlap(size, multiple):
+    seen = torch.zeros(size, dtype=torch.uint8)
+    for block in sizes.blocks(*size, multiple):
+        seen[block.top : block.top + block.height, block.left : block.left + block.width] += 1
+        assert max(block.outer) <= sizes.BLOCK + multiple and block.top % multiple == block.left % multiple == 0
+        for length, whole in zip((block.height, block.width), size, strict=True):
+            assert length > sizes.LAP or length == whole
+    assert seen.all()
+    if max(size) > 1472:
+        assert (seen == 2).float().mean() < 0.12
+
+
+def test_noise_at_a_position_is_the_same_in_every_block():
+    seeds = [3, 2**61]
+    whole = sizes.noise_at(seeds, 0, 0, (300, 260))
+    assert torch.equal(sizes.noise_at(seeds, 70, 33, (200, 100)), whole[..., 70:270, 33:133])
+    assert torch.equal(sizes.noise_at(seeds[1:], 0, 0, (300, 260))[0], whole[1])
+    assert abs(whole.mean().item()) < 0.01 and whole.std().item() == pytest.approx(1, abs=0.01)
+    cells = whole[..., :256, :256].unfold(2, 64, 64).unfold(3, 64, 64).reshape(2 * 3 * 16, 64 * 64)
+    assert (torch.corrcoef(cells) - torch.eye(96)).abs().max() < 0.1  # no two alike
+
+
+@pytest.mark.parametrize("size", [(200, 300), (171, 190), (101, 400)])
+def test_a_part_of_what_is_enlarged(size, seeded):
+    image = torch.rand(2, 3, 100, 150, generator=seeded())
+    whole = sizes.resize(image, size)
+    for top, left, height, width in ((0, 0, 40, 60), (37, 81, 60, 70), (size[0] - 30, size[1] - 50, 30, 50)):
+        block = sizes.View(top, left, height, width, (height, width), (height, width))
+        torch.testing.assert_close(sizes.enlarged(image, size, block), block.crop(whole), atol=2e-6, rtol=0)
+
+
+def test_blocks_are_faded_into_each_other(monkeypatch):
+    """What all blocks agree on comes out as it is; where two differ, no step is left."""
+    monkeypatch.setattr(sizes, "BLOCK", 160)
+    out, image = torch.zeros(1, 3, 260, 370), torch.rand(1, 3, 260, 370)
+    blocks = sizes.blocks(260, 370, 16)
+    for block in blocks:
+        sizes.lay(out, block.crop(image), block)
+    assert len(blocks) == 6 and torch.equal(out, image)
+    for i, block in enumerate(blocks):
+        sizes.lay(out, torch.full((1, 3, block.height, block.width), [0.0, 1.0, -1.0, 0.5][i % 4]), block)
+    assert max(out.diff(dim=dim).abs().max() for dim in (-1, -2)) < 2.1 / sizes.LAP

@@ -188,7 +188,7 @@ def check_mask(example: tuple) -> str:
     assert mask.shape == (1, height, width) and mask.dtype == torch.float32 and ((mask == 0) | (mask == 1)).all()
     hole = mask[None]
     if mask.any() and not mask.all() and height * width < 200_000:
-        parts = sizes.separate(hole)
+        parts = list(sizes.separate(hole))
         assert torch.equal(torch.stack(parts).sum(0), hole)
         values = torch.rand(1, 3, height, width, generator=generator)
         smooth = masks.extend(values, 1 - hole)
