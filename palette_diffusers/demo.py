@@ -409,9 +409,10 @@ class Page:
             image, mask = (gr.Image(label=x, type="filepath", image_mode=None) for x in ("image", "mask"))
             sides = [gr.Number(0, label=side, precision=None) for side in ("left", "right", "top", "bottom")]
             seed, steps = gr.Number(0, label="seed"), gr.Number(default, label="steps")
+            speed = gr.Radio(list(SPEED_NAMES), value=STANDARD, label="speed")
             result = gr.Image(label="result", type="filepath", format="png")
             state = gr.JSON(label="health")
-        tail = [seed, steps, gr.Radio(list(SPEED_NAMES), value=STANDARD, label="speed")]
+        tail = [seed, steps, speed]
         for function, inputs in (
             (handlers.colorize, [image, *tail]),
             (handlers.inpaint, [image, mask, *tail]),

@@ -182,15 +182,19 @@ def test_variations_slider_and_chaining(open_page, upload, photo):
     assert np.array_equal(wider[:, : photo.shape[1]], pixels(third)), "the picked result became the next photo"
 
 
-def test_a_shape_sets_the_sides(open_page, upload):
+def test_a_shape_sets_the_sides_and_a_speed_the_steps(open_page, upload):
     page = open_page()
     choose(page, upload)
+    assert page.get_by_label("Fast").locator("visible=true").count() == 1, "what is for programs is not shown"
+    page.get_by_label("Fast").locator("visible=true").click()
     page.get_by_role("tab", name="Uncrop").click()
     page.get_by_label("16:9").click()
     page.wait_for_function("document.querySelector('[aria-label=\"number input for Left (%)\"]').value > 16")
     run(page, "Uncrop")
     height, width, _ = pixels(download(page)[0]).shape
     assert abs(width / height - 16 / 9) < 0.01 and height == 150
+    steps(page, 9)
+    assert page.get_by_label("Standard").locator("visible=true").is_checked(), "own steps are no speed's"
 
 
 def test_jpeg_shows_its_quality(open_page, photo, tmp_path):
