@@ -30,6 +30,11 @@ MAX_PROFILE = 4_000_000  # bytes of a colour profile
 NO_PHOTOGRAPHS = ("EPS", "WMF")  # drawings, which a program of the system would be started for
 WORDS = re.compile(r"alpha|#[0-9a-fA-F]{6}|[0-9]+,[0-9]+,[0-9]+,[0-9]+")  # of `mask_for`
 
+
+class LossWarning(UserWarning):
+    """Something of a file is not kept."""
+
+
 ImageInput: TypeAlias = Image.Image | str | os.PathLike | np.ndarray | torch.Tensor
 
 
@@ -86,12 +91,32 @@ def _upright(picture: Image.Image, name: str) -> tuple[Image.Image, bytes]:
         exif = picture.getexif()
         content = exif.tobytes() if len(exif) else b""
     except Exception as error:  # its parser raises whatever it stumbles over, and the pixels are sound
-        warnings.warn(f"{name}: damaged metadata is left out ({error})", stacklevel=4)
+        warnings.warn(f"{name}: damaged metadata is left out ({error})", LossWarning, stacklevel=4)
         return picture, b""
     if len(content) > MAX_EXIF:
-        warnings.warn(f"{name}: {len(content)} bytes of metadata are left out, {MAX_EXIF} would be kept", stacklevel=4)
+        message = f"{name}: {len(content)} bytes of metadata are left out, {MAX_EXIF} would be kept"
+        warnings.warn(message, LossWarning, stacklevel=4)
         return picture, b""
     return picture, content
+
+
+def _tell_depth(picture: Image.Image, name: str) -> None:
+    """Pillow decodes colour at 8 bits a channel in silence. Before it does.
+
+    Raises:
+        ValueError: a TIFF of 16 bits in separate planes, of which it would make noise.
+    """
+    if picture.mode not in ("RGB", "RGBA", "LA", "RGBX"):
+        return
+    tags = getattr(picture, "tag_v2", {})
+    arguments = [tile[3] for tile in getattr(picture, "tile", [])]
+    modes = [one if isinstance(one, str) else one[0] for one in arguments if isinstance(one, (str, tuple))]
+    deep = any(";16" in str(mode) for mode in modes)
+    if not deep and max(tags.get(258, (8,))) > 8:
+        raise ValueError(f"{name} has 16 bits a channel in separate planes, expected interleaved or compressed ones")
+    if deep:
+        message = f"{name} has 16 bits a channel: colour is read at 8, so the finer half of each level is lost"
+        warnings.warn(message, LossWarning, stacklevel=5)
 
 
 def _from_pil(picture: Image.Image, name: str, max_pixels: int) -> Picture:
@@ -102,6 +127,7 @@ def _from_pil(picture: Image.Image, name: str, max_pixels: int) -> Picture:
         raise ValueError(f"{name} is {width}x{height}, expected at least 1x1")
     profile = picture.info.get("icc_profile")
     info = {"icc_profile": profile} if profile and len(profile) <= MAX_PROFILE else {}
+    _tell_depth(picture, name)
     picture.load()
     picture, exif = _upright(picture, name)
     if exif:

@@ -135,7 +135,11 @@ def _quiet() -> None:
     import logging
     import warnings
 
+    from .canvas import LossWarning
+
     warnings.filterwarnings("ignore")
+    warnings.simplefilter("always", LossWarning)
+    warnings.showwarning = lambda message, *_: print(f"palette: {message}", file=sys.stderr)
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
 

@@ -59,13 +59,17 @@ SHOW_RESULT = "() => { if (innerWidth < 768) document.querySelector('#status').s
 # the tabs were measured before the style sheet came
 FIT_TABS = "() => setTimeout(() => dispatchEvent(new Event('resize')), 200)"
 CSS = """
-.gradio-container {max-width: 1240px !important; margin: auto}
+.gradio-container {max-width: 1240px !important; width: 100%; margin: auto}
 #title p {margin: 0}
 .tab-container button {padding: 0 .5rem !important; font-size: .95rem}
 @media (max-width: 480px) {.tab-container button {padding: 0 .35rem !important; font-size: .85rem}}
+#gallery .grid-wrap {padding-top: 2.5rem}
 #status {min-height: 2.6rem}
-#preview img {width: 100%; max-height: 640px; object-fit: contain}
-#status progress {width: 100%; height: .5rem; accent-color: var(--color-accent)}
+#preview .image-frame, #preview img {width: 100%; height: auto; max-height: 640px; object-fit: contain}
+#status progress {width: 100%; height: .5rem; appearance: none; border: 0; background: var(--border-color-primary)}
+#status progress::-webkit-progress-bar {background: var(--border-color-primary)}
+#status progress::-webkit-progress-value {background: var(--color-accent)}
+#status progress::-moz-progress-bar {background: var(--color-accent)}
 """
 
 
@@ -128,7 +132,7 @@ class Page:
                     self.invert = gr.Checkbox(label="Keep only what is painted")
                     self.grow = gr.Slider(0, 64, GROW, step=1, label="Grow the mask (pixels)")
                 with gr.Accordion("Upload a mask instead", open=False):
-                    self.mask = gr.Image(label="Mask, as large as the photo; white = fill in", height=200, **photo)
+                    self.mask = gr.Image(label="Mask: white = fill in", height=200, **photo)
                 self._finish("Inpaint", mask=self.mask)
             with gr.Tab("Uncrop"):
                 gr.Markdown("More picture beyond the border.")
@@ -182,14 +186,14 @@ class Page:
         self.status = gr.HTML(_status("Choose a photo, then press the button."), elem_id="status")
         self.stop = gr.Button("Stop", variant="stop", visible=False, elem_id="stop")
         self.preview = gr.Image(
-            label="Preview", format="jpeg", interactive=False, visible=False, elem_id="preview", buttons=[]
+            label="Preview", format="png", interactive=False, visible=False, elem_id="preview", buttons=[]
         )
         self.slider = gr.ImageSlider(
             label="Before / after", format="png", interactive=False, elem_id="result", buttons=["fullscreen"],
             max_height=640,
         )  # fmt: skip
         self.gallery = gr.Gallery(
-            label="Pick one", visible=False, columns=4, height=180, object_fit="contain", allow_preview=False,
+            label="Pick one", visible=False, columns=4, height="auto", object_fit="contain", allow_preview=False,
             format="png", interactive=False, elem_id="gallery", buttons=[],
         )  # fmt: skip
         with gr.Row():
@@ -229,7 +233,7 @@ class Page:
         for run in runs:
             run.then(lambda: gr.update(visible=False), None, self.stop, queue=False, show_progress="hidden", **private)
         self.stop.click(self._stop, None, None, queue=False, show_progress="hidden", **private)
-        self.photo.change(
+        chosen = self.photo.change(
             self._photo,
             self.photo,
             [self.facts, self.quality, self.editor, self.aspect],
@@ -237,6 +241,7 @@ class Page:
             show_progress="hidden",
             **private,
         )
+        chosen.failure(lambda: None, None, self.photo, queue=False, show_progress="hidden", **private)
         self.aspect.input(self._aspect, [self.photo, self.aspect], sides, preprocess=False, **private)
         gr.on([side.input for side in sides], lambda: OWN, None, self.aspect, queue=False, **private)
         gr.on([self.photo.upload, self.photo.clear], lambda: None, None, self.mask, queue=False, **private)
@@ -404,9 +409,10 @@ class Page:
             image, mask = (gr.Image(label=x, type="filepath", image_mode=None) for x in ("image", "mask"))
             sides = [gr.Number(0, label=side, precision=None) for side in ("left", "right", "top", "bottom")]
             seed, steps = gr.Number(0, label="seed"), gr.Number(default, label="steps")
+            speed = gr.Radio(list(SPEED_NAMES), value=STANDARD, label="speed")
             result = gr.Image(label="result", type="filepath", format="png")
             state = gr.JSON(label="health")
-        tail = [seed, steps, gr.Radio(list(SPEED_NAMES), value=STANDARD, label="speed")]
+        tail = [seed, steps, speed]
         for function, inputs in (
             (handlers.colorize, [image, *tail]),
             (handlers.inpaint, [image, mask, *tail]),

@@ -34,7 +34,7 @@ SOLVERS = {
 @dataclass(frozen=True)
 class Step:
     """One step is done. number: from 1 to `of`; level: 1, 2, ... where a hole is filled coarse to fine;
-    seconds: what is left of this level; picture: what the network predicts, at its size, thinned out above 640."""
+    seconds: what is left of this level; picture: what the network predicts, at its size, thinned out above 320."""
 
     number: int
     of: int
@@ -153,7 +153,7 @@ def watch(
         gone.set()
 
 
-def _shown(predicted: torch.Tensor, side: int = 640) -> Image.Image:
+def _shown(predicted: torch.Tensor, side: int = 320) -> Image.Image:
     every = math.ceil(max(predicted.shape[-2:]) / side)
     return canvas.to_pil(predicted[..., ::every, ::every])
 

@@ -137,6 +137,7 @@ def test_the_prediction_streams_and_stop_stops(open_page, upload):
     preview = page.locator("#preview img")
     preview.wait_for()
     first = preview.get_attribute("src")
+    assert preview.bounding_box()["width"] > 300, "large enough to watch"
     page.wait_for_function("first => document.querySelector('#preview img').src != first", arg=first)
     assert "of 100" in page.locator("#status").inner_text()
     shot(page, "streaming")
@@ -181,15 +182,19 @@ def test_variations_slider_and_chaining(open_page, upload, photo):
     assert np.array_equal(wider[:, : photo.shape[1]], pixels(third)), "the picked result became the next photo"
 
 
-def test_a_shape_sets_the_sides(open_page, upload):
+def test_a_shape_sets_the_sides_and_a_speed_the_steps(open_page, upload):
     page = open_page()
     choose(page, upload)
+    assert page.get_by_label("Fast").locator("visible=true").count() == 1, "what is for programs is not shown"
+    page.get_by_label("Fast").locator("visible=true").click()
     page.get_by_role("tab", name="Uncrop").click()
     page.get_by_label("16:9").click()
     page.wait_for_function("document.querySelector('[aria-label=\"number input for Left (%)\"]').value > 16")
     run(page, "Uncrop")
     height, width, _ = pixels(download(page)[0]).shape
     assert abs(width / height - 16 / 9) < 0.01 and height == 150
+    steps(page, 9)
+    assert page.get_by_label("Standard").locator("visible=true").is_checked(), "own steps are no speed's"
 
 
 def test_jpeg_shows_its_quality(open_page, photo, tmp_path):
@@ -237,6 +242,7 @@ def test_a_wrong_file_gives_a_clear_message(open_page, tmp_path):
     page = open_page()
     page.set_input_files("#photo input[type=file]", tmp_path / "note.png")
     page.get_by_text("no picture that can be read").first.wait_for()
+    page.locator("#photo img").wait_for(state="detached")
     shot(page, "wrong-file")
 
 
@@ -252,12 +258,12 @@ def test_a_wrong_file_gives_a_clear_message(open_page, tmp_path):
 def test_phone_and_desk_light_and_dark(open_page, upload, scheme, size, tabs):
     page = open_page(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme)
     choose(page, upload)
-    assert page.evaluate("document.documentElement.scrollWidth") <= size[0], "nothing sticks out at the side"
     dark = page.evaluate("document.body.classList.contains('dark')")
     assert dark == (scheme == "dark")
     for tab in tabs:
         page.get_by_role("tab", name=tab).click()
         shot(page, f"{scheme}-{size[0]}-{tab.lower()}")
+        assert page.evaluate("document.documentElement.scrollWidth") <= size[0], "nothing sticks out at the side"
     run(page, "Colorize")
     page.wait_for_timeout(700)
     assert page.locator("#status").evaluate("e => e.getBoundingClientRect().top < innerHeight"), "the result is in view"

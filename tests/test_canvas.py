@@ -1,4 +1,6 @@
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -467,3 +469,64 @@ def test_what_holds_eight_bits_gets_them(tmp_path):
         assert Image.open(tmp_path / name).getpixel((3, 3)) == (128, 128, 128)
     assert canvas.sheet([image]).getpixel((12, 12)) == (128, 128, 128)
     assert canvas.diversity([image, Image.fromarray(np.full((8, 8), 33153, np.uint16))]) == 1
+
+
+def png_of_16_bits(path, pixels):
+    """(H, W, 2, 3 or 4) uint16; Pillow writes none of colour."""
+    height, width, channels = pixels.shape
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    return path
+
+
+def tiff_of_16_bits(path, pixels, separate):
+    """(H, W, 3) uint16, uncompressed, the channels interleaved or one after another."""
+    height, width, _ = pixels.shape
+    strips = [pixels[..., i] for i in range(3)] if separate else [pixels]
+    lengths = [strip.nbytes for strip in strips]
+    tags = {
+        256: [width], 257: [height], 258: [16] * 3, 259: [1], 262: [2],
+        273: [8 + sum(lengths[:i]) for i in range(len(strips))],
+        277: [3], 278: [height], 279: lengths, 284: [1 + separate],
+    }  # fmt: skip
+    data, entries = b"".join(strip.tobytes() for strip in strips), b""
+    for tag, values in tags.items():
+        packed = struct.pack(f"<{len(values)}I", *values)
+        if len(values) > 1:
+            data, packed = data + packed, struct.pack("<I", 8 + len(data))
+        entries += struct.pack("<HHI", tag, 4, len(values)) + packed
+    head = b"II*\0" + struct.pack("<I", 8 + len(data))
+    path.write_bytes(head + data + struct.pack("<H", len(tags)) + entries + bytes(4))
+    return path
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_colour_of_16_bits_is_told(tmp_path, channels, seeded):
+    pixels = np.random.default_rng(0).integers(0, 65536, (9, 7, channels), np.uint16)
+    with pytest.warns(canvas.LossWarning, match="a.png has 16 bits a channel: colour is read at 8"):
+        picture = canvas.read(png_of_16_bits(tmp_path / "a.png", pixels))
+    wanted = pixels[..., :3] if channels > 2 else pixels[..., :1].repeat(3, -1)
+    assert np.abs(canvas.to_uint8(picture.image) - wanted / 257).max() < 1.01
+    assert (picture.alpha is None) == (channels == 3)
+
+
+def test_a_tiff_of_16_bits(tmp_path):
+    """Interleaved, it is read at 8 bits, and told; Pillow would make noise of one in planes."""
+    pixels = np.random.default_rng(0).integers(0, 65536, (9, 7, 3), np.uint16)
+    with pytest.warns(canvas.LossWarning, match="a.tif has 16 bits a channel"):
+        picture = canvas.read(tiff_of_16_bits(tmp_path / "a.tif", pixels, separate=False))
+    assert np.abs(canvas.to_uint8(picture.image) - pixels / 257).max() < 1.01
+    with pytest.raises(ValueError, match="b.tif has 16 bits a channel in separate planes"):
+        canvas.read(tiff_of_16_bits(tmp_path / "b.tif", pixels, separate=True))
+
+
+@pytest.mark.filterwarnings("error")
+def test_nothing_is_told_where_nothing_is_lost(tmp_path, photo):
+    for name, image in (("a.png", photo), ("b.tif", photo), ("c.png", photo[..., 0].astype(np.uint16) * 257)):
+        canvas.read(png(tmp_path, Image.fromarray(image), name))

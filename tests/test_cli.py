@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
+from test_canvas import png_of_16_bits
 from typer.testing import CliRunner
 
 from palette_diffusers import canvas, sizes
@@ -238,3 +239,11 @@ def test_a_full_disk_and_a_folder_that_cannot_be_written(files):
         last = out.stderr.splitlines()[-1]
         assert out.returncode == 2 and words in last and "Traceback" not in out.stderr, out.stderr
     assert not list(files.glob("*out.png*")) and not list(files.glob(".*"))
+
+
+def test_what_is_lost_of_a_file_is_told(files):
+    pixels = np.random.default_rng(0).integers(0, 65536, (64, 64, 3), np.uint16)
+    source = png_of_16_bits(files / "deep.png", pixels)
+    out = invoke("colorize", source, "-o", files / "out.png", "--model", files / "model", "--steps", 1)
+    assert out.exit_code == 0
+    assert f"palette: {source} has 16 bits a channel: colour is read at 8, so the finer half" in out.stderr

@@ -4,8 +4,10 @@ import asyncio
 import base64
 import importlib.util
 import io
+import json
 import os
 import pickle
+import shlex
 import subprocess
 import sys
 import threading
@@ -30,6 +32,7 @@ from palette_diffusers.demo_batches import Stopped  # noqa: E402
 from palette_diffusers.demo_handlers import Handlers, Settings, gpu_seconds  # noqa: E402
 from palette_diffusers.demo_jobs import SOLVERS, Step, watch, with_solver  # noqa: E402
 from palette_diffusers.demo_limits import Limits, whole  # noqa: E402
+from palette_diffusers.space import write_space  # noqa: E402
 
 LIMITS = {"PALETTE_MAX_PIXELS": "1000000", "PALETTE_MAX_BYTES": "2000000", "PALETTE_MAX_QUEUE": "2",
     "PALETTE_MAX_JOBS": "2", "PALETTE_MAX_VISITORS": "3"}  # fmt: skip
@@ -534,6 +537,46 @@ def test_the_tree_of_the_space_runs_by_itself(tmp_path):
     again = CliRunner().invoke(cli.app, ["publish-space", "anna/palette", "--dry-run", str(tmp_path / "space")])
     assert again.exit_code == 2
     assert CliRunner().invoke(cli.app, ["publish-space", "a/b/c", "--dry-run", str(tmp_path / "x")]).exit_code == 2
+
+
+def test_what_the_dockerfile_does_can_be_done(tmp_path):
+    """No docker here: every line is read, what it names is there, and its last command runs and answers its check."""
+    tree = set(write_space(tmp_path / "space"))
+    text = (tmp_path / "space" / "Dockerfile").read_text()
+    lines = [line.split(maxsplit=1) for line in text.splitlines() if line and not line.startswith("#")]
+    steps = {}
+    for word, rest in lines:
+        steps.setdefault(word, []).append(rest)
+    assert lines[0][0] == "FROM" and set(steps) == {
+        "FROM", "RUN", "WORKDIR", "COPY", "USER", "ENV", "EXPOSE", "HEALTHCHECK", "CMD"
+    }  # fmt: skip
+    sources = {word for rest in steps["COPY"] for word in rest.split()[:-1]}
+    assert sources - {"."} and sources - {"."} <= tree
+    user = steps["USER"][0]
+    assert any(run.startswith("useradd") and run.split()[-1] == user for run in steps["RUN"]), "not root"
+    order = [word for word, _ in lines]
+    assert max(i for i, word in enumerate(order) if word in ("RUN", "COPY")) < order.index("USER")
+    front = (ROOT / "spaces_app" / "README.md").read_text()
+    assert f"FROM python:{front.split('python_version: ')[1].split()[0].strip(chr(34))}-slim" in text
+    assert f"gradio=={front.split('sdk_version: ')[1].split()[0]}" in text
+    port, exposed = free_port(), steps["EXPOSE"][0]
+    given = dict(pair.split("=") for rest in steps["ENV"] for pair in rest.split())
+    assert given["GRADIO_SERVER_NAME"] == "0.0.0.0" and f":{exposed}/health" in steps["HEALTHCHECK"][0]
+    environment = os.environ | given | {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port)}
+    environment["PYTHONPATH"] = ""
+    command = json.loads(steps["CMD"][0])
+    assert command[0] == "python" and command[1] in tree
+    process = subprocess.Popen([sys.executable, *command[1:]], env=environment, cwd=tmp_path / "space")
+    try:
+        check = shlex.split(steps["HEALTHCHECK"][0].removeprefix("CMD ").replace(exposed, str(port)))
+        until = time.monotonic() + 90
+        while subprocess.run([sys.executable, *check[1:]], stderr=subprocess.DEVNULL).returncode:
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.5)
+    finally:
+        process.terminate()
+        process.wait(10)
+    assert not list((tmp_path / "space").rglob("__pycache__")), "the server writes nothing beside its code"
 
 
 def test_the_space_pins_what_is_tested():

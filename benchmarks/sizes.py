@@ -1,0 +1,264 @@
+"""Photographs of any size: cost and memory up to 48 megapixels, tiles, folders, seams.
+
+    python benchmarks/sizes.py --output benchmarks/results/sizes.json
+
+The photographs are scikit-image's public-domain and CC0 ones (astronaut, chelsea, coffee, rocket), larger ones mosaics
+of them. Processor seconds, one thread by OMP_NUM_THREADS=1; a part that is in the output file is not run again.
+large: the command line, each row in a process of its own; few steps, since time grows with them and memory does not.
+tiling: a 1024-pixel square in blended tiles, against the same pixels in the same network without overlap.
+folder: 200 small photographs from files to files, against the network's own evaluations alone.
+seams: gradients across the borders of tiles and blocks, against those elsewhere, beside those of the originals.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from peers import machine
+from PIL import Image
+
+from palette_diffusers import PalettePipeline, folders, sizes
+
+MEGAPIXELS = (0.25, 1, 4, 12, 48)
+RUN = """
+import sys, time
+from palette_diffusers import cli
+from palette_diffusers.pipeline import PalettePipeline
+network, seconds, pixels = PalettePipeline._predict, 0.0, 0
+def timed(self, sample, *rest):
+    global seconds, pixels
+    begin = time.process_time()
+    out = network(self, sample, *rest)
+    seconds, pixels = seconds + time.process_time() - begin, pixels + sample[:, 0].numel()
+    return out
+PalettePipeline._predict = timed
+begin = time.process_time()
+try:
+    cli.app(sys.argv[1:])
+except SystemExit as end:
+    if end.code:
+        raise
+status = open("/proc/self/status").read().split("VmHWM:")[1].split()[0]  # not ru_maxrss, which is inherited
+print(int(status) / 2**20, time.process_time() - begin, seconds, pixels / 1e6)
+"""
+
+
+def photographs() -> dict[str, np.ndarray]:
+    from skimage import data
+
+    return {name: getattr(data, name)() for name in ("astronaut", "chelsea", "coffee", "rocket")}
+
+
+def mosaic(width: int, height: int) -> Image.Image:
+    cells, out = [photo[:300, :448] for photo in photographs().values()], np.zeros((height, width, 3), np.uint8)
+    for i, y in enumerate(range(0, height, 300)):
+        for j, x in enumerate(range(0, width, 448)):
+            cell = cells[(3 * i + j) % 4][:, :: -1 if (i * j) % 3 == 1 else 1]
+            out[y : y + 300, x : x + 448] = cell[: height - y, : width - x]
+    return Image.fromarray(out)
+
+
+def large(rows: list[dict], keep: Callable) -> None:
+    """The hole is 10% of the picture; a quarter of an uncropping's result is new, on the right."""
+    with tempfile.TemporaryDirectory() as folder:
+        for megapixels in reversed(MEGAPIXELS):
+            width, height = round((megapixels * 4e6 / 3) ** 0.5), round((megapixels * 3e6 / 4) ** 0.5)
+            side = [round(length * 0.1**0.5) for length in (width, height)]
+            box = [width // 4, height // 4, width // 4 + side[0], height // 4 + side[1]]
+            jobs = {
+                "uncropping": ("uncrop", width * 3 // 4, ["--right", str(width - width * 3 // 4), "--steps", "2"]),
+                "inpainting": ("inpaint", width, ["--mask", ",".join(map(str, box)), "--steps", "2"]),
+                "jpeg_restoration": ("restore", width, ["--steps", "1"]),
+                "colorization": ("colorize", width, []),
+            }
+            for task, (command, across, options) in jobs.items():
+                if any(row["task"] == task and row["megapixels"] == megapixels for row in rows):
+                    continue
+                source = Path(folder, "photo.jpg")
+                mosaic(across, height).save(source, quality=10 if command == "restore" else 95)
+                arguments = [command, str(source), "-o", f"{folder}/out.png", "--dtype", "float32", *options]
+                environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+                done = subprocess.run(
+                    [sys.executable, "-c", RUN, *arguments], capture_output=True, text=True, env=environment
+                )
+                if done.returncode:
+                    raise RuntimeError(done.stderr[-500:])
+                memory, seconds, network, evaluated = map(float, done.stdout.split()[-4:])
+                rows.append({
+                    "task": task, "megapixels": megapixels, "steps": int(options[-1]) if "--steps" in options else 8,
+                    "peak GiB": round(memory, 2), "seconds": round(seconds, 1), "network seconds": round(network, 1),
+                    "megapixels evaluated": round(evaluated, 2),
+                    "seconds a megapixel": round(seconds / megapixels, 2),
+                })  # fmt: skip
+                keep(rows[-1])
+
+
+def seconds(call: Callable, rounds: int = 3) -> float:
+    times = []
+    for _ in range(rounds):
+        begin = time.process_time()
+        call()
+        times.append(time.process_time() - begin)
+    return float(np.median(times))
+
+
+def tiling(pipe: PalettePipeline) -> dict:
+    gamma, out = torch.tensor(0.5), {}
+    sample, condition = torch.rand(1, 3, 1024, 1024), torch.rand(1, 4, 1024, 1024)
+    for name, tile in (("JPEG restoration", 128), ("holes", 64)):
+        parts = [
+            x.unfold(2, tile, tile).unfold(3, tile, tile).permute(0, 2, 3, 1, 4, 5).reshape(-1, x.shape[1], tile, tile)
+            for x in (sample, condition)
+        ]
+        with torch.no_grad():
+            tiles = seconds(lambda tile=tile: sizes.tiled(pipe._predict, tile, 16)(sample, gamma, condition))
+            alone = seconds(lambda parts=parts: [
+                pipe._predict(a, gamma, b) for a, b in zip(parts[0].split(32), parts[1].split(32), strict=True)
+            ])  # fmt: skip
+        out[name] = {"tile": tile, "seconds": round(tiles, 2), "without overlap": round(alone, 2),
+                     "overhead": round(tiles / alone - 1, 3)}  # fmt: skip
+    return out
+
+
+def folder(pipe: PalettePipeline, count: int = 200) -> dict:
+    """Wall-clock seconds: files are read and written beside the network."""
+    rng, photos = np.random.default_rng(0), list(photographs().values())
+    with tempfile.TemporaryDirectory() as root:
+        source, target = Path(root, "in"), Path(root, "out")
+        source.mkdir()
+        for i in range(count):
+            photo = photos[i % 4]
+            y, x = rng.integers(0, photo.shape[0] - 192), rng.integers(0, photo.shape[1] - 256)
+            Image.fromarray(photo[y : y + 192, x : x + 256]).save(source / f"{i}.jpg", quality=90)
+
+        def restore(jobs: list, pictures: list, masks: list | None) -> list:
+            generators = [torch.Generator().manual_seed(0) for _ in jobs]
+            return pipe(pictures, task="colorization", generator=generators).images
+
+        shares, times, network, spent = [], [], pipe._predict, 0.0
+
+        def timed(*given: torch.Tensor) -> torch.Tensor:
+            nonlocal spent
+            begin = time.perf_counter()
+            out = network(*given)
+            spent += time.perf_counter() - begin
+            return out
+
+        pipe._predict = timed  # type: ignore[method-assign]
+        for _ in range(3):
+            spent, begin = 0.0, time.perf_counter()
+            folders.run(folders.plan(source, target), restore, overwrite=True)
+            times.append(time.perf_counter() - begin)
+            shares.append(spent / times[-1])
+        del pipe._predict
+    return {"photographs": count, "size": "256x192", "seconds": round(float(np.median(times)), 2),
+            "photographs a second": round(count / float(np.median(times)), 2),
+            "share of the network's own batched speed": round(float(np.median(shares)), 3)}  # fmt: skip
+
+
+def steps_at(
+    image: np.ndarray, borders: list[set[int]], among: int, inside: tuple[slice, slice]
+) -> tuple[float, float]:
+    """Mean differences of neighbours (H, W, 3) across `borders` (those of rows, of columns; the first pixel beyond),
+    and across every other line that is a multiple of `among`."""
+    at, elsewhere = [], []
+    for axis, lines in enumerate(borders):
+        change = np.abs(np.diff(image.astype(float), axis=axis)).mean(-1)
+        span = inside[axis]
+        for line in range(span.start + among - span.start % among, span.stop, among):
+            values = change[line - 1, inside[1]] if axis == 0 else change[inside[0], line - 1]
+            (at if line in lines else elsewhere).append(values)
+    return float(np.concatenate(at).mean()), float(np.concatenate(elsewhere).mean())
+
+
+def lines(length: int, tile: int, first: int = 0) -> set[int]:
+    """Where tiles start and end."""
+    starts = [start for start, _ in sizes.tile_places(length, 1, tile, 16)]
+    return {first + line for start in starts for line in (start, start + tile) if 0 < line < length}
+
+
+def seams(pipe: PalettePipeline) -> dict:
+    """JPEG at quality 10, with and without blocks of about 272 pixels; a hole and a border of which half is new."""
+    found: dict[str, list[list[float]]] = {}
+    for photo in photographs().values():
+        height, width = photo.shape[:2]
+        with tempfile.TemporaryDirectory() as root:
+            Image.fromarray(photo).save(f"{root}/a.jpg", quality=10)
+            for name, block in (("JPEG, tiles", sizes.BLOCK), ("JPEG, blocks", 272)):
+                usual, sizes.BLOCK = sizes.BLOCK, block
+                try:
+                    views = sizes.blocks(height, width, 16)
+                    generator = torch.Generator().manual_seed(0)
+                    image = pipe(f"{root}/a.jpg", task="jpeg_restoration", generator=generator).images[0]
+                finally:
+                    sizes.BLOCK = usual
+                borders = [lines(height, 128), lines(width, 128)]
+                if len(views) > 1:
+                    borders = [{v.top for v in views} | {v.top + v.height for v in views},
+                               {v.left for v in views} | {v.left + v.width for v in views}]  # fmt: skip
+                everywhere = (slice(0, height), slice(0, width))
+                found.setdefault(name, []).append([
+                    value for x in (np.asarray(image), photo) for value in steps_at(x, borders, 8, everywhere)
+                ])  # fmt: skip
+        box = (height // 4, width // 4, height * 3 // 4, width * 3 // 4)
+        mask = torch.zeros(1, 1, height, width)
+        mask[..., box[0] : box[2], box[1] : box[3]] = 1
+        grown = torch.zeros(1, 1, height, width + width // 2)
+        grown[..., width:] = 1
+        jobs = {
+            "inpainting": (mask, {"mask_image": mask}, (slice(box[0], box[2]), slice(box[1], box[3]))),
+            "uncropping": (grown, {"right": width // 2}, (slice(0, height), slice(width + 1, width + width // 2))),
+        }
+        for name, (hole, options, inside) in jobs.items():
+            generator = torch.Generator().manual_seed(0)
+            image = np.asarray(pipe(photo, task=name, generator=generator, **options).images[0])
+            rows = [image]
+            if name == "inpainting":
+                rows.append(photo)
+            view = sizes.hole_view(hole, 64, pipe.unet.size_multiple)
+            borders = [lines(view.height, 64, view.top), lines(view.width, 64, view.left)]
+            found.setdefault(name, []).append([value for x in rows for value in steps_at(x, borders, 1, inside)])
+    out = {}
+    for name, values in found.items():
+        mean = np.mean(values, axis=0)
+        out[name] = {"result": round(float(mean[0] / mean[1]), 3)}
+        if len(mean) == 4:
+            out[name]["original"] = round(float(mean[2] / mean[3]), 3)
+        print(name, out[name], flush=True)
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="large,tiling,folder,seams", help="which parts, comma-separated")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file")
+    args = parser.parse_args()
+    parts = {"tiling": tiling, "folder": folder, "seams": seams}
+    if unknown := set(args.only.split(",")) - {"large", *parts}:
+        parser.error(f"--only has {', '.join(unknown)}, expected some of large, {', '.join(parts)}")
+    result = json.loads(args.output.read_text()) if args.output.exists() else {"machine": machine()}
+
+    def keep(row: object) -> None:
+        print(json.dumps(row), flush=True)
+        args.output.write_text(json.dumps(result, indent=2) + "\n")
+
+    for name in args.only.split(","):
+        if name == "large":
+            large(result.setdefault("large", []), keep)
+        elif name not in result:
+            pipe = PalettePipeline.from_pretrained()
+            pipe.set_progress_bar_config(disable=True)
+            result[name] = parts[name](pipe)
+            keep(result[name])
+
+
+if __name__ == "__main__":
+    main()
