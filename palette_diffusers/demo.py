@@ -39,7 +39,7 @@ from .demo_handlers import (
 )
 from .demo_jobs import SOLVERS, Step, on_zero_gpu
 from .demo_limits import BodyLimit, Limits, choice, open_upload, whole
-from .machine import best_dtype, bound_caches, chosen_device
+from .machine import best_dtype, bound_arenas, bound_caches, chosen_device
 from .pipeline import PalettePipeline
 from .tasks import get_task
 
@@ -437,6 +437,7 @@ class Page:
 def load(model: str | None = None, device: str = "auto") -> PalettePipeline:
     """The pipeline on the fastest device, warm: a folder, a Hub id, or None for the starter checkpoint."""
     bound_caches()
+    bound_arenas()
     device = chosen_device(device)
     pipe = PalettePipeline.from_pretrained(model, dtype=best_dtype(device)).to(device)
     pipe.set_progress_bar_config(disable=True)

@@ -1,6 +1,8 @@
 """What this machine computes fastest with."""
 
+import ctypes
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -29,6 +31,13 @@ def bound_caches() -> None:
     """oneDNN keeps what it prepared for each layer and shape, 1024 times: photographs of ever new sizes fill memory.
     Fewer here, unless `ONEDNN_PRIMITIVE_CACHE_CAPACITY` is set; before the first convolution, and for its process."""
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(PRIMITIVES))
+
+
+def bound_arenas() -> None:
+    """glibc gives threads heaps of their own, in which a server's many short ones leave holes that add up: one heap for
+    those that start from now on. Other systems' allocators are left as they are."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(-8, 1)  # M_ARENA_MAX
 
 
 def chosen_device(name: str) -> str:
