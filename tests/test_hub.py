@@ -428,6 +428,8 @@ def test_adapters(tmp_path, place):
 
     pipe = PalettePipeline.from_pretrained(tree)
     pipe.unet.load_lora_adapter(tree / "lora", prefix=None, use_safetensors=True, adapter_name="mine")
+    for p in pipe.unet.parameters():  # a mapped file's lie at other addresses, and some processors then round otherwise
+        p.data = p.data.clone()
     assert sample(pipe, place / "photo.png") == adapted != plain
     attention = pipe.unet.mid_block.attentions[0].to_q.base_layer
     before = attention.weight.clone()
