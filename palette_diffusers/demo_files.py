@@ -8,34 +8,36 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppres
 from pathlib import Path
 from typing import Any
 
+Seen = dict[tuple[str, int], float]  # a file as it was written => when that was seen first, by a clock that nobody sets
 
-def delete_old(blocks: Any, seen: dict[tuple[str, int], float], age: float) -> None:
-    """Of the files that this `gr.Blocks` made, those that were `seen` first, as they are, more than `age` seconds ago
-    by a clock that nobody sets; its components' own stay."""
+
+def delete_old(blocks: Any, seen: Seen, age: float) -> Seen:
+    """Of the files that this `gr.Blocks` made, those that were `seen` first, as they are, more than `age` seconds ago;
+    its components' own stay. Returns what is seen now."""
     own = set().union(*(getattr(block, "keep_in_cache", ()) for block in blocks.blocks.values()))
+    now, left = time.monotonic(), {}
     for files in blocks.temp_file_sets:
         for name in set(list(files)) - own:  # a list is copied at once, whoever adds to the set
             path = Path(name)
             with suppress(FileNotFoundError):
                 written = name, path.stat().st_mtime_ns
-                if time.monotonic() - seen.setdefault(written, time.monotonic()) <= age:
+                since = seen.get(written, now)
+                if now - since <= age:
+                    left[written] = since
                     continue
                 path.unlink()
             files.discard(name)
-    gone = [written for written in seen if not Path(written[0]).exists()]
-    for written in gone:
-        del seen[written]
+    return left
 
 
 def deleting(blocks: Any, age: float) -> Callable[[Any], AbstractAsyncContextManager[None]]:
     """A lifespan for the server: looks twice in `age` seconds, every five minutes at least."""
 
-    seen: dict[tuple[str, int], float] = {}
-
     async def look() -> None:
+        seen: Seen = {}
         while True:
             await asyncio.sleep(min(600, age) / 2)
-            await asyncio.to_thread(delete_old, blocks, seen, age)
+            seen = await asyncio.to_thread(delete_old, blocks, seen, age)
 
     @asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
