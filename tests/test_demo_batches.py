@@ -181,7 +181,9 @@ def test_stopping_one_lets_the_others_go_on(pipe, photo, batches):
 
     one, two, three = at_once([lambda s=s: visit(s) for s in ("stops", "a", "b")])
     assert isinstance(one, Stopped) and seen["stops"] <= 4
-    assert two.after.size == three.after.size == (200, 150) and np.array_equal(two.after, three.after)
+    two, three = np.asarray(two.after).astype(int), np.asarray(three.after).astype(int)
+    assert two.shape == three.shape == (150, 200, 3)
+    assert abs(two - three).max() <= 1, "their places in a batch may round otherwise"
     assert {2, 3} <= set(batches), "three, then two"
     assert handlers.shared._jobs == 0 and handlers.shared._held == 0
 
