@@ -3,7 +3,9 @@
 Images are (B, C, H, W), RGB, [-1, 1]; gamma is a float32 tensor (B,) in (0, 1].
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, get_down_block, get_up_block
+from safetensors import safe_open
 from torch import nn
 
 from .scheduler import condition_velocity, timestep_of
@@ -48,6 +51,22 @@ class PaletteAttnProcessor:
         x = attn.to_out[0](x.flatten(2).to(query.dtype))
         x = x.transpose(1, 2).reshape(batch, channels, height, width)
         return (x + hidden_states) / attn.rescale_output_factor
+
+
+class _OneByOne(dict[str, torch.Tensor]):
+    """A file of weights to be cast, mapped anew for every tensor: as a whole it is never held beside the cast."""
+
+    def __init__(self, path: str | os.PathLike):
+        self._path = path
+        with safe_open(path, framework="pt") as file:
+            super().__init__(dict.fromkeys(file.keys()))  # type: ignore[arg-type]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        with safe_open(self._path, framework="pt") as file:
+            return file.get_tensor(name)
+
+    def items(self) -> Iterator[tuple[str, torch.Tensor]]:  # type: ignore[override]
+        return ((name, self[name]) for name in self)
 
 
 class PaletteUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
@@ -227,6 +246,15 @@ class PaletteUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
                 continue
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
+
+    @classmethod
+    def _load_pretrained_model(
+        cls, model: nn.Module, state_dict: Any, resolved_model_file: list[str], *args: Any, **kwargs: Any
+    ) -> Any:
+        one_by_one = kwargs["low_cpu_mem_usage"] and kwargs.get("hf_quantizer") is None
+        if one_by_one and state_dict and any(weight.dtype != kwargs["dtype"] for weight in state_dict.values()):
+            state_dict = _OneByOne(resolved_model_file[0])
+        return super()._load_pretrained_model(model, state_dict, resolved_model_file, *args, **kwargs)
 
     @property
     def size_multiple(self) -> int:
