@@ -20,6 +20,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, get_down_block, get_up_block
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 from .scheduler import condition_velocity, timestep_of
@@ -249,11 +250,13 @@ class PaletteUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
 
     @classmethod
     def _load_pretrained_model(
-        cls, model: nn.Module, state_dict: Any, resolved_model_file: list[str], *args: Any, **kwargs: Any
+        cls, model: nn.Module, state_dict: Any, resolved_model_file: list[Any], *args: Any, **kwargs: Any
     ) -> Any:
-        one_by_one = kwargs["low_cpu_mem_usage"] and kwargs.get("hf_quantizer") is None
-        if one_by_one and state_dict and any(weight.dtype != kwargs["dtype"] for weight in state_dict.values()):
-            state_dict = _OneByOne(resolved_model_file[0])
+        files = [str(file) for file in resolved_model_file]
+        plain = kwargs["low_cpu_mem_usage"] and kwargs.get("hf_quantizer") is None
+        if plain and all(file.endswith(".safetensors") for file in files):
+            if any(weight.dtype != kwargs["dtype"] for weight in load_file(files[0]).values()):
+                state_dict, resolved_model_file = None, [_OneByOne(file) for file in files]
         return super()._load_pretrained_model(model, state_dict, resolved_model_file, *args, **kwargs)
 
     @property
