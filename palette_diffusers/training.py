@@ -544,7 +544,8 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
             if step % settings.log_every == 0:
                 line = tally.line(accelerator, step)
                 bar.set_postfix({k: line[k] for k in ("loss", "samples_per_second", "waiting")})
-                accelerator.log({k: v for k, v in line.items() if isinstance(v, (int, float))}, step=step)
+                figures = {k: v for k, v in line.items() if k != "step" and isinstance(v, (int, float))}
+                accelerator.log(figures, step=step)
                 if main and bar.disable:
                     print(
                         json.dumps({k: line[k] for k in ("step", "loss", "samples_per_second", "waiting")}), flush=True
