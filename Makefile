@@ -27,12 +27,16 @@ browser:  # the tests of the demo drive Debian's Chromium; without it they are s
 	command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
 		apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } || echo "no chromium: browser tests are skipped"
 
-test: lint browser
-	$(BIN)/python -m pytest
+# a worker a core, each of one thread
+JOBS ?= auto --maxprocesses 4
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-# the whole suite, in half an hour; the test left out limits the size of files, which coverage's own are, too
+test: lint browser
+	$(PYTEST)
+
+# the test left out limits the size of files, which coverage's own are, too
 coverage: install browser
-	$(BIN)/python -m pytest --cov --cov-report= --deselect \
+	$(PYTEST) --cov --cov-report= --deselect \
 		tests/test_cli.py::test_a_full_disk_and_a_folder_that_cannot_be_written
 	$(BIN)/python -m torture.covered
 
