@@ -349,6 +349,18 @@ def tile_places(
     return [(y, x) for y, x in places if where is None or where[..., y : y + tile, x : x + tile].any()]
 
 
+def cheapest_tile(where: torch.Tensor, native: int, multiple: int, overlap: int) -> int:
+    """The side, from `native` to twice that and at most 128, of those tiles that cover `where` (1, 1, H, W) with the
+    fewest pixels: small ones follow a scratch, large ones overlap less."""
+    height, width = where.shape[-2:]
+
+    def pixels(tile: int) -> int:
+        return len(tile_places(height, width, tile, overlap, where)) * min(tile, height) * min(tile, width)
+
+    larger = [side for side in (native * 3 // 2, native * 2) if side <= 128 and side % 16 == side % multiple == 0]
+    return min([native, *larger], key=pixels)
+
+
 def halving(predict: Predict) -> Predict:
     """Wraps a noise-predicting callable: a batch that memory does not hold is done in halves. gamma is one for all.
 
@@ -382,6 +394,7 @@ def tiled(predict: Predict, tile: int, overlap: int, where: torch.Tensor | None 
 
     Tiles start at multiples of 16 pixels, so that a JPEG's 8x8 grid keeps its phase. A picture that fits into
     one tile passes through. Tiles without a pixel of `where` (1, 1, H, W) are left out, and come back as zeros.
+    batch: tiles that are evaluated at once, if they have 64 pixels a side; fewer where they are larger.
     """
     if tile % 16 or overlap % 16 or not 0 <= overlap < tile:
         raise ValueError(f"tile is {tile}, overlap {overlap}: expected multiples of 16, overlap below tile")
@@ -395,7 +408,7 @@ def tiled(predict: Predict, tile: int, overlap: int, where: torch.Tensor | None 
         window = (ramp[0][:, None] * ramp[1][None]).to(sample)
         total, weight = torch.zeros_like(sample), torch.zeros_like(sample[:1, :1])
         places = tile_places(height, width, tile, overlap, where)
-        step = max(1, batch // sample.shape[0])
+        step = max(1, batch * 64 * 64 // (h * w * sample.shape[0]))  # more fall out of a processor's caches
         for i in range(0, len(places), step):
             some = places[i : i + step]
             outputs = predict(
