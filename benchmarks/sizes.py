@@ -7,7 +7,7 @@ of them. Processor seconds, one thread by OMP_NUM_THREADS=1; a part that is in t
 large: the command line, each row in a process of its own; few steps, since time grows with them and memory does not.
 tiling: a 1024-pixel square in blended tiles, against the same pixels in the same network without overlap.
 folder: 200 small photographs from files to files, against the network's own evaluations alone.
-seams: gradients across the borders of tiles and blocks over those elsewhere, in the ratio to the same picture's without
+seams: gradients across the borders of tiles and blocks over those beside, in the ratio to the same picture's without
 them; of the last `--count` photographs of `--data`, a folder of parquet (BSDS500: held back from training), else of the
 four.
 """
@@ -167,16 +167,18 @@ def folder(pipe: PalettePipeline, count: int = 200) -> dict:
             "share of the network's own batched speed": round(float(np.median(shares)), 3)}  # fmt: skip
 
 
-def steps_at(image: np.ndarray, borders: list[set[int]], inside: tuple[slice, slice]) -> tuple[float, float]:
-    """Mean differences of neighbours (H, W, 3) across `borders` (those of rows, of columns; the first pixel beyond),
-    and across every other line."""
-    at, elsewhere = [], []
+def steps_at(image: np.ndarray, borders: list[set[int]], inside: tuple[slice, slice]) -> np.ndarray:
+    """Sums of differences of neighbours (H, W, 3): across `borders` (of rows, of columns; the first pixel beyond), and
+    their mean across the lines 2 to 4 before and after."""
+    total = np.zeros(2)
     for axis, lines in enumerate(borders):
         change = np.abs(np.diff(image.astype(float), axis=axis)).mean(-1)
-        for line in range(inside[axis].start + 1, inside[axis].stop):
-            values = change[line - 1, inside[1]] if axis == 0 else change[inside[0], line - 1]
-            (at if line in lines else elsewhere).append(values)
-    return float(np.concatenate(at).mean()), float(np.concatenate(elsewhere).mean())
+        first, last = inside[axis].start + 1, inside[axis].stop - 1
+        each = change[:, inside[1]].sum(1) if axis == 0 else change[inside[0]].sum(0)
+        for line in lines & set(range(first, last + 1)):
+            near = [each[n - 1] for d in (2, 3, 4) for n in (line - d, line + d) if first <= n <= last]
+            total += each[line - 1], np.mean(near)
+    return total
 
 
 def lines(length: int, tile: int, first: int = 0) -> set[int]:
@@ -208,12 +210,15 @@ def seams(pipe: PalettePipeline, photos: list[np.ndarray]) -> dict:
         finally:
             sizes.BLOCK, sizes.tiled = usual, real
 
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[np.ndarray]] = {}
 
     def keep(name: str, image: np.ndarray, other: np.ndarray, *where: Any) -> None:
-        (at, elsewhere), (at_other, elsewhere_other) = (steps_at(x, *where) for x in (image, other))
-        found.setdefault(name, []).append(at / elsewhere / (at_other / elsewhere_other))
-        print(name, len(found[name]), round(found[name][-1], 3), flush=True)
+        found.setdefault(name, []).append(np.concatenate([steps_at(x, *where) for x in (image, other)]))
+        print(name, len(found[name]), ratio(found[name][-1:]), flush=True)
+
+    def ratio(rows: Any) -> float:
+        at, near, at_other, near_other = np.sum(rows, axis=0)
+        return round(float(at / near / (at_other / near_other)), 3)
 
     for photo in photos:
         height, width = photo.shape[:2]
@@ -245,10 +250,11 @@ def seams(pipe: PalettePipeline, photos: list[np.ndarray]) -> dict:
             borders = [lines(view.height, chosen[0], view.top), lines(view.width, chosen[0], view.left)]
             keep(name, image, whole, borders, inside)
     out: dict[str, Any] = {"photographs": len(photos)}
-    for name, values in found.items():
-        means = np.random.default_rng(0).choice(values, (2000, len(values))).mean(1)
-        interval = [round(float(x), 3) for x in np.percentile(means, (2.5, 97.5))]
-        out[name] = {"ratio": round(float(np.mean(values)), 3), "95%": interval}
+    for name, rows in found.items():
+        again = np.random.default_rng(0).integers(0, len(rows), (2000, len(rows)))
+        interval = [round(float(x), 3) for x in np.percentile([ratio(np.array(rows)[i]) for i in again], (2.5, 97.5))]
+        without = np.sum(rows, axis=0)[2:]
+        out[name] = {"ratio": ratio(rows), "95%": interval, "without, alone": round(float(without[0] / without[1]), 3)}
     return out
 
 
