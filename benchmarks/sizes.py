@@ -7,7 +7,7 @@ of them. Processor seconds, one thread by OMP_NUM_THREADS=1; a part that is in t
 large: the command line, each row in a process of its own; few steps, since time grows with them and memory does not.
 tiling: a 1024-pixel square in blended tiles, against the same pixels in the same network without overlap.
 folder: 200 small photographs from files to files, against the network's own evaluations alone.
-seams: gradients across the borders of tiles and blocks over those beside, in the ratio to the same picture's without
+seams: gradients across the borders of tiles and blocks over those near, in the ratio to the same picture's without
 them; of the last `--count` photographs of `--data`, a folder of parquet (BSDS500: held back from training), else of the
 four.
 """
@@ -169,15 +169,15 @@ def folder(pipe: PalettePipeline, count: int = 200) -> dict:
 
 def steps_at(image: np.ndarray, borders: list[set[int]], inside: tuple[slice, slice]) -> np.ndarray:
     """Sums of differences of neighbours (H, W, 3): across `borders` (of rows, of columns; the first pixel beyond), and
-    their mean across the lines 2 to 4 before and after."""
+    their mean across the lines 8 before and after: where JPEG's blocks and the network's patches have the same phase."""
     total = np.zeros(2)
     for axis, lines in enumerate(borders):
         change = np.abs(np.diff(image.astype(float), axis=axis)).mean(-1)
         first, last = inside[axis].start + 1, inside[axis].stop - 1
         each = change[:, inside[1]].sum(1) if axis == 0 else change[inside[0]].sum(0)
         for line in lines & set(range(first, last + 1)):
-            near = [each[n - 1] for d in (2, 3, 4) for n in (line - d, line + d) if first <= n <= last]
-            total += each[line - 1], np.mean(near)
+            near = [each[n - 1] for n in (line - 8, line + 8) if first <= n <= last and n not in lines]
+            total += (each[line - 1], np.mean(near)) if near else 0
     return total
 
 

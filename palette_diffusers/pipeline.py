@@ -462,7 +462,8 @@ class PalettePipeline(DiffusionPipeline):
                 raise ValueError(f"latents came, but the mask has {len(holes)} holes apart, each sampled on its own")
         for hole in holes:
             self._fill(result, hole, mask, task, generators, latents, denoise)
-            mask = mask if hole is mask else mask - hole
+            if hole is not mask:
+                mask -= hole  # in place: `_meet` made it for this call, and it is as large as the photograph
         return result
 
     def _fill(

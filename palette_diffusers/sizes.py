@@ -139,7 +139,7 @@ def separate(mask: torch.Tensor, grid: int = 128) -> Iterator[torch.Tensor]:
 
     Holes that touch on a grid of at most `grid` cells a side stay together, and on a coarser one where they would be
     more than `MOST_HOLES`, as specks of dust are. Sizes fall; together they are the mask. Each is made when it is its
-    turn, since each is as large as the photograph.
+    turn, since each is as large as the photograph; those that have been may be taken out of the mask meanwhile.
     """
     size = tuple(mask.shape[-2:])
     cells = F.adaptive_max_pool2d(mask, tuple(min(side, grid) for side in size))
@@ -159,11 +159,18 @@ def separate(mask: torch.Tensor, grid: int = 128) -> Iterator[torch.Tensor]:
         return
     # by whole numbers: interpolation rounds, and would leave pixels out
     rows, columns = (torch.arange(n) * c // n for n, c in zip(size, labels.shape[-2:], strict=True))
+    counts = torch.zeros(labels.shape[-2], size[1]).index_add_(0, rows, mask[0, 0])
+    counts = torch.zeros(labels.shape[-2:]).index_add_(1, columns, counts)
 
     def hole(label: torch.Tensor) -> torch.Tensor:
-        return mask * (labels == label)[..., rows, :][..., columns]
+        own = labels[0, 0] == label
+        down, across = torch.nonzero(own.any(1)[rows]).flatten(), torch.nonzero(own.any(0)[columns]).flatten()
+        inside = (..., slice(int(down[0]), int(down[-1]) + 1), slice(int(across[0]), int(across[-1]) + 1))
+        out = torch.from_numpy(np.zeros(mask.shape, np.float32))  # NumPy's takes no memory where nothing is written
+        out[inside] = mask[inside] * own[rows[inside[1]]][:, columns[inside[2]]]
+        return out
 
-    yield from map(hole, sorted(found[found > 0], key=lambda label: -hole(label).sum().item()))
+    yield from map(hole, sorted(found[found > 0], key=lambda label: -counts[labels[0, 0] == label].sum().item()))
 
 
 def grain(image: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
