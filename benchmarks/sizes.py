@@ -169,7 +169,7 @@ def folder(pipe: PalettePipeline, count: int = 200) -> dict:
 
 def steps_at(image: np.ndarray, borders: list[set[int]], inside: tuple[slice, slice]) -> np.ndarray:
     """Sums of differences of neighbours (H, W, 3): across `borders` (of rows, of columns; the first pixel beyond), and
-    their mean across the lines 8 before and after: where JPEG's blocks and the network's patches have the same phase."""
+    their mean across the lines 8 before and after, where JPEG's blocks and the patches have the same phase."""
     total = np.zeros(2)
     for axis, lines in enumerate(borders):
         change = np.abs(np.diff(image.astype(float), axis=axis)).mean(-1)
