@@ -116,15 +116,16 @@ def seconds(call: Callable, rounds: int = 3) -> float:
 def tiling(pipe: PalettePipeline) -> dict:
     gamma, out = torch.tensor(0.5), {}
     sample, condition = torch.rand(1, 3, 1024, 1024), torch.rand(1, 4, 1024, 1024)
-    for name, tile in (("JPEG restoration", 128), ("holes", 64)):
+    for name, tile in (("JPEG restoration, large holes", 128), ("scratches", 64)):
+        batch = 32 * 64 * 64 // tile**2
         parts = [
             x.unfold(2, tile, tile).unfold(3, tile, tile).permute(0, 2, 3, 1, 4, 5).reshape(-1, x.shape[1], tile, tile)
             for x in (sample, condition)
         ]
         with torch.no_grad():
             tiles = seconds(lambda tile=tile: sizes.tiled(pipe._predict, tile, 16)(sample, gamma, condition))
-            alone = seconds(lambda parts=parts: [
-                pipe._predict(a, gamma, b) for a, b in zip(parts[0].split(32), parts[1].split(32), strict=True)
+            alone = seconds(lambda parts=parts, batch=batch: [
+                pipe._predict(a, gamma, b) for a, b in zip(*(x.split(batch) for x in parts), strict=True)
             ])  # fmt: skip
         out[name] = {"tile": tile, "seconds": round(tiles, 2), "without overlap": round(alone, 2),
                      "overhead": round(tiles / alone - 1, 3)}  # fmt: skip
