@@ -7,6 +7,7 @@ in dB, larger is better; distance: of the classifier's features, the mean over 6
 """
 
 import argparse
+import itertools
 import json
 import math
 import tempfile
@@ -72,18 +73,22 @@ def restore(pipe: PalettePipeline, features: torch.nn.Module, photo: Image.Image
 
 
 def summary(rows: dict[str, dict]) -> dict:
-    """name => kind => figure => number: medians, and the photographs that got worse than their JPEG."""
-    figures = ("PSNR", "PSNR-B", "distance")
+    """name => kind => figure => number: medians, how many photographs got worse than their JPEG, and the five whose
+    restoration gained least, with their gains (larger is better)."""
+    figures = {"PSNR": 1, "PSNR-B": 1, "distance": -1}
     median = {kind: {f: float(np.median([r[kind][f] for r in rows.values()])) for f in figures} for kind in KINDS}
-    worse = {
-        kind: {
-            f: sorted(n for n, r in rows.items() if (r[kind][f] - r["jpeg"][f]) * (-1 if f == "distance" else 1) < 0)
-            for f in figures
-        }
-        for kind in KINDS[1:]
+    median = {kind: {f: round(value, 3) for f, value in row.items()} for kind, row in median.items()}
+    gains: dict[str, dict[str, dict[str, float]]] = {kind: {} for kind in KINDS[1:]}
+    for kind, f in itertools.product(KINDS[1:], figures):
+        gains[kind][f] = {n: round(figures[f] * (r[kind][f] - r["jpeg"][f]), 3) for n, r in rows.items()}
+    return {
+        "median": median,
+        "worse": {kind: {f: sum(g < 0 for g in each.values()) for f, each in gains[kind].items()} for kind in gains},
+        "least gain": {
+            kind: {f: dict(sorted(each.items(), key=lambda item: item[1])[:5]) for f, each in gains[kind].items()}
+            for kind in gains
+        },
     }
-    rounded = {kind: {f: round(value, 3) for f, value in row.items()} for kind, row in median.items()}
-    return {"median": rounded, "worse than the JPEG": worse}
 
 
 def main() -> None:
@@ -92,12 +97,13 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--qualities", default="5,10,20")
     parser.add_argument("--model", default=None, help="folder or Hub id; default: the starter checkpoint")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--output", type=Path, default=None, help="JSON file")
     args = parser.parse_args()
     files = {"train": f"{args.data}/*.parquet"}
     photographs = datasets.load_dataset("parquet", data_files=files, split="train")
     photographs = photographs.select(range(len(photographs) - args.count, len(photographs)))
-    pipe = PalettePipeline.from_pretrained(args.model, dtype=torch.bfloat16)
+    pipe = PalettePipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
     pipe.set_progress_bar_config(disable=True)
     features, result = load_classifier(), {"machine": machine(), "photographs": args.count, "quality": {}}
     with tempfile.TemporaryDirectory() as folder:

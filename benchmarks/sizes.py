@@ -7,7 +7,9 @@ of them. Processor seconds, one thread by OMP_NUM_THREADS=1; a part that is in t
 large: the command line, each row in a process of its own; few steps, since time grows with them and memory does not.
 tiling: a 1024-pixel square in blended tiles, against the same pixels in the same network without overlap.
 folder: 200 small photographs from files to files, against the network's own evaluations alone.
-seams: gradients across the borders of tiles and blocks, against those elsewhere, beside those of the originals.
+seams: gradients across the borders of tiles and blocks over those near, in the ratio to the same picture's without
+them; of the last `--count` photographs of `--data`, a folder of parquet (BSDS500: held back from training), else of the
+four.
 """
 
 import argparse
@@ -17,8 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -113,15 +116,16 @@ def seconds(call: Callable, rounds: int = 3) -> float:
 def tiling(pipe: PalettePipeline) -> dict:
     gamma, out = torch.tensor(0.5), {}
     sample, condition = torch.rand(1, 3, 1024, 1024), torch.rand(1, 4, 1024, 1024)
-    for name, tile in (("JPEG restoration", 128), ("holes", 64)):
+    for name, tile in (("JPEG restoration, large holes", 128), ("scratches", 64)):
+        batch = 32 * 64 * 64 // tile**2
         parts = [
             x.unfold(2, tile, tile).unfold(3, tile, tile).permute(0, 2, 3, 1, 4, 5).reshape(-1, x.shape[1], tile, tile)
             for x in (sample, condition)
         ]
         with torch.no_grad():
             tiles = seconds(lambda tile=tile: sizes.tiled(pipe._predict, tile, 16)(sample, gamma, condition))
-            alone = seconds(lambda parts=parts: [
-                pipe._predict(a, gamma, b) for a, b in zip(parts[0].split(32), parts[1].split(32), strict=True)
+            alone = seconds(lambda parts=parts, batch=batch: [
+                pipe._predict(a, gamma, b) for a, b in zip(*(x.split(batch) for x in parts), strict=True)
             ])  # fmt: skip
         out[name] = {"tile": tile, "seconds": round(tiles, 2), "without overlap": round(alone, 2),
                      "overhead": round(tiles / alone - 1, 3)}  # fmt: skip
@@ -164,19 +168,18 @@ def folder(pipe: PalettePipeline, count: int = 200) -> dict:
             "share of the network's own batched speed": round(float(np.median(shares)), 3)}  # fmt: skip
 
 
-def steps_at(
-    image: np.ndarray, borders: list[set[int]], among: int, inside: tuple[slice, slice]
-) -> tuple[float, float]:
-    """Mean differences of neighbours (H, W, 3) across `borders` (those of rows, of columns; the first pixel beyond),
-    and across every other line that is a multiple of `among`."""
-    at, elsewhere = [], []
+def steps_at(image: np.ndarray, borders: list[set[int]], inside: tuple[slice, slice]) -> np.ndarray:
+    """Sums of differences of neighbours (H, W, 3): across `borders` (of rows, of columns; the first pixel beyond), and
+    their mean across the lines 8 before and after, where JPEG's blocks and the patches have the same phase."""
+    total = np.zeros(2)
     for axis, lines in enumerate(borders):
         change = np.abs(np.diff(image.astype(float), axis=axis)).mean(-1)
-        span = inside[axis]
-        for line in range(span.start + among - span.start % among, span.stop, among):
-            values = change[line - 1, inside[1]] if axis == 0 else change[inside[0], line - 1]
-            (at if line in lines else elsewhere).append(values)
-    return float(np.concatenate(at).mean()), float(np.concatenate(elsewhere).mean())
+        first, last = inside[axis].start + 1, inside[axis].stop - 1
+        each = change[:, inside[1]].sum(1) if axis == 0 else change[inside[0]].sum(0)
+        for line in lines & set(range(first, last + 1)):
+            near = [each[n - 1] for n in (line - 8, line + 8) if first <= n <= last and n not in lines]
+            total += (each[line - 1], np.mean(near)) if near else 0
+    return total
 
 
 def lines(length: int, tile: int, first: int = 0) -> set[int]:
@@ -185,63 +188,96 @@ def lines(length: int, tile: int, first: int = 0) -> set[int]:
     return {first + line for start in starts for line in (start, start + tile) if 0 < line < length}
 
 
-def seams(pipe: PalettePipeline) -> dict:
-    """JPEG at quality 10, with and without blocks of about 272 pixels; a hole and a border of which half is new."""
-    found: dict[str, list[list[float]]] = {}
-    for photo in photographs().values():
+def edges(firsts: Iterable[tuple[int, int]], length: int) -> set[int]:
+    """Where blocks (first, number) start and end."""
+    return {line for first, number in firsts for line in (first, first + number) if 0 < line < length}
+
+
+def seams(pipe: PalettePipeline, photos: list[np.ndarray]) -> dict:
+    """JPEG at quality 10, in tiles, and in blocks of about 272 pixels; holes of a quarter; borders of a third.
+
+    Each picture is made again, from the same noise, without what is measured: without tiles, or in one block. What a
+    place's own texture is, and the grid of the network's patches, is then in both: their ratio is the seam."""
+    usual, real, chosen = sizes.BLOCK, sizes.tiled, [0]
+
+    def recorded(predict: Callable, tile: int, *rest: Any, **more: Any) -> Callable:
+        chosen[0] = tile
+        return real(predict, tile, *rest, **more)
+
+    def made(*given: Any, tiles: bool = True, block: int = usual, **options: Any) -> np.ndarray:
+        sizes.BLOCK, sizes.tiled = block, recorded if tiles else lambda predict, *rest, **more: predict
+        try:
+            return np.asarray(pipe(*given, generator=torch.Generator().manual_seed(0), **options).images[0])
+        finally:
+            sizes.BLOCK, sizes.tiled = usual, real
+
+    found: dict[str, list[np.ndarray]] = {}
+
+    def keep(name: str, image: np.ndarray, other: np.ndarray, *where: Any) -> None:
+        found.setdefault(name, []).append(np.concatenate([steps_at(x, *where) for x in (image, other)]))
+        print(name, len(found[name]), ratio(found[name][-1:]), flush=True)
+
+    def ratio(rows: Any) -> float:
+        at, near, at_other, near_other = np.sum(rows, axis=0)
+        return round(float(at / near / (at_other / near_other)), 3)
+
+    for photo in photos:
         height, width = photo.shape[:2]
+        everywhere = (slice(0, height), slice(0, width))
         with tempfile.TemporaryDirectory() as root:
             Image.fromarray(photo).save(f"{root}/a.jpg", quality=10)
-            for name, block in (("JPEG, tiles", sizes.BLOCK), ("JPEG, blocks", 272)):
-                usual, sizes.BLOCK = sizes.BLOCK, block
-                try:
-                    views = sizes.blocks(height, width, 16)
-                    generator = torch.Generator().manual_seed(0)
-                    image = pipe(f"{root}/a.jpg", task="jpeg_restoration", generator=generator).images[0]
-                finally:
-                    sizes.BLOCK = usual
-                borders = [lines(height, 128), lines(width, 128)]
-                if len(views) > 1:
-                    borders = [{v.top for v in views} | {v.top + v.height for v in views},
-                               {v.left for v in views} | {v.left + v.width for v in views}]  # fmt: skip
-                everywhere = (slice(0, height), slice(0, width))
-                found.setdefault(name, []).append([
-                    value for x in (np.asarray(image), photo) for value in steps_at(x, borders, 8, everywhere)
-                ])  # fmt: skip
+            jpeg = dict(task="jpeg_restoration")
+            image = made(f"{root}/a.jpg", **jpeg)
+            borders = [lines(height, chosen[0]), lines(width, chosen[0])]
+            keep("JPEG, tiles", image, made(f"{root}/a.jpg", tiles=False, **jpeg), borders, everywhere)
+            in_blocks = made(f"{root}/a.jpg", block=272, **jpeg)
+        sizes.BLOCK = 272
+        views = sizes.blocks(height, width, 16)
+        sizes.BLOCK = usual
+        borders = [edges(((v.top, v.height) for v in views), height), edges(((v.left, v.width) for v in views), width)]
+        keep("JPEG, blocks", in_blocks, image, borders, everywhere)
+
         box = (height // 4, width // 4, height * 3 // 4, width * 3 // 4)
-        mask = torch.zeros(1, 1, height, width)
+        mask, grown, known = torch.zeros(1, 1, height, width), torch.zeros(1, 1, height, width), width - width // 3
         mask[..., box[0] : box[2], box[1] : box[3]] = 1
-        grown = torch.zeros(1, 1, height, width + width // 2)
-        grown[..., width:] = 1
-        jobs = {
-            "inpainting": (mask, {"mask_image": mask}, (slice(box[0], box[2]), slice(box[1], box[3]))),
-            "uncropping": (grown, {"right": width // 2}, (slice(0, height), slice(width + 1, width + width // 2))),
+        grown[..., known:] = 1
+        jobs: dict[str, tuple] = {
+            "inpainting": (photo, {"mask_image": mask}, mask, (slice(box[0], box[2]), slice(box[1], box[3]))),
+            "uncropping": (photo[:, :known], {"right": width - known}, grown, (everywhere[0], slice(known + 1, width))),
         }
-        for name, (hole, options, inside) in jobs.items():
-            generator = torch.Generator().manual_seed(0)
-            image = np.asarray(pipe(photo, task=name, generator=generator, **options).images[0])
-            rows = [image]
-            if name == "inpainting":
-                rows.append(photo)
+        for name, (given, options, hole, inside) in jobs.items():
+            image, whole = (made(given, task=name, tiles=tiles, **options) for tiles in (True, False))
             view = sizes.hole_view(hole, 64, pipe.unet.size_multiple)
-            borders = [lines(view.height, 64, view.top), lines(view.width, 64, view.left)]
-            found.setdefault(name, []).append([value for x in rows for value in steps_at(x, borders, 1, inside)])
-    out = {}
-    for name, values in found.items():
-        mean = np.mean(values, axis=0)
-        out[name] = {"result": round(float(mean[0] / mean[1]), 3)}
-        if len(mean) == 4:
-            out[name]["original"] = round(float(mean[2] / mean[3]), 3)
-        print(name, out[name], flush=True)
+            borders = [lines(view.height, chosen[0], view.top), lines(view.width, chosen[0], view.left)]
+            keep(name, image, whole, borders, inside)
+    out: dict[str, Any] = {"photographs": len(photos)}
+    for name, rows in found.items():
+        again = np.random.default_rng(0).integers(0, len(rows), (2000, len(rows)))
+        interval = [round(float(x), 3) for x in np.percentile([ratio(np.array(rows)[i]) for i in again], (2.5, 97.5))]
+        without = np.sum(rows, axis=0)[2:]
+        out[name] = {"ratio": ratio(rows), "95%": interval, "without, alone": round(float(without[0] / without[1]), 3)}
     return out
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="large,tiling,folder,seams", help="which parts, comma-separated")
+    parser.add_argument("--data", default=None, help="folder of parquet with the column image, for seams")
+    parser.add_argument("--count", type=int, default=10)
     parser.add_argument("--output", type=Path, required=True, help="JSON file")
     args = parser.parse_args()
-    parts = {"tiling": tiling, "folder": folder, "seams": seams}
+
+    def photos() -> list[np.ndarray]:
+        if args.data is None:
+            return list(photographs().values())
+        import datasets
+
+        data = datasets.load_dataset("parquet", data_files={"train": f"{args.data}/*.parquet"}, split="train")
+        return [
+            np.asarray(row["image"].convert("RGB")) for row in data.select(range(len(data) - args.count, len(data)))
+        ]
+
+    parts = {"tiling": tiling, "folder": folder, "seams": lambda pipe: seams(pipe, photos())}
     if unknown := set(args.only.split(",")) - {"large", *parts}:
         parser.error(f"--only has {', '.join(unknown)}, expected some of large, {', '.join(parts)}")
     result = json.loads(args.output.read_text()) if args.output.exists() else {"machine": machine()}

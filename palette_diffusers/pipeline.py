@@ -462,7 +462,8 @@ class PalettePipeline(DiffusionPipeline):
                 raise ValueError(f"latents came, but the mask has {len(holes)} holes apart, each sampled on its own")
         for hole in holes:
             self._fill(result, hole, mask, task, generators, latents, denoise)
-            mask = mask if hole is mask else mask - hole
+            if hole is not mask:
+                mask -= hole  # in place: `_meet` made it for this call, and it is as large as the photograph
         return result
 
     def _fill(
@@ -525,7 +526,9 @@ class PalettePipeline(DiffusionPipeline):
             if estimate is not None:
                 up = sizes.pad_to(sizes.enlarged(estimate, size, block), block.outer).clamp(-1, 1)
                 begin = torch.where(mask > 0, up, given.known)
-                predict = sizes.tiled(self._predict, native, max(16, native // 64 * 16), where=mask)
+                overlap = max(16, native // 64 * 16)
+                tile = sizes.cheapest_tile(mask, native, multiple, overlap)
+                predict = sizes.tiled(self._predict, tile, overlap, where=mask)
             if seeds and begin is not None:
                 noise, inside = sizes.noise_at(seeds, block.top, block.left, block.outer, channels=6).split(3, dim=1)
                 # what is known within one block doesn't say whether the photograph is gray: the estimate does

@@ -139,7 +139,7 @@ def separate(mask: torch.Tensor, grid: int = 128) -> Iterator[torch.Tensor]:
 
     Holes that touch on a grid of at most `grid` cells a side stay together, and on a coarser one where they would be
     more than `MOST_HOLES`, as specks of dust are. Sizes fall; together they are the mask. Each is made when it is its
-    turn, since each is as large as the photograph.
+    turn, since each is as large as the photograph; those that have been may be taken out of the mask meanwhile.
     """
     size = tuple(mask.shape[-2:])
     cells = F.adaptive_max_pool2d(mask, tuple(min(side, grid) for side in size))
@@ -159,11 +159,18 @@ def separate(mask: torch.Tensor, grid: int = 128) -> Iterator[torch.Tensor]:
         return
     # by whole numbers: interpolation rounds, and would leave pixels out
     rows, columns = (torch.arange(n) * c // n for n, c in zip(size, labels.shape[-2:], strict=True))
+    counts = torch.zeros(labels.shape[-2], size[1]).index_add_(0, rows, mask[0, 0])
+    counts = torch.zeros(labels.shape[-2:]).index_add_(1, columns, counts)
 
     def hole(label: torch.Tensor) -> torch.Tensor:
-        return mask * (labels == label)[..., rows, :][..., columns]
+        own = labels[0, 0] == label
+        down, across = torch.nonzero(own.any(1)[rows]).flatten(), torch.nonzero(own.any(0)[columns]).flatten()
+        inside = (..., slice(int(down[0]), int(down[-1]) + 1), slice(int(across[0]), int(across[-1]) + 1))
+        out = torch.from_numpy(np.zeros(mask.shape, np.float32))  # NumPy's takes no memory where nothing is written
+        out[inside] = mask[inside] * own[rows[inside[1]]][:, columns[inside[2]]]
+        return out
 
-    yield from map(hole, sorted(found[found > 0], key=lambda label: -hole(label).sum().item()))
+    yield from map(hole, sorted(found[found > 0], key=lambda label: -counts[labels[0, 0] == label].sum().item()))
 
 
 def grain(image: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
@@ -349,6 +356,18 @@ def tile_places(
     return [(y, x) for y, x in places if where is None or where[..., y : y + tile, x : x + tile].any()]
 
 
+def cheapest_tile(where: torch.Tensor, native: int, multiple: int, overlap: int) -> int:
+    """The side, from `native` to twice that and at most 128, of those tiles that cover `where` (1, 1, H, W) with the
+    fewest pixels: small ones follow a scratch, large ones overlap less."""
+    height, width = where.shape[-2:]
+
+    def pixels(tile: int) -> int:
+        return len(tile_places(height, width, tile, overlap, where)) * min(tile, height) * min(tile, width)
+
+    larger = [side for side in (native * 3 // 2, native * 2) if side <= 128 and side % 16 == side % multiple == 0]
+    return min([native, *larger], key=pixels)
+
+
 def halving(predict: Predict) -> Predict:
     """Wraps a noise-predicting callable: a batch that memory does not hold is done in halves. gamma is one for all.
 
@@ -382,6 +401,7 @@ def tiled(predict: Predict, tile: int, overlap: int, where: torch.Tensor | None 
 
     Tiles start at multiples of 16 pixels, so that a JPEG's 8x8 grid keeps its phase. A picture that fits into
     one tile passes through. Tiles without a pixel of `where` (1, 1, H, W) are left out, and come back as zeros.
+    batch: tiles that are evaluated at once, if they have 64 pixels a side; fewer where they are larger.
     """
     if tile % 16 or overlap % 16 or not 0 <= overlap < tile:
         raise ValueError(f"tile is {tile}, overlap {overlap}: expected multiples of 16, overlap below tile")
@@ -395,7 +415,7 @@ def tiled(predict: Predict, tile: int, overlap: int, where: torch.Tensor | None 
         window = (ramp[0][:, None] * ramp[1][None]).to(sample)
         total, weight = torch.zeros_like(sample), torch.zeros_like(sample[:1, :1])
         places = tile_places(height, width, tile, overlap, where)
-        step = max(1, batch // sample.shape[0])
+        step = max(1, batch * 64 * 64 // (h * w * sample.shape[0]))  # more fall out of a processor's caches
         for i in range(0, len(places), step):
             some = places[i : i + step]
             outputs = predict(

@@ -328,7 +328,7 @@ def test_holes_are_refined_up_to_the_photographs_resolution(pipe):
     out = pipe(image, task="inpainting", mask_image=mask, num_inference_steps=6, callback_on_step_end=callback)
     widths = sorted(set(seen))
     assert widths[0] == 32 and widths[-1] >= 160 and len(widths) == 3
-    assert max(sizes_seen) == 32  # in tiles of the model's size
+    assert max(sizes_seen) == 64  # in tiles of up to twice the model's size
     inside = np.asarray(out.images[0])[60:150, 60:150].astype(float)
     ring = np.concatenate([inside[0], inside[-1], inside[:, 0], inside[:, -1]])
     assert abs(ring.mean() - 100) < 4 and inside.std() > 1

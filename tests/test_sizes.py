@@ -157,6 +157,29 @@ def test_tiles_outside_the_hole_are_left_out():
     torch.testing.assert_close(out[..., 100:110, 100:110], x[..., 100:110, 100:110])
 
 
+def test_larger_tiles_are_smaller_batches():
+    """Tiles of 128 pixels, 32 at a time, took a third longer a pixel than 8 at a time."""
+    shapes = []
+
+    def predict(sample, gamma, condition):
+        shapes.append(tuple(sample.shape))
+        return sample
+
+    x = torch.randn(2, 3, 400, 400)
+    sizes.tiled(predict, 128, 16)(x, torch.tensor(0.5), x)
+    assert max(s[0] for s in shapes) == 8 and sum(s[0] for s in shapes) == 2 * 16
+
+
+def test_tiles_are_as_large_as_covers_the_hole_with_the_fewest_pixels():
+    hole, scratch = torch.zeros(1, 1, 768, 768), torch.zeros(1, 1, 768, 768)
+    hole[..., 1:, :] = 1
+    scratch[0, 0, range(768), range(768)] = 1
+    assert sizes.cheapest_tile(hole, 64, 8, 16) == 128 and sizes.cheapest_tile(scratch, 64, 8, 16) == 64
+    assert sizes.cheapest_tile(hole, 128, 8, 16) == 128 and sizes.cheapest_tile(hole, 64, 64, 16) == 128
+    assert sizes.cheapest_tile(hole[..., :90, :], 256, 8, 64) == 256  # what the network was trained at is not left
+    assert sizes.cheapest_tile(hole[..., 80:170, 80:170], 64, 8, 16) == 96  # all of it in one
+
+
 @settings(max_examples=60, deadline=None)
 @given(height=st.integers(1, 400), width=st.integers(1, 400), seed=st.integers(0, 99))
 def test_separate_holes_are_together_the_mask(height, width, seed):

@@ -232,6 +232,7 @@ def check_sizes(example: tuple) -> str:
     for y, x in places:
         covered[y : y + tile, x : x + tile] = True
     assert covered.all() and len(set(places)) == len(places)
+    check_blocks(height, width, multiple)
     rng = np.random.default_rng(seed)
     top, left = int(rng.integers(height)), int(rng.integers(width))
     mask = torch.zeros(1, 1, height, width)
@@ -248,6 +249,17 @@ def check_sizes(example: tuple) -> str:
         assert torch.isfinite(view.look(image)).all() and view.back(view.look(image)).shape == image.shape
         assert torch.isfinite(sizes.grain(image, mask)).all()
     return "accepted"
+
+
+def check_blocks(height: int, width: int, multiple: int) -> None:
+    laid, small = torch.zeros(1, 1, height, width), torch.rand(1, 1, 50, 70)
+    for block in sizes.blocks(height, width, multiple):
+        assert all(o % multiple == 0 and o >= n for o, n in zip(block.outer, (block.height, block.width), strict=True))
+        sizes.lay(laid, torch.full((1, 1, block.height, block.width), 0.25), block)
+        if height * width < 1_000_000 and height > 50 and width > 70:
+            up = sizes.enlarged(small, (height, width), block)
+            assert (up - block.crop(sizes.resize(small, (height, width)))).abs().max() < 1e-4
+    assert (laid == 0.25).all(), "blocks that agree are changed, or do not cover"
 
 
 # tasks
@@ -307,6 +319,13 @@ def toy_pipe(holes: bool) -> PalettePipeline:
 @st.composite
 def calls(draw: st.DrawFn) -> tuple:
     height, width = draw(sides(draw(st.sampled_from([90] * 6 + [250] * 3 + [1200]))))
+    block = draw(st.sampled_from([sizes.BLOCK, sizes.BLOCK, 160]))
+    if draw(st.integers(0, 2)) == 0:  # as long as so many blocks, and a little more or less
+        step, count = block - sizes.LAP, draw(st.integers(1, 3 if block == 160 else 2))
+        long = sizes.LAP + count * step + draw(st.sampled_from([-16, -1, 0, 1, 2, 7, 15, 16, 17, 49]))
+        height, width = draw(st.sampled_from([(long, min(width, 120)), (min(height, 120), long)]))
+        if block == 160 and draw(st.booleans()):
+            height, width = long, draw(st.integers(150, 290))
     side = st.one_of(
         st.just(0), st.integers(0, 40), st.floats(0, 0.7), st.sampled_from([0, 1, -2, float("nan"), 10**9])
     )
@@ -325,11 +344,19 @@ def calls(draw: st.DrawFn) -> tuple:
         if options["task"] == "inpainting"
         else ""
     )
-    return height, width, draw(st.integers(0, 9999)), hole, draw(st.booleans()), options
+    return height, width, block, draw(st.integers(0, 9999)), hole, draw(st.booleans()), options
 
 
 def check_call(example: tuple) -> str:
-    height, width, seed, hole, holes, options = example
+    usual, sizes.BLOCK = sizes.BLOCK, example[2]
+    try:
+        return _check_call(example)
+    finally:
+        sizes.BLOCK = usual
+
+
+def _check_call(example: tuple) -> str:
+    height, width, _, seed, hole, holes, options = example
     pixels = noise(height, width, 4 if hole == "alpha" or seed % 4 == 0 else 3, seed)
     options, pipe = dict(options), toy_pipe(holes)
     rng = np.random.default_rng(seed)
