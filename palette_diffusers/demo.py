@@ -376,8 +376,9 @@ class Page:
                         }
                 text = "Made before and kept." if kept else f"Done in {time.monotonic() - begun:.1f} s."
                 text += f" Seed {seed}."
-            except Stopped:
-                text = "Stopped." if not full else f"Stopped; {len(full)} of {total} pictures are ready."
+            except (Stopped, gr.Error) as error:  # a message in a corner would go while the bar stays
+                text = "Stopped." if isinstance(error, Stopped) else error.message
+                text += f" {len(full)} of {total} pictures are ready." if full else ""
             if not full:
                 yield {self.status: _status(text), self.stop: gr.update(visible=False)}
                 return
@@ -425,9 +426,10 @@ class Page:
         gr.Button(visible=False).click(self.health, None, state, api_name="health", queue=False)
 
     def health(self) -> dict[str, Any]:
-        """Whether the server works, on which tasks, and how many jobs wait."""
+        """Whether the server works (else why not), on which tasks, and how many jobs wait."""
         return {
-            "status": "ok",
+            "status": "unwell" if self.handlers.unwell else "ok",
+            "reason": self.handlers.unwell,
             "version": __version__,
             "tasks": list(self.handlers.pipe.config.tasks),
             "waiting": len(self.blocks._queue),
@@ -465,7 +467,7 @@ def launch(
     Image.MAX_IMAGE_PIXELS = limits.max_pixels
 
     async def health(request: Request) -> JSONResponse:
-        return JSONResponse(page.health())
+        return JSONResponse(page.health(), 503 if page.handlers.unwell else 200)
 
     page.blocks.queue(max_size=limits.max_queue, default_concurrency_limit=8, api_open=False)
     return page.blocks.launch(

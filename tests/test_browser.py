@@ -246,6 +246,40 @@ def test_a_wrong_file_gives_a_clear_message(open_page, tmp_path):
     shot(page, "wrong-file")
 
 
+def test_a_network_that_fails_is_told_in_plain_words(open_page, upload, monkeypatch):
+    import torch
+
+    from palette_diffusers.demo_batches import SharedNetwork
+
+    predict, calls = SharedNetwork.predict, 0
+
+    def lost(*args):
+        nonlocal calls
+        calls += 1
+        if calls > 20:
+            raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+        return predict(*args)
+
+    page = open_page()
+    choose(page, upload)
+    page.get_by_label("number input for Variations").fill("3")
+    page.get_by_label("number input for Variations").press("Tab")
+    with monkeypatch.context() as patch:
+        patch.setattr(SharedNetwork, "predict", lost)
+        page.get_by_role("button", name="Colorize", exact=True).click()
+        page.locator("#status").get_by_text("graphics processor").wait_for()
+        assert "2 of 3 pictures are ready" in page.locator("#status").inner_text()
+        page.locator("#gallery button img").nth(1).wait_for()
+        page.locator("#stop").wait_for(state="hidden")
+        shot(page, "network-lost-later")
+        page.reload()
+        choose(page, upload)
+        page.get_by_role("button", name="Colorize", exact=True).click()
+        page.locator("#status").get_by_text("graphics processor").wait_for()
+        shot(page, "network-lost")
+    assert not page.get_by_text("Error", exact=True).is_visible()
+
+
 @pytest.mark.parametrize(
     ("scheme", "size", "tabs"),
     [
