@@ -106,7 +106,7 @@ def load(url: str, clients: int, seconds: float, sizes: int = 64) -> tuple[Count
     return outcomes, times, time.monotonic() - begun
 
 
-def page_share(url: str, rounds: int = 9) -> dict[str, tuple[float, float, float]]:
+def page_share(url: str, rounds: int = 5) -> dict[str, tuple[float, float, float]]:
     """What the server adds to the pipeline's own time, in this process, turn by turn: (median seconds by the pipeline,
     by the endpoint, median of the rounds' ratios)."""
     import torch

@@ -63,7 +63,11 @@ CSS = """
 #title p {margin: 0}
 .tab-container button {padding: 0 .5rem !important; font-size: .95rem}
 @media (max-width: 480px) {.tab-container button {padding: 0 .35rem !important; font-size: .85rem}}
-#gallery .grid-wrap {padding-top: 2.5rem}
+#gallery .grid-wrap {padding-top: 2.5rem; min-height: 0}
+#gallery .grid-container {grid: auto-flow auto / repeat(auto-fit, minmax(120px, 1fr))}
+#gallery .thumbnail-lg {display: flex; flex-direction: column; aspect-ratio: auto}
+#gallery .thumbnail-lg img {height: auto; max-height: 220px; object-fit: contain}
+#gallery .caption-label {position: static; max-width: 100%; border: 0; white-space: normal; overflow-wrap: anywhere}
 #status {min-height: 2.6rem}
 #preview .image-frame, #preview img {width: 100%; height: auto; max-height: 640px; object-fit: contain}
 #status progress {width: 100%; height: .5rem; appearance: none; border: 0; background: var(--border-color-primary)}
@@ -366,7 +370,8 @@ class Page:
                 for moment in moments:
                     if isinstance(moment, Result):
                         self._keep(moment, folder / str(len(full)), full, pairs)
-                        captions.append(f"{moment.name}, {moment.caption}" if batch else moment.caption)
+                        photo = moment.name.rpartition("-")[0]
+                        captions.append(f"{photo}, {moment.caption}" if batch else moment.caption)
                     elif time.monotonic() - last > FRAME:
                         last = time.monotonic()
                         yield {

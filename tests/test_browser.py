@@ -211,14 +211,22 @@ def test_jpeg_shows_its_quality(open_page, photo, tmp_path):
 def test_batch_gives_a_zip(open_page, photo, tmp_path):
     import zipfile
 
-    for i in range(3):
-        Image.fromarray(photo[: 100 + 10 * i]).save(tmp_path / f"{i}.png")
+    files = [tmp_path / name for name in ("a long name of a photo 0.png", "1.png", "2.png")]
+    for i, file in enumerate(files):
+        Image.fromarray(photo[: 100 + 10 * i]).save(file)
     page = open_page()
     page.get_by_role("tab", name="Batch").click()
-    page.set_input_files("#files input[type=file]", [tmp_path / f"{i}.png" for i in range(3)])
+    page.set_input_files("#files input[type=file]", files)
     page.locator("#files tr").nth(2).wait_for()
     run(page, "Run all")
+    page.wait_for_function("[...document.querySelectorAll('#gallery img')].filter(i => i.complete).length == 3")
     shot(page, "batch")
+    captions = page.locator("#gallery .caption-label")
+    names = [text.partition(", seed ")[0] for text in captions.all_inner_texts()]
+    assert names == ["a_long_name_of_a_photo_0", "1", "2"]
+    assert all(captions.nth(i).evaluate("e => e.scrollWidth <= e.clientWidth") for i in range(3)), "none is cut off"
+    gap = "e => e.getBoundingClientRect().bottom - e.querySelector('.grid-container').getBoundingClientRect().bottom"
+    assert page.locator("#gallery .grid-wrap").evaluate(gap) < 30, "no empty strip below"
     with zipfile.ZipFile(io.BytesIO(download(page, "#zip")[0])) as archive:
         heights = [pixels(archive.read(name)).shape[0] for name in sorted(archive.namelist())]
     assert heights == [100, 110, 120]
