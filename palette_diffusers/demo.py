@@ -38,7 +38,7 @@ from .demo_handlers import (
     write,
 )
 from .demo_jobs import SOLVERS, Step, on_zero_gpu
-from .demo_limits import BodyLimit, Limits, choice, open_upload, whole
+from .demo_limits import BodyLimit, Failed, Limits, choice, open_upload, whole
 from .machine import best_dtype, bound_arenas, bound_caches, chosen_device
 from .pipeline import PalettePipeline
 from .tasks import get_task
@@ -381,7 +381,7 @@ class Page:
                         }
                 text = "Made before and kept." if kept else f"Done in {time.monotonic() - begun:.1f} s."
                 text += f" Seed {seed}."
-            except (Stopped, gr.Error) as error:  # a message in a corner would go while the bar stays
+            except (Stopped, Failed) as error:  # a message in a corner would go, and the bar stay
                 text = "Stopped." if isinstance(error, Stopped) else error.message
                 text += f" {len(full)} of {total} pictures are ready." if full else ""
             if not full:

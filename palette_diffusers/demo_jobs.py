@@ -13,12 +13,12 @@ from threading import Event, Thread
 from typing import Any
 
 import diffusers
-import gradio as gr
 import torch
 from PIL import Image
 
 from . import canvas
 from .demo_batches import SharedNetwork, Stopped
+from .demo_limits import Failed
 from .machine import accelerator_lost
 from .pipeline import PalettePipeline
 from .speed import build
@@ -161,15 +161,15 @@ def _shown(predicted: torch.Tensor, side: int = 320) -> Image.Image:
     return canvas.to_pil(predicted[..., ::every, ::every])
 
 
-def friendly(error: Exception) -> gr.Error:
+def friendly(error: Exception) -> Failed:
     """An error as a message for the visitor: what was refused, in its own words; of the server's troubles, which the
     log has in full, what to do."""
     text = str(error)
     if isinstance(error, (ValueError, TypeError, FloatingPointError)):
-        return gr.Error(text[:1].upper() + text[1:])
+        return Failed(text[:1].upper() + text[1:])
     logging.getLogger(__name__).error("a job failed", exc_info=error)
     if accelerator_lost(error):
-        return gr.Error(LOST)
+        return Failed(LOST)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "out of memory" in text or "can't allocate" in text:
-        return gr.Error("The server has no memory left for this photo: try a smaller one, or again in a minute.")
-    return gr.Error("The server failed at this photo; its log says why. Try again, or another photo.")
+        return Failed("The server has no memory left for this photo: try a smaller one, or again in a minute.")
+    return Failed("The server failed at this photo; its log says why. Try again, or another photo.")
