@@ -57,7 +57,9 @@ def _one_line(*more: type[Exception]) -> Iterator[None]:
     except refused as error:
         _fail(error)
     except RuntimeError as error:
-        if type(error).__name__ != "AcceleratorError":
+        from .machine import accelerator_lost
+
+        if not accelerator_lost(error):
             raise
         _fail(f"{LOST}: {str(error).partition(chr(10))[0]}")
 

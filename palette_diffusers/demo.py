@@ -38,7 +38,7 @@ from .demo_handlers import (
     write,
 )
 from .demo_jobs import SOLVERS, Step, on_zero_gpu
-from .demo_limits import BodyLimit, Limits, choice, open_upload, whole
+from .demo_limits import BodyLimit, Failed, Limits, choice, open_upload, whole
 from .machine import best_dtype, bound_arenas, bound_caches, chosen_device
 from .pipeline import PalettePipeline
 from .tasks import get_task
@@ -63,7 +63,11 @@ CSS = """
 #title p {margin: 0}
 .tab-container button {padding: 0 .5rem !important; font-size: .95rem}
 @media (max-width: 480px) {.tab-container button {padding: 0 .35rem !important; font-size: .85rem}}
-#gallery .grid-wrap {padding-top: 2.5rem}
+#gallery .grid-wrap {padding-top: 2.5rem; min-height: 0}
+#gallery .grid-container {grid: auto-flow auto / repeat(auto-fit, minmax(120px, 1fr))}
+#gallery .thumbnail-lg {display: flex; flex-direction: column; aspect-ratio: auto}
+#gallery .thumbnail-lg img {height: auto; max-height: 220px; object-fit: contain}
+#gallery .caption-label {position: static; max-width: 100%; border: 0; white-space: normal; overflow-wrap: anywhere}
 #status {min-height: 2.6rem}
 #preview .image-frame, #preview img {width: 100%; height: auto; max-height: 640px; object-fit: contain}
 #status progress {width: 100%; height: .5rem; appearance: none; border: 0; background: var(--border-color-primary)}
@@ -366,7 +370,8 @@ class Page:
                 for moment in moments:
                     if isinstance(moment, Result):
                         self._keep(moment, folder / str(len(full)), full, pairs)
-                        captions.append(f"{moment.name}, {moment.caption}" if batch else moment.caption)
+                        photo = moment.name.rpartition("-")[0]
+                        captions.append(f"{photo}, {moment.caption}" if batch else moment.caption)
                     elif time.monotonic() - last > FRAME:
                         last = time.monotonic()
                         yield {
@@ -376,8 +381,9 @@ class Page:
                         }
                 text = "Made before and kept." if kept else f"Done in {time.monotonic() - begun:.1f} s."
                 text += f" Seed {seed}."
-            except Stopped:
-                text = "Stopped." if not full else f"Stopped; {len(full)} of {total} pictures are ready."
+            except (Stopped, Failed) as error:  # a message in a corner would go, and the bar stay
+                text = "Stopped." if isinstance(error, Stopped) else error.message
+                text += f" {len(full)} of {total} pictures are ready." if full else ""
             if not full:
                 yield {self.status: _status(text), self.stop: gr.update(visible=False)}
                 return
@@ -425,9 +431,10 @@ class Page:
         gr.Button(visible=False).click(self.health, None, state, api_name="health", queue=False)
 
     def health(self) -> dict[str, Any]:
-        """Whether the server works, on which tasks, and how many jobs wait."""
+        """Whether the server works (else why not), on which tasks, and how many jobs wait."""
         return {
-            "status": "ok",
+            "status": "unwell" if self.handlers.unwell else "ok",
+            "reason": self.handlers.unwell,
             "version": __version__,
             "tasks": list(self.handlers.pipe.config.tasks),
             "waiting": len(self.blocks._queue),
@@ -465,7 +472,7 @@ def launch(
     Image.MAX_IMAGE_PIXELS = limits.max_pixels
 
     async def health(request: Request) -> JSONResponse:
-        return JSONResponse(page.health())
+        return JSONResponse(page.health(), 503 if page.handlers.unwell else 200)
 
     page.blocks.queue(max_size=limits.max_queue, default_concurrency_limit=8, api_open=False)
     return page.blocks.launch(

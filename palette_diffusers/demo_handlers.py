@@ -17,8 +17,9 @@ from PIL import Image
 
 from . import canvas, masks
 from .demo_batches import SharedNetwork, Stopped
-from .demo_jobs import SOLVERS, Step, Stops, borrowing_gpu, friendly, on_zero_gpu, watch, with_solver
+from .demo_jobs import LOST, SOLVERS, Step, Stops, borrowing_gpu, friendly, on_zero_gpu, watch, with_solver
 from .demo_limits import Limits, choice, number, open_upload, stem, whole
+from .machine import accelerator_lost
 from .pipeline import PalettePipeline
 from .speed import SPEEDS
 
@@ -99,6 +100,7 @@ class Handlers:
     def __init__(self, pipe: PalettePipeline, limits: Limits):
         self.pipe, self.limits = pipe, limits
         self.stops = Stops()
+        self.unwell = ""  # what no later job can get round
         # ZeroGPU runs each job in a process of its own
         self.shared = None if on_zero_gpu() else SharedNetwork(pipe, limits.max_pixels)
         self.steps = borrowing_gpu(self._steps, gpu_seconds)
@@ -109,7 +111,7 @@ class Handlers:
         image = open_upload(payload, self.limits, what)
         try:
             return self.limits.picture(image)
-        except (ValueError, TypeError, OSError) as error:
+        except (ValueError, TypeError, OSError, MemoryError) as error:
             raise friendly(error) from None
 
     def mask(self, picture: canvas.Picture, brush: Any, upload: Any, invert: Any, pixels: Any) -> torch.Tensor:
@@ -204,7 +206,10 @@ class Handlers:
         )
         try:
             yield from steps
-        except (ValueError, TypeError, OSError, FloatingPointError, MemoryError) as error:
+        except (Stopped, gr.Error):
+            raise
+        except Exception as error:
+            self.unwell = LOST if accelerator_lost(error) else self.unwell
             raise friendly(error) from None
 
     # for programs: previews are yielded, and the finished picture last

@@ -1,5 +1,6 @@
 """The pipeline watched while it works: a generator of what it predicts, which can be stopped within one step."""
 
+import logging
 import math
 import os
 import time
@@ -12,15 +13,17 @@ from threading import Event, Thread
 from typing import Any
 
 import diffusers
-import gradio as gr
 import torch
 from PIL import Image
 
 from . import canvas
 from .demo_batches import SharedNetwork, Stopped
+from .demo_limits import Failed
+from .machine import accelerator_lost
 from .pipeline import PalettePipeline
 from .speed import build
 
+LOST = "The server's graphics processor failed or is gone: it works again once the server is restarted."
 SOLVERS = {
     "The model's own": None,
     "DDIM": "DDIMScheduler",
@@ -158,7 +161,15 @@ def _shown(predicted: torch.Tensor, side: int = 320) -> Image.Image:
     return canvas.to_pil(predicted[..., ::every, ::every])
 
 
-def friendly(error: Exception) -> gr.Error:
-    """What the pipeline refused, as a message on the page."""
+def friendly(error: Exception) -> Failed:
+    """An error as a message for the visitor: what was refused, in its own words; of the server's troubles, which the
+    log has in full, what to do."""
     text = str(error)
-    return gr.Error(text[:1].upper() + text[1:])
+    if isinstance(error, (ValueError, TypeError, FloatingPointError)):
+        return Failed(text[:1].upper() + text[1:])
+    logging.getLogger(__name__).error("a job failed", exc_info=error)
+    if accelerator_lost(error):
+        return Failed(LOST)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "out of memory" in text or "can't allocate" in text:
+        return Failed("The server has no memory left for this photo: try a smaller one, or again in a minute.")
+    return Failed("The server failed at this photo; its log says why. Try again, or another photo.")

@@ -21,6 +21,10 @@ from . import canvas
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "HEIF")
 
 
+class Failed(gr.Error):
+    """A photo or a job that could not be done, in words for the visitor."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """Each is set by an environment variable of its name: `PALETTE_MAX_PIXELS=4000000`."""
@@ -53,7 +57,7 @@ class Limits:
     def picture(self, image: Image.Image) -> canvas.Picture:
         """An opened image => the picture, upright; too many pixels are refused before they are decoded."""
         if image.width * image.height > self.max_pixels:
-            raise gr.Error(
+            raise Failed(
                 f"This picture is {image.width}x{image.height}. "
                 f"The limit is {self.max_pixels / 1e6:g} megapixels: make it smaller first."
             )
@@ -91,31 +95,31 @@ def open_upload(payload: Any, limits: Limits, what: str = "photo") -> Image.Imag
     """What Gradio received for an image => the opened image, not yet decoded.
 
     Raises:
-        gr.Error: nothing came, it is too large, or no picture; the message is for the visitor and names no path.
+        Failed: nothing came, it is too large, or no picture; the message is for the visitor and names no path.
     """
     if not isinstance(payload, Mapping):
-        raise gr.Error(f"Choose a {what} first.")
+        raise Failed(f"Choose a {what} first.")
     url = payload.get("url") or ""
     source: str | io.BytesIO
     if url.startswith("data:"):
         try:
             source = io.BytesIO(base64.b64decode(url.partition(",")[2], validate=True))
         except binascii.Error:
-            raise gr.Error(f"The {what} is damaged: its data is no base64.") from None
+            raise Failed(f"The {what} is damaged: its data is no base64.") from None
         size = source.getbuffer().nbytes
     elif payload.get("path"):
         source = str(payload["path"])
         size = os.path.getsize(source) if os.path.isfile(source) else 0
     else:
-        raise gr.Error(f"Choose a {what} first.")
+        raise Failed(f"Choose a {what} first.")
     if size > limits.max_bytes:
-        raise gr.Error(f"This file has {size / 1e6:.0f} MB, the limit is {limits.max_bytes / 1e6:g} MB.")
+        raise Failed(f"This file has {size / 1e6:.0f} MB, the limit is {limits.max_bytes / 1e6:g} MB.")
     if size == 0:
-        raise gr.Error(f"The {what} is empty.")
+        raise Failed(f"The {what} is empty.")
     try:
         return Image.open(source, formats=[name for name in FORMATS if name in _formats()])
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise gr.Error(_refusal(source, error)) from None
+        raise Failed(_refusal(source, error)) from None
 
 
 def _formats() -> dict[str, Any]:

@@ -40,6 +40,18 @@ def bound_arenas() -> None:
         ctypes.CDLL(None).mallopt(-8, 1)  # M_ARENA_MAX
 
 
+def accelerator_lost(error: BaseException) -> bool:
+    """Whether the accelerator failed or is gone, which this process can't mend: every later call to it raises, too.
+    Memory that is full is no such thing.
+
+    >>> accelerator_lost(RuntimeError("CUDA error: device-side assert triggered"))
+    True
+    """
+    text = str(error)
+    failed = type(error).__name__ == "AcceleratorError" or text.startswith(("CUDA error", "HIP error"))
+    return failed and "out of memory" not in text and "ALLOC_FAILED" not in text
+
+
 def chosen_device(name: str) -> str:
     """The device of this name; "auto" is the fastest one that is there.
 

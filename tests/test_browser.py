@@ -211,17 +211,38 @@ def test_jpeg_shows_its_quality(open_page, photo, tmp_path):
 def test_batch_gives_a_zip(open_page, photo, tmp_path):
     import zipfile
 
-    for i in range(3):
-        Image.fromarray(photo[: 100 + 10 * i]).save(tmp_path / f"{i}.png")
+    files = [tmp_path / name for name in ("a long name of a photo 0.png", "1.png", "2.png")]
+    for i, file in enumerate(files):
+        Image.fromarray(photo[: 100 + 10 * i]).save(file)
     page = open_page()
     page.get_by_role("tab", name="Batch").click()
-    page.set_input_files("#files input[type=file]", [tmp_path / f"{i}.png" for i in range(3)])
+    page.set_input_files("#files input[type=file]", files)
     page.locator("#files tr").nth(2).wait_for()
     run(page, "Run all")
+    page.wait_for_function("[...document.querySelectorAll('#gallery img')].filter(i => i.complete).length == 3")
     shot(page, "batch")
+    captions = page.locator("#gallery .caption-label")
+    names = [text.partition(", seed ")[0] for text in captions.all_inner_texts()]
+    assert names == ["a_long_name_of_a_photo_0", "1", "2"]
+    assert all(captions.nth(i).evaluate("e => e.scrollWidth <= e.clientWidth") for i in range(3)), "none is cut off"
+    gap = "e => e.getBoundingClientRect().bottom - e.querySelector('.grid-container').getBoundingClientRect().bottom"
+    assert page.locator("#gallery .grid-wrap").evaluate(gap) < 30, "no empty strip below"
     with zipfile.ZipFile(io.BytesIO(download(page, "#zip")[0])) as archive:
         heights = [pixels(archive.read(name)).shape[0] for name in sorted(archive.namelist())]
     assert heights == [100, 110, 120]
+
+
+def test_a_batch_that_ends_early_gives_what_was_finished(open_page, upload, tmp_path):
+    (tmp_path / "note.png").write_text("no picture")
+    page = open_page()
+    page.get_by_role("tab", name="Batch").click()
+    page.set_input_files("#files input[type=file]", [upload, tmp_path / "note.png"])
+    page.locator("#files tr").nth(1).wait_for()
+    page.get_by_role("button", name="Run all", exact=True).click()
+    page.locator("#status").get_by_text("no picture that can be read").wait_for()
+    assert "1 of 2 pictures are ready" in page.locator("#status").inner_text()
+    shot(page, "batch-ended-early")
+    assert len(download(page, "#zip")[0]) > 1000
 
 
 def test_examples_run_in_one_click_and_are_kept(open_page):
@@ -244,6 +265,40 @@ def test_a_wrong_file_gives_a_clear_message(open_page, tmp_path):
     page.get_by_text("no picture that can be read").first.wait_for()
     page.locator("#photo img").wait_for(state="detached")
     shot(page, "wrong-file")
+
+
+def test_a_network_that_fails_is_told_in_plain_words(open_page, upload, monkeypatch):
+    import torch
+
+    from palette_diffusers.demo_batches import SharedNetwork
+
+    predict, calls = SharedNetwork.predict, 0
+
+    def lost(*args):
+        nonlocal calls
+        calls += 1
+        if calls > 20:
+            raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+        return predict(*args)
+
+    page = open_page()
+    choose(page, upload)
+    page.get_by_label("number input for Variations").fill("3")
+    page.get_by_label("number input for Variations").press("Tab")
+    with monkeypatch.context() as patch:
+        patch.setattr(SharedNetwork, "predict", lost)
+        page.get_by_role("button", name="Colorize", exact=True).click()
+        page.locator("#status").get_by_text("graphics processor").wait_for()
+        assert "2 of 3 pictures are ready" in page.locator("#status").inner_text()
+        page.locator("#gallery button img").nth(1).wait_for()
+        page.locator("#stop").wait_for(state="hidden")
+        shot(page, "network-lost-later")
+        page.reload()
+        choose(page, upload)
+        page.get_by_role("button", name="Colorize", exact=True).click()
+        page.locator("#status").get_by_text("graphics processor").wait_for()
+        shot(page, "network-lost")
+    assert not page.get_by_text("Error", exact=True).is_visible()
 
 
 @pytest.mark.parametrize(

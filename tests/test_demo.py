@@ -329,6 +329,42 @@ def test_a_full_queue_says_so_and_none_are_mixed_up(server, tmp_path, photo):
     assert requests.get(f"{server}health", timeout=5).json()["waiting"] == 0
 
 
+@pytest.mark.parametrize(
+    ("error", "told", "status"),
+    [
+        (torch.AcceleratorError("CUDA error: device-side assert triggered\nCompile with"), "graphics processor", 503),
+        (RuntimeError("CUDA error: device-side assert triggered"), "graphics processor", 503),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "no memory left", 200),
+        (RuntimeError("CUDA error: out of memory"), "no memory left", 200),
+        (RuntimeError("/home/anna/unet.py: shapes cannot be multiplied"), "failed at this photo", 200),
+    ],
+)
+def test_a_network_that_fails(pipe, photo, monkeypatch, error, told, status):
+    monkeypatch.setattr(demo, "load", lambda *args: pipe)
+    forward, calls = pipe.unet.forward, 0
+
+    def failing(*args, **options):
+        nonlocal calls
+        calls += 1
+        if calls > 2:  # in the middle of a job
+            raise error
+        return forward(*args, **options)
+
+    pipe.unet.forward = failing
+    app, url, _ = demo.launch(host="127.0.0.1", prevent_thread_lock=True, quiet=True)
+    try:
+        given = data_url(encoded(Image.fromarray(photo))), 0, 4, "Standard"
+        answer = call(url, "colorize", *given)
+        assert told in answer and "CUDA" not in answer and "anna" not in answer
+        health = requests.get(f"{url}health", timeout=5)
+        assert health.status_code == status and health.json()["reason"] in answer
+        assert (health.json()["status"] == "ok") == (status == 200)
+        pipe.unet.forward = forward
+        assert call(url, "colorize", *given) is None, "whoever comes next is served, where that can be"
+    finally:
+        app.get_blocks().close()
+
+
 def test_who_leaves_frees_the_place(server, file):
     own = Client(server, verbose=False)
     job = own.submit(handle_file(file), steps=100, api_name="/restore_jpeg")
