@@ -473,8 +473,8 @@ def test_the_starters_student_ships_and_runs(photo):
         assert torch.equal(out[:, :20], clean[:, :20]) and (out - clean)[:, 20:40, 20:40].abs().mean() < 0.5
 
 
-def test_starter_ships_and_runs(photo):
-    os.environ["HF_HUB_OFFLINE"] = "1"
+def test_starter_ships_and_runs(photo, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     size = sum(f.stat().st_size for f in STARTER.rglob("*") if f.is_file())
     assert size <= 24 * 2**20
     pipe = PalettePipeline.from_pretrained()
