@@ -250,12 +250,13 @@ class PaletteUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
 
     @classmethod
     def _load_pretrained_model(
-        cls, model: nn.Module, state_dict: Any, resolved_model_file: list[Any], *args: Any, **kwargs: Any
+        cls, model: ModelMixin, state_dict: Any, resolved_model_file: list[Any], *args: Any, **kwargs: Any
     ) -> Any:
         files = [str(file) for file in resolved_model_file]
         plain = kwargs["low_cpu_mem_usage"] and kwargs.get("hf_quantizer") is None
         if plain and all(file.endswith(".safetensors") for file in files):
-            if any(weight.dtype != kwargs["dtype"] for weight in load_file(files[0]).values()):
+            dtype = kwargs["dtype"] or model.dtype
+            if any(weight.dtype != dtype for weight in (state_dict or load_file(files[0])).values()):
                 state_dict, resolved_model_file = None, [_OneByOne(file) for file in files]
         return super()._load_pretrained_model(model, state_dict, resolved_model_file, *args, **kwargs)
 
