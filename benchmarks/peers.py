@@ -4,11 +4,12 @@
 
 The checkouts are of Janspiry/Palette-Image-to-Image-Diffusion-Models and openai/guided-diffusion; a peer without one is
 left out. diffusers' `UNet2DModel` is always there. Nothing of theirs is in this project. Calls take turns (A/B in one
-process); medians, and half of the range between the quartiles. The peak is that of a 3x3 convolution of 256 channels,
-which takes its turn among them.
+process); medians, and half of the range between the quartiles. Forwards are in evaluation mode. The peak is that of a
+3x3 convolution of 256 channels, which takes its turn among them; ours is in channels-last layout where it says so.
 """
 
 import argparse
+import copy
 import importlib
 import json
 import platform
@@ -30,6 +31,7 @@ NETWORKS = {
     "64 pixels, 128 wide": (128, (1, 2, 3, 4), 2, 2, 64, 4),
     "64 pixels, 64 wide": (64, (1, 2, 4, 8), 2, 3, 64, 8),
 }
+LAST = ", channels last"
 Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -120,9 +122,14 @@ PEAK_FLOPS = 2 * 256 * 256 * 9 * 16 * 32 * 32
 
 def convolution(dtype: torch.dtype) -> Callable:
     """What a share of peak is counted against: a 3x3 convolution, (16, 256, 32, 32) to as many channels."""
-    layer = torch.nn.Conv2d(256, 256, 3, padding=1).to(dtype)
-    x = torch.randn(16, 256, 32, 32, dtype=dtype)
+    layer = torch.nn.Conv2d(256, 256, 3, padding=1).to(dtype, memory_format=torch.channels_last)
+    x = torch.randn(16, 256, 32, 32, dtype=dtype).contiguous(memory_format=torch.channels_last)
     return torch.no_grad()(lambda: layer(x))
+
+
+def cast(network: torch.nn.Module, dtype: torch.dtype) -> Call:
+    """Ours, called in its own precision."""
+    return lambda y, x, gamma: network(y.to(dtype), gamma, x.to(dtype)).sample
 
 
 def flops(call: Callable) -> int:
@@ -136,15 +143,17 @@ def measure(name: str, janspiry: Path | None, guided: Path | None, rounds: int) 
     y, x, eps = torch.randn(3, batch, 3, size, size).unbind()
     gamma = torch.rand(batch).clamp(0.01, 0.99)
 
-    def forward(call: Call, half: bool) -> Callable:
+    def forward(network: torch.nn.Module, call: Call) -> Callable:
         def run() -> None:
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+            network.eval()
+            with torch.no_grad():
                 call(y, x, gamma)
 
         return run
 
     def training(network: torch.nn.Module, call: Call, half: bool) -> Callable:
         def run() -> None:
+            network.train()
             with torch.autocast("cpu", torch.bfloat16, enabled=half):
                 out = call(y, x, gamma)
             (out.float() - eps).square().mean().backward()
@@ -158,20 +167,22 @@ def measure(name: str, janspiry: Path | None, guided: Path | None, rounds: int) 
             for p in network.parameters():
                 if not p.any():
                     p.normal_(0, 0.01)
-    weights = our_network(name).to(torch.bfloat16)
-
-    @torch.no_grad()
-    def all_half() -> None:
-        weights(y.bfloat16(), gamma, x.bfloat16())
-
     calls: dict[tuple[str, str, str], Callable] = {}
     for who, (network, call) in those.items():
-        calls["forward", who, "float32"] = forward(call, False)
+        calls["forward", who, "float32"] = forward(network, call)
         calls["training", who, "float32"] = training(network, call, False)
-    calls["forward", "ours", "bfloat16"] = all_half
+    ours = those["ours"][0]
     calls["training", "ours", "bfloat16"] = training(*those["ours"], True)
     for dtype in (torch.float32, torch.bfloat16):
-        calls["peak", "convolution", str(dtype).removeprefix("torch.")] = convolution(dtype)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            what = str(dtype).removeprefix("torch.") + (LAST if layout == torch.channels_last else "")
+            network = copy.deepcopy(ours).to(dtype, memory_format=layout)
+            calls["forward", "ours", what] = forward(network, cast(network, dtype))
+            if layout == torch.channels_last:
+                network = copy.deepcopy(ours).to(memory_format=layout)
+                call = cast(network, torch.float32)
+                calls["training", "ours", what] = training(network, call, dtype == torch.bfloat16)
+        calls["peak", "convolution", what] = convolution(dtype)
     work = {what: flops(calls[what, "ours", "float32"]) for what in ("forward", "training")} | {"peak": PEAK_FLOPS}
     seconds = interleaved({"|".join(key): call for key, call in calls.items()}, rounds)
     rows = []
@@ -180,7 +191,8 @@ def measure(name: str, janspiry: Path | None, guided: Path | None, rounds: int) 
         row = {"network": name, "what": what, "who": who, "dtype": dtype, "seconds": round(median, 4)}
         row |= {"spread": round(spread, 4), "GFLOP": round(work[what] / 1e9, 1)}
         row["GFLOP/s"] = round(work[what] / median / 1e9)
-        row["share of peak"] = round(work[what] / median / (PEAK_FLOPS / seconds[f"peak|convolution|{dtype}"][0]), 3)
+        peak = PEAK_FLOPS / seconds[f"peak|convolution|{dtype.removesuffix(LAST)}{LAST}"][0]
+        row["share of peak"] = round(work[what] / median / peak, 3)
         if janspiry is not None and what != "peak":
             row["times as fast as Janspiry"] = round(seconds[f"{what}|Janspiry|float32"][0] / median, 2)
         rows.append(row)

@@ -5,6 +5,7 @@
 The photographs are scikit-image's public-domain and CC0 ones (astronaut, chelsea, coffee, rocket), larger ones mosaics
 of them. Processor seconds, one thread by OMP_NUM_THREADS=1; a part that is in the output file is not run again.
 large: the command line, each row in a process of its own; few steps, since time grows with them and memory does not.
+hard: the same at 48 megapixels for what takes more memory: many holes, a solver that remembers, variations.
 tiling: a 1024-pixel square in blended tiles, against the same pixels in the same network without overlap.
 folder: 200 small photographs from files to files, against the network's own evaluations alone.
 seams: gradients across the borders of tiles and blocks over those near, in the ratio to the same picture's without
@@ -69,11 +70,31 @@ def mosaic(width: int, height: int) -> Image.Image:
     return Image.fromarray(out)
 
 
+def command(arguments: list[str], megapixels: float) -> dict:
+    """`palette` with these arguments, in a process of its own."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, *arguments, "--dtype", "float32"], capture_output=True, text=True, env=environment
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr[-500:])
+    memory, seconds, network, evaluated = map(float, done.stdout.split()[-4:])
+    return {
+        "peak GiB": round(memory, 2), "seconds": round(seconds, 1), "network seconds": round(network, 1),
+        "megapixels evaluated": round(evaluated, 2), "seconds a megapixel": round(seconds / megapixels, 2),
+    }  # fmt: skip
+
+
+def sides(megapixels: float) -> tuple[int, int]:
+    """Width and height, 4 to 3."""
+    return round((megapixels * 4e6 / 3) ** 0.5), round((megapixels * 3e6 / 4) ** 0.5)
+
+
 def large(rows: list[dict], keep: Callable) -> None:
     """The hole is 10% of the picture; a quarter of an uncropping's result is new, on the right."""
     with tempfile.TemporaryDirectory() as folder:
         for megapixels in reversed(MEGAPIXELS):
-            width, height = round((megapixels * 4e6 / 3) ** 0.5), round((megapixels * 3e6 / 4) ** 0.5)
+            width, height = sides(megapixels)
             side = [round(length * 0.1**0.5) for length in (width, height)]
             box = [width // 4, height // 4, width // 4 + side[0], height // 4 + side[1]]
             jobs = {
@@ -82,26 +103,42 @@ def large(rows: list[dict], keep: Callable) -> None:
                 "jpeg_restoration": ("restore", width, ["--steps", "1"]),
                 "colorization": ("colorize", width, []),
             }
-            for task, (command, across, options) in jobs.items():
+            for task, (verb, across, options) in jobs.items():
                 if any(row["task"] == task and row["megapixels"] == megapixels for row in rows):
                     continue
                 source = Path(folder, "photo.jpg")
-                mosaic(across, height).save(source, quality=10 if command == "restore" else 95)
-                arguments = [command, str(source), "-o", f"{folder}/out.png", "--dtype", "float32", *options]
-                environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-                done = subprocess.run(
-                    [sys.executable, "-c", RUN, *arguments], capture_output=True, text=True, env=environment
-                )
-                if done.returncode:
-                    raise RuntimeError(done.stderr[-500:])
-                memory, seconds, network, evaluated = map(float, done.stdout.split()[-4:])
-                rows.append({
-                    "task": task, "megapixels": megapixels, "steps": int(options[-1]) if "--steps" in options else 8,
-                    "peak GiB": round(memory, 2), "seconds": round(seconds, 1), "network seconds": round(network, 1),
-                    "megapixels evaluated": round(evaluated, 2),
-                    "seconds a megapixel": round(seconds / megapixels, 2),
-                })  # fmt: skip
+                mosaic(across, height).save(source, quality=10 if verb == "restore" else 95)
+                steps = int(options[-1]) if "--steps" in options else 8
+                found = command([verb, str(source), "-o", f"{folder}/out.png", *options], megapixels)
+                rows.append({"task": task, "megapixels": megapixels, "steps": steps, **found})
                 keep(rows[-1])
+
+
+def hard(rows: list[dict], keep: Callable, megapixels: float = 48) -> None:
+    """40 holes of 100x100 pixels that lie apart; 4 variations; UniPC, which remembers what it predicted before."""
+    with tempfile.TemporaryDirectory() as folder:
+        width, height = sides(megapixels)
+        photo, mask, out = (str(Path(folder, name)) for name in ("photo.jpg", "mask.png", "out.png"))
+        holes = Image.new("L", (width, height))
+        for i in range(40):
+            x, y = (i % 8 + 0.5) * width / 8, (i // 8 + 0.5) * height / 5
+            holes.paste(255, (round(x), round(y), round(x) + 100, round(y) + 100))
+        holes.save(mask)
+        box = f"{width // 4},{height // 4},{width // 4 + 400},{height // 4 + 400}"
+        jobs = {
+            "40 holes": ["inpaint", "--mask", mask, "--steps", "2"],
+            "a hole of 400x400, 4 variations": ["inpaint", "--mask", box, "--samples", "4"],
+            "colorization, 4 variations": ["colorize", "--samples", "4"],
+            "a border of 400, UniPC": ["uncrop", "--right", "400", "--speed", "fast"],
+            "JPEG, UniPC": ["restore", "--speed", "fast"],
+        }
+        for name, (verb, *options) in jobs.items():
+            if any(row["what"] == name for row in rows):
+                continue
+            mosaic(width, height).save(photo, quality=10 if verb == "restore" else 95)
+            found = command([verb, photo, "-o", out, "--overwrite", *options], megapixels)
+            rows.append({"what": name, "megapixels": megapixels, **found})
+            keep(rows[-1])
 
 
 def seconds(call: Callable, rounds: int = 3) -> float:
@@ -261,7 +298,7 @@ def seams(pipe: PalettePipeline, photos: list[np.ndarray]) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="large,tiling,folder,seams", help="which parts, comma-separated")
+    parser.add_argument("--only", default="large,hard,tiling,folder,seams", help="which parts, comma-separated")
     parser.add_argument("--data", default=None, help="folder of parquet with the column image, for seams")
     parser.add_argument("--count", type=int, default=10)
     parser.add_argument("--output", type=Path, required=True, help="JSON file")
@@ -277,9 +314,10 @@ def main() -> None:
             np.asarray(row["image"].convert("RGB")) for row in data.select(range(len(data) - args.count, len(data)))
         ]
 
+    tables: dict[str, Callable] = {"large": large, "hard": hard}
     parts = {"tiling": tiling, "folder": folder, "seams": lambda pipe: seams(pipe, photos())}
-    if unknown := set(args.only.split(",")) - {"large", *parts}:
-        parser.error(f"--only has {', '.join(unknown)}, expected some of large, {', '.join(parts)}")
+    if unknown := set(args.only.split(",")) - {*tables, *parts}:
+        parser.error(f"--only has {', '.join(unknown)}, expected some of {', '.join([*tables, *parts])}")
     result = json.loads(args.output.read_text()) if args.output.exists() else {"machine": machine()}
 
     def keep(row: object) -> None:
@@ -287,8 +325,8 @@ def main() -> None:
         args.output.write_text(json.dumps(result, indent=2) + "\n")
 
     for name in args.only.split(","):
-        if name == "large":
-            large(result.setdefault("large", []), keep)
+        if name in tables:
+            tables[name](result.setdefault(name, []), keep)
         elif name not in result:
             pipe = PalettePipeline.from_pretrained()
             pipe.set_progress_bar_config(disable=True)

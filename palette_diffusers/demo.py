@@ -7,6 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from .demo_handlers import (
 )
 from .demo_jobs import SOLVERS, Step, on_zero_gpu
 from .demo_limits import BodyLimit, Failed, Limits, choice, open_upload, whole
-from .machine import best_dtype, bound_arenas, bound_caches, chosen_device
+from .machine import best_dtype, best_layout, bound_arenas, bound_caches, chosen_device
 from .pipeline import PalettePipeline
 from .tasks import get_task
 
@@ -387,7 +388,12 @@ class Page:
             if not full:
                 yield {self.status: _status(text), self.stop: gr.update(visible=False)}
                 return
-            thumbnails = list(zip(pairs[1::2], captions, strict=True))
+            thumbnails, archive = list(zip(pairs[1::2], captions, strict=True)), None
+            if batch:
+                try:
+                    archive = pack(full, folder)
+                except Failed as error:  # the pictures are there
+                    text = error.message
             yield {
                 self.status: _status(text),
                 self.stop: gr.update(visible=False),
@@ -396,16 +402,17 @@ class Page:
                 self.gallery: gr.update(visible=len(full) > 1, value=thumbnails, selected_index=0),
                 self.download: gr.update(interactive=True, value=full[0]),
                 self.go_on: gr.update(interactive=True),
-                self.zip: gr.update(visible=batch, value=pack(full, folder) if batch else None),
+                self.zip: gr.update(visible=batch, value=archive),
                 self.full: full,
                 self.pairs: pairs,
             }
 
     def _keep(self, result: Result, folder: Path, full: list[str], pairs: list[str]) -> None:
-        folder.mkdir()
-        full.append(write(result.after, folder / f"{result.name}.png"))
-        pairs.append(write(smaller(result.before), folder / "before.png"))
-        pairs.append(write(smaller(result.after), folder / "after.png") if max(result.after.size) > SHOWN else full[-1])
+        before = write(smaller(result.before), folder / "before.png")
+        after = write(result.after, folder / f"{result.name}.png")
+        shown = write(smaller(result.after), folder / "after.png") if max(result.after.size) > SHOWN else after
+        full.append(after)
+        pairs.extend((before, shown))
 
     # for programs
 
@@ -445,8 +452,13 @@ def load(model: str | None = None, device: str = "auto") -> PalettePipeline:
     """The pipeline on the fastest device, warm: a folder, a Hub id, or None for the starter checkpoint."""
     bound_caches()
     bound_arenas()
-    device = chosen_device(device)
+    with ThreadPoolExecutor(1) as other:  # whose team of threads goes with it (`machine.without_team`)
+        return other.submit(_warm, model, chosen_device(device)).result()
+
+
+def _warm(model: str | None, device: str) -> PalettePipeline:
     pipe = PalettePipeline.from_pretrained(model, dtype=best_dtype(device)).to(device)
+    pipe.unet.to(memory_format=best_layout(device))
     pipe.set_progress_bar_config(disable=True)
     if on_zero_gpu():  # there is none yet
         return pipe

@@ -19,7 +19,7 @@ from . import canvas, masks
 from .demo_batches import SharedNetwork, Stopped
 from .demo_jobs import LOST, SOLVERS, Step, Stops, borrowing_gpu, friendly, on_zero_gpu, watch, with_solver
 from .demo_limits import Limits, choice, number, open_upload, stem, whole
-from .machine import accelerator_lost
+from .machine import accelerator_lost, without_team
 from .pipeline import PalettePipeline
 from .speed import SPEEDS
 
@@ -80,9 +80,17 @@ def smaller(image: Image.Image, side: int = SHOWN) -> Image.Image:
 
 
 def write(image: Image.Image, path: Path) -> str:
-    """As PNG, packed fast: a visitor waits for it."""
+    """As PNG, packed fast: a visitor waits for it.
+
+    Raises:
+        Failed: it can't be written, as where the disk is full.
+    """
     kept = {key: image.info[key] for key in ("icc_profile", "exif") if key in image.info}
-    image.save(path, compress_level=1, **kept)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        image.save(path, compress_level=1, **kept)
+    except OSError as error:
+        raise friendly(error) from None
     return str(path)
 
 
@@ -108,6 +116,7 @@ class Handlers:
 
     def photo(self, payload: Any, what: str = "photo") -> canvas.Picture:
         """What Gradio received => the picture, or a message for the visitor."""
+        without_team()
         image = open_upload(payload, self.limits, what)
         try:
             return self.limits.picture(image)
@@ -173,6 +182,7 @@ class Handlers:
         self, task: str, payload: Any, picture: canvas.Picture, seed: int, settings: Settings, job: int,
         options: dict[str, Any],
     ) -> Iterator[Moment]:  # fmt: skip
+        without_team()
         steps = self.steps(picture, task, seed, settings, job, options)
         try:
             for moment in steps:
@@ -291,9 +301,16 @@ class Handlers:
 
 
 def pack(paths: list[str], folder: Path) -> str:
-    """Several PNG files as one zip, without names that meet."""
+    """Several PNG files as one zip, without names that meet.
+
+    Raises:
+        Failed: as `write`.
+    """
     target = folder / "palette.zip"
-    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
-        for i, path in enumerate(paths):
-            archive.write(path, f"{i + 1:02d}-{Path(path).name}")
+    try:
+        with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
+            for i, path in enumerate(paths):
+                archive.write(path, f"{i + 1:02d}-{Path(path).name}")
+    except OSError as error:
+        raise friendly(error) from None
     return str(target)

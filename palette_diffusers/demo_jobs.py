@@ -1,5 +1,6 @@
 """The pipeline watched while it works: a generator of what it predicts, which can be stopped within one step."""
 
+import errno
 import logging
 import math
 import os
@@ -19,11 +20,12 @@ from PIL import Image
 from . import canvas
 from .demo_batches import SharedNetwork, Stopped
 from .demo_limits import Failed
-from .machine import accelerator_lost
+from .machine import accelerator_lost, without_team
 from .pipeline import PalettePipeline
 from .speed import build
 
 LOST = "The server's graphics processor failed or is gone: it works again once the server is restarted."
+LARGE = 1_000_000  # pixels, of which what is done beside the network gains from several threads
 SOLVERS = {
     "The model's own": None,
     "DDIM": "DDIMScheduler",
@@ -134,6 +136,8 @@ def watch(
 
     def work() -> None:
         try:
+            if shared and height * width < LARGE:
+                without_team()  # nearly all is the network's, whose thread has one
             ended = lambda: stop.is_set() or gone.is_set()  # noqa: E731
             with shared.job(pipe, height * width, ended) if shared else nullcontext():
                 done: Any = pipe(picture, callback_on_step_end=tell, **options)
@@ -172,4 +176,6 @@ def friendly(error: Exception) -> Failed:
         return Failed(LOST)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "out of memory" in text or "can't allocate" in text:
         return Failed("The server has no memory left for this photo: try a smaller one, or again in a minute.")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Failed("The server's disk is full: try again later.")
     return Failed("The server failed at this photo; its log says why. Try again, or another photo.")

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,6 +28,12 @@ def best_dtype(device: str) -> torch.dtype:
     return torch.float32
 
 
+def best_layout(device: str) -> torch.memory_format:
+    """Of a network's weights. On a CPU oneDNN convolves channels-last tensors without reordering them: the starter's
+    evaluations take 0.85 of their time (bfloat16 and AMX; 0.9 in float32)."""
+    return torch.channels_last if device == "cpu" else torch.preserve_format
+
+
 def bound_caches() -> None:
     """oneDNN keeps what it prepared for each layer and shape, 1024 times: photographs of ever new sizes fill memory.
     Fewer here, unless `ONEDNN_PRIMITIVE_CACHE_CAPACITY` is set; before the first convolution, and for its process."""
@@ -38,6 +45,17 @@ def bound_arenas() -> None:
     those that start from now on. Other systems' allocators are left as they are."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(-8, 1)  # M_ARENA_MAX
+
+
+def without_team() -> None:
+    """From now on the calling thread computes alone. GNU OpenMP keeps a team of threads for each thread that ever
+    computed; where they are more than the cores they sleep whenever they wait, and a small network's evaluations take
+    1.2 to 1.6 times as long. Does nothing in the main thread, nor where torch computes by something else."""
+    if threading.current_thread() is threading.main_thread():
+        return
+    torch.get_num_threads()  # or this thread's first computation would set it anew
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).omp_set_num_threads(1)
 
 
 def accelerator_lost(error: BaseException) -> bool:

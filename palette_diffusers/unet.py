@@ -38,11 +38,10 @@ class PaletteAttnProcessor:
     def __call__(
         self, attn: Attention, hidden_states: torch.Tensor, temb: torch.Tensor | None = None, **kwargs
     ) -> torch.Tensor:
-        batch, channels, height, width = hidden_states.shape
-        x = hidden_states.reshape(batch, channels, height * width)
-        if attn.group_norm is not None:
-            x = attn.group_norm(x)
-        x = x.transpose(1, 2).contiguous()  # (B, H*W, C), or each projection below copies it again
+        height, width = hidden_states.shape[2:]
+        x = hidden_states if attn.group_norm is None else attn.group_norm(hidden_states)
+        # (B, H*W, C); channels_last is that already, else each projection below would copy it again
+        x = x.flatten(2).transpose(1, 2).contiguous()
         query, key, value = (
             layer(x).unflatten(-1, (attn.heads, -1)) for layer in (attn.to_q, attn.to_k, attn.to_v)
         )  # (B, H*W, heads, C/heads)
@@ -50,8 +49,8 @@ class PaletteAttnProcessor:
             query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
         )
         x = attn.to_out[0](x.flatten(2).to(query.dtype))
-        x = x.transpose(1, 2).reshape(batch, channels, height, width)
-        return (x + hidden_states) / attn.rescale_output_factor
+        x = x.transpose(1, 2).unflatten(2, (height, width))
+        return (hidden_states + x) / attn.rescale_output_factor
 
 
 class _OneByOne(dict[str, torch.Tensor]):

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import errno
 import importlib.util
 import io
 import json
@@ -27,11 +28,11 @@ from typer.testing import CliRunner
 gr = pytest.importorskip("gradio")
 from gradio_client import Client, handle_file  # noqa: E402
 
-from palette_diffusers import cli, demo  # noqa: E402
+from palette_diffusers import cli, demo, demo_handlers  # noqa: E402
 from palette_diffusers.demo_batches import Stopped  # noqa: E402
 from palette_diffusers.demo_handlers import Handlers, Settings, gpu_seconds  # noqa: E402
 from palette_diffusers.demo_jobs import SOLVERS, Step, watch, with_solver  # noqa: E402
-from palette_diffusers.demo_limits import Limits, whole  # noqa: E402
+from palette_diffusers.demo_limits import Failed, Limits, whole  # noqa: E402
 from palette_diffusers.space import write_space  # noqa: E402
 
 LIMITS = {"PALETTE_MAX_PIXELS": "1000000", "PALETTE_MAX_BYTES": "2000000", "PALETTE_MAX_QUEUE": "2",
@@ -623,3 +624,28 @@ def test_the_space_pins_what_is_tested():
     card = huggingface_hub.SpaceCard(f"---{front}---")
     assert card.data.sdk == "gradio" and (ROOT / "spaces_app" / card.data.app_file).exists()
     assert len(card.data.short_description) <= 60, "the Hub's limit"
+
+
+def test_a_full_disk_is_told(pipe, photo, tmp_path, monkeypatch):
+    image = Image.fromarray(photo)
+    for name in ("a.png", "palette.zip"):
+        (tmp_path / name).symlink_to("/dev/full")
+    with pytest.raises(Failed, match="disk is full"):
+        demo_handlers.write(image, tmp_path / "a.png")
+    with pytest.raises(Failed, match="disk is full"):
+        demo_handlers.pack([demo_handlers.write(image, tmp_path / "b.png")], tmp_path)
+
+    def full(self, path, *args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(demo, "load", lambda *args: pipe)
+    app, url, _ = demo.launch(host="127.0.0.1", prevent_thread_lock=True, quiet=True)
+    try:
+        given = data_url(encoded(image)), 0, 4, "Standard"
+        with monkeypatch.context() as patch:
+            patch.setattr(Image.Image, "save", full)
+            answer = call(url, "colorize", *given)
+        assert "disk is full" in answer and "/tmp" not in answer
+        assert call(url, "colorize", *given) is None, "whoever comes when there is room is served"
+    finally:
+        app.get_blocks().close()

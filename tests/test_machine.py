@@ -1,0 +1,38 @@
+"""What this machine computes fastest with."""
+
+import sys
+import threading
+
+import pytest
+import torch
+
+from palette_diffusers.machine import best_layout, without_team
+
+
+def in_a_thread(function):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(function()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+@pytest.mark.skipif(torch.get_num_threads() < 2 or sys.platform != "linux" or "OpenMP" not in torch.__config__.parallel_info(), reason="alone")
+def test_a_thread_without_team_is_the_only_one():
+    def alone():
+        without_team()
+        torch.rand(400, 400) @ torch.rand(400, 400)
+        return torch.get_num_threads()
+
+    before = torch.get_num_threads()
+    assert in_a_thread(alone) == 1
+    assert in_a_thread(torch.get_num_threads) == before
+    without_team()
+    assert torch.get_num_threads() == before, "the main thread is left as it is"
+
+
+def test_layout():
+    network = torch.nn.Conv2d(4, 4, 3)
+    kept = torch.nn.Conv2d(4, 4, 3).to(memory_format=best_layout("cuda")).weight
+    assert network.to(memory_format=best_layout("cpu")).weight.is_contiguous(memory_format=torch.channels_last)
+    assert kept.is_contiguous()
