@@ -27,6 +27,13 @@ import psutil
 import requests
 from PIL import Image
 
+# task, endpoint, pixels a side
+SHARES = (
+    ("jpeg_restoration", "restore_jpeg", 512),
+    ("jpeg_restoration", "restore_jpeg", 256),
+    ("colorization", "colorize", 64),
+)
+
 
 @contextmanager
 def server(**settings: str):
@@ -114,7 +121,7 @@ def page_share(url: str, process: psutil.Process, rounds: int = 5) -> dict[str, 
     from palette_diffusers.demo import load as load_pipe
 
     pipe, shares = load_pipe(), {}
-    for task, endpoint, side in (("jpeg_restoration", "restore_jpeg", 256), ("colorization", "colorize", 64)):
+    for task, endpoint, side in SHARES:
         image, seen = Image.effect_noise((side, side), 60), []
         given = {"data": [{"url": picture(side, side), "meta": {"_type": "gradio.FileData"}}, 0, 8, "Standard"]}
         for _ in range(rounds + 1):

@@ -15,6 +15,7 @@ from PIL import Image
 
 from . import canvas
 from .canvas import SUFFIXES, Picture
+from .machine import without_team
 
 AHEAD, AHEAD_PIXELS = 32, 32_000_000  # photographs that are decoded before the model sees them
 
@@ -132,7 +133,8 @@ def run(
     todo = [job for job in jobs if overwrite or not job.target.exists()]
     report.skipped = len(jobs) - len(todo)
     bar = tqdm(total=len(jobs), initial=report.skipped, unit="photo", disable=not progress)
-    with ThreadPoolExecutor(2) as readers, ThreadPoolExecutor(2) as writers:
+    threads = [ThreadPoolExecutor(2, initializer=without_team) for _ in range(2)]
+    with threads[0] as readers, threads[1] as writers:
         written: list[Future] = []
 
         def flush(some: list[tuple[Job, Picture, torch.Tensor | None]]) -> None:

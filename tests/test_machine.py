@@ -17,7 +17,10 @@ def in_a_thread(function):
     return found[0]
 
 
-@pytest.mark.skipif(torch.get_num_threads() < 2 or sys.platform != "linux" or "OpenMP" not in torch.__config__.parallel_info(), reason="alone")
+OPENMP = sys.platform == "linux" and "OpenMP" in torch.__config__.parallel_info()
+
+
+@pytest.mark.skipif(not OPENMP or torch.get_num_threads() < 2, reason="computes by one thread, or without OpenMP")
 def test_a_thread_without_team_is_the_only_one():
     def alone():
         without_team()
