@@ -22,7 +22,7 @@ from starlette.routing import Route
 from . import __version__, canvas, sizes
 from .demo_batches import Stopped
 from .demo_examples import EXAMPLES, GROW, PHOTOGRAPHS, RIGHT, Examples, mask_of
-from .demo_files import deleting
+from .demo_files import deleting, own_folder
 from .demo_handlers import (
     ASPECTS,
     BATCH_TASKS,
@@ -480,6 +480,7 @@ def launch(
     user, colon, password = os.environ.get("PALETTE_LOGIN", "").partition(":")
     if user and not (colon and password):
         raise ValueError("PALETTE_LOGIN has no password, expected user:password")
+    own_folder()
     page = Page(Handlers(load(model or os.environ.get("PALETTE_MODEL"), device), limits))
     Image.MAX_IMAGE_PIXELS = limits.max_pixels
 

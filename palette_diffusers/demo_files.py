@@ -1,7 +1,14 @@
-"""Temporary files of the demo, deleted when they are old. Gradio's own task for it ends, in silence, at the first file
-that a visitor adds while it looks; it only deletes what is left at the server's end."""
+"""Temporary files of the demo: in a folder of its own, deleted when they are old. Gradio's own task for it ends, in
+silence, at the first file that a visitor adds while it looks; it only deletes what is left at the server's end."""
 
 import asyncio
+import atexit
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
@@ -9,6 +16,18 @@ from pathlib import Path
 from typing import Any
 
 Seen = dict[tuple[str, int], float]  # a file as it was written => when that was seen first, by a clock that nobody sets
+
+
+def own_folder() -> None:
+    """What visitors send is kept in a folder that only this process' user may read, removed with the process unless it
+    is killed. Gradio's default, /tmp/gradio, is the first user's on a machine: the next one's uploads fail.
+    `GRADIO_TEMP_DIR` stays where it is set."""
+    if os.environ.get("GRADIO_TEMP_DIR"):
+        return
+    folder = os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="palette-demo-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def delete_old(blocks: Any, seen: Seen, age: float) -> Seen:

@@ -649,3 +649,28 @@ def test_a_full_disk_is_told(pipe, photo, tmp_path, monkeypatch):
         assert call(url, "colorize", *given) is None, "whoever comes when there is room is served"
     finally:
         app.get_blocks().close()
+
+
+def test_visitors_files_are_in_a_folder_of_its_own_that_goes_with_it(photo, tmp_path):
+    (tmp_path / "gradio").write_text("another user's")
+    port = free_port()
+    environment = {k: v for k, v in os.environ.items() if k != "GRADIO_TEMP_DIR"} | {"TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-m", "palette_diffusers.cli", "demo", "--port", str(port)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        url = f"http://127.0.0.1:{port}/"
+        for _ in range(600):
+            try:
+                requests.get(f"{url}health", timeout=1)
+                break
+            except requests.ConnectionError:
+                assert process.poll() is None
+                time.sleep(0.1)
+        sent = requests.post(f"{url}gradio_api/upload", files={"files": encoded(Image.fromarray(photo))}, timeout=20)
+        [folder] = tmp_path.glob("palette-demo-*")
+        assert sent.status_code == 200 and sent.json()[0].startswith(str(folder))
+        assert folder.stat().st_mode & 0o077 == 0
+    finally:
+        process.terminate()
+        code = process.wait(30)
+    assert code > 0 and not folder.exists()
