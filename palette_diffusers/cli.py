@@ -578,6 +578,9 @@ def demo(
     if mcp:
         _needs("mcp", install="mcp")
     with _one_line():
+        from .demo_files import own_folder
+
+        own_folder()  # before gradio is imported, which reads where its files go
         from .demo import launch
 
         launch(model, host, port, device, mcp)

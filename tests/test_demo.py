@@ -673,4 +673,4 @@ def test_visitors_files_are_in_a_folder_of_its_own_that_goes_with_it(photo, tmp_
     finally:
         process.terminate()
         code = process.wait(30)
-    assert code > 0 and not folder.exists()
+    assert code == 143 and not folder.exists()
