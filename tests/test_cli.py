@@ -46,6 +46,29 @@ def test_commands(files, command, size):
     assert not list(files.glob(".*part"))
 
 
+STORED = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # EXIF orientation => how the camera turned it, Image.Transpose
+
+
+@pytest.mark.parametrize("command", ["colorize", "inpaint --mask 0,0,20,30", "uncrop --right 8", "restore"])
+def test_turned_photographs_come_out_upright(photo, files, command):
+    """The mask and the sides are of the upright one."""
+    upright, made = Image.fromarray(photo[:90, :120]), {}
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        turn = STORED.get(orientation)
+        stored = upright if turn is None else upright.transpose(Image.Transpose(turn))
+        stored.save(files / "turned.png", exif=exif)
+        target = files / f"{orientation}.png"
+        out = invoke(*command.split(), files / "turned.png", "-o", target, "--model", files / "model", "--steps", 1)
+        assert out.exit_code == 0, out.output
+        made[orientation] = Image.open(target)
+        assert made[orientation].getexif().get(0x0112, 1) == 1
+        np.testing.assert_array_equal(made[orientation], made[1], str(orientation))
+    if "mask" in command:
+        np.testing.assert_array_equal(np.asarray(made[1])[30:], photo[30:90, :120])
+
+
 def test_samples_and_seed(files):
     arguments = ["colorize", files / "in.png", "--model", files / "model", "--samples", 2]
     assert invoke(*arguments, "-o", files / "a.png").exit_code == 0
