@@ -73,8 +73,8 @@ def restore(pipe: PalettePipeline, features: torch.nn.Module, photo: Image.Image
 
 
 def summary(rows: dict[str, dict]) -> dict:
-    """name => kind => figure => number: medians, how many photographs got worse than their JPEG, and the five whose
-    restoration gained least, with their gains (larger is better)."""
+    """name => kind => figure => number: medians, the median of the photographs' gains, how many got worse than their
+    JPEG, and the five whose restoration gained least, with their gains (larger is better)."""
     figures = {"PSNR": 1, "PSNR-B": 1, "distance": -1}
     median = {kind: {f: float(np.median([r[kind][f] for r in rows.values()])) for f in figures} for kind in KINDS}
     median = {kind: {f: round(value, 3) for f, value in row.items()} for kind, row in median.items()}
@@ -83,6 +83,7 @@ def summary(rows: dict[str, dict]) -> dict:
         gains[kind][f] = {n: round(figures[f] * (r[kind][f] - r["jpeg"][f]), 3) for n, r in rows.items()}
     return {
         "median": median,
+        "median gain": {kind: {f: float(np.median([*each.values()])) for f, each in gains[kind].items()} for kind in gains},
         "worse": {kind: {f: sum(g < 0 for g in each.values()) for f, each in gains[kind].items()} for kind in gains},
         "least gain": {
             kind: {f: dict(sorted(each.items(), key=lambda item: item[1])[:5]) for f, each in gains[kind].items()}

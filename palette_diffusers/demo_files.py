@@ -5,10 +5,7 @@ import asyncio
 import atexit
 import os
 import shutil
-import signal
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
@@ -26,8 +23,6 @@ def own_folder() -> None:
         return
     folder = os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="palette-demo-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def delete_old(blocks: Any, seen: Seen, age: float) -> Seen:
