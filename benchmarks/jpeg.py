@@ -83,7 +83,9 @@ def summary(rows: dict[str, dict]) -> dict:
         gains[kind][f] = {n: round(figures[f] * (r[kind][f] - r["jpeg"][f]), 3) for n, r in rows.items()}
     return {
         "median": median,
-        "median gain": {kind: {f: float(np.median([*each.values()])) for f, each in gains[kind].items()} for kind in gains},
+        "median gain": {
+            kind: {f: float(np.median([*each.values()])) for f, each in gains[kind].items()} for kind in gains
+        },
         "worse": {kind: {f: sum(g < 0 for g in each.values()) for f, each in gains[kind].items()} for kind in gains},
         "least gain": {
             kind: {f: dict(sorted(each.items(), key=lambda item: item[1])[:5]) for f, each in gains[kind].items()}
