@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from .color import luma, with_luma
 from .masks import box_mean
 
-MOST_HOLES = 32  # that are sampled one by one
+MOST_HOLES, PART = 32, 2500  # that are sampled one by one; pixels a side that are sampled together if they are more
 BLOCK, LAP = 1472, 48  # pixels a side that are sampled at a time, so that memory stays bounded; how far they overlap
 CELL = 64  # pixels a side of noise that has one seed
 
@@ -137,9 +137,11 @@ def hole_view(mask: torch.Tensor, native: int, multiple: int) -> View:
 def separate(mask: torch.Tensor, grid: int = 128) -> Iterator[torch.Tensor]:
     """The holes of a mask (1, 1, H, W) that lie apart, each a mask, so that each gets a view of its own.
 
-    Holes that touch on a grid of at most `grid` cells a side stay together, and on a coarser one where they would be
-    more than `MOST_HOLES`, as specks of dust are. Sizes fall; together they are the mask. Each is made when it is its
-    turn, since each is as large as the photograph; those that have been may be taken out of the mask meanwhile.
+    Holes that touch on a grid of at most `grid` cells a side stay together. Where they would be more than `MOST_HOLES`,
+    as specks of dust are, so do those that touch on a coarser one, or, in a photograph whose whole is more than memory
+    should hold at once, those of the same part of it, of about `PART` pixels a side. Sizes fall; together they are the
+    mask. Each is made when it is its turn, since each is as large as the photograph; those that have been may be taken
+    out of the mask meanwhile.
     """
     size = tuple(mask.shape[-2:])
     cells = F.adaptive_max_pool2d(mask, tuple(min(side, grid) for side in size))
@@ -155,8 +157,13 @@ def separate(mask: torch.Tensor, grid: int = 128) -> Iterator[torch.Tensor]:
         yield mask
         return
     if len(found) > MOST_HOLES + 1:
-        yield from separate(mask, grid // 2)
-        return
+        parts, (down, across) = max(size) // PART, labels.shape[-2:]
+        if parts < 2:
+            yield from separate(mask, grid // 2)
+            return
+        cell = labels.long() - 1  # one of the hole's
+        labels = (cell // across * parts // down * parts + cell % across * parts // across + 1) * cells
+        found = labels.unique()
     # by whole numbers: interpolation rounds, and would leave pixels out
     rows, columns = (torch.arange(n) * c // n for n, c in zip(size, labels.shape[-2:], strict=True))
     counts = torch.zeros(labels.shape[-2], size[1]).index_add_(0, rows, mask[0, 0])

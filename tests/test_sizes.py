@@ -289,6 +289,14 @@ def test_specks_of_dust_are_not_sampled_one_by_one(seeded):
     assert 1 <= len(holes) <= sizes.MOST_HOLES and torch.equal(torch.stack(holes).sum(0), mask)
 
 
+def test_specks_of_a_large_photograph_are_sampled_in_parts(seeded):
+    mask = (torch.rand(1, 1, 300, 5000, generator=seeded()) < 0.001).float()
+    holes = list(sizes.separate(mask))
+    assert 2 <= len(holes) <= 4 and torch.equal(sum(holes), mask)
+    spans = [torch.nonzero(hole[0, 0].any(0)).aminmax() for hole in holes]
+    assert max(span.max - span.min for span in spans) < 2600, "none spans the photograph: memory stays bounded"
+
+
 @pytest.mark.parametrize("multiple", [8, 32])
 @pytest.mark.parametrize("size", [(1, 1), (1472, 1473), (3000, 60), (1, 10_000), (2900, 4400)])
 def test_blocks_cover_and_overlap(size, multiple):
