@@ -130,12 +130,11 @@ def hard(rows: list[dict], keep: Callable, megapixels: float = 48) -> None:
             "a hole of 400x400, 4 variations": ["inpaint", "--mask", box, "--samples", "4"],
             "colorization, 4 variations": ["colorize", "--samples", "4"],
             "a border of 400, UniPC": ["uncrop", "--right", "400", "--speed", "fast"],
-            "JPEG, UniPC": ["restore", "--speed", "fast"],
         }
         for name, (verb, *options) in jobs.items():
             if any(row["what"] == name for row in rows):
                 continue
-            mosaic(width, height).save(photo, quality=10 if verb == "restore" else 95)
+            mosaic(width, height).save(photo, quality=95)
             found = command([verb, photo, "-o", out, "--overwrite", *options], megapixels)
             rows.append({"what": name, "megapixels": megapixels, **found})
             keep(rows[-1])

@@ -400,8 +400,14 @@ def save(image: Image.Image, path: str | os.PathLike) -> None:
 
 def diversity(images: list[Image.Image]) -> float:
     """The mean absolute difference of two pictures of one size, over all pairs of at least two, 0 to 255."""
-    pixels = [np.asarray(to_rgb(image), np.float32) for image in images]
-    return float(np.mean([np.abs(a - b).mean() for a, b in itertools.combinations(pixels, 2)]))
+    pixels = [np.asarray(to_rgb(image)) for image in images]
+    bands = range(0, len(pixels[0]), 256)  # of rows, so that memory stays bounded
+    sums = [
+        np.abs(a[top : top + 256].astype(np.int16) - b[top : top + 256]).sum(dtype=np.int64)
+        for a, b in itertools.combinations(pixels, 2)
+        for top in bands
+    ]
+    return float(sum(sums) / math.comb(len(pixels), 2) / pixels[0].size)
 
 
 def sheet(images: list[Image.Image], side: int = 320, gap: int = 8) -> Image.Image:
@@ -410,9 +416,10 @@ def sheet(images: list[Image.Image], side: int = 320, gap: int = 8) -> Image.Ima
     >>> sheet([Image.new("RGB", (640, 320))] * 3).size
     (664, 344)
     """
-    small = [to_rgb(image) for image in images]
-    for image in small:
-        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    small = []
+    for image in images:
+        small.append(to_rgb(image))
+        small[-1].thumbnail((side, side), Image.Resampling.LANCZOS)
     columns = math.ceil(math.sqrt(len(small)))
     width, height = (max(image.size[k] for image in small) + gap for k in (0, 1))
     rows = math.ceil(len(small) / columns)

@@ -35,6 +35,7 @@ from .unet import PaletteUNet2DModel
 STARTER = Path(__file__).resolve().with_name("starter")
 SHIPPED = {path.name: path for path in (STARTER, STARTER.with_name("starter-few-steps"))}  # a Hub id has a slash
 BATCH = 16  # samples of a batch, at most
+AT_ONCE = 8_000_000  # pixels of variations that are made together
 REFINE_FROM = 2.5  # log-SNR at which finer levels start from the coarser picture
 
 
@@ -336,30 +337,33 @@ class PalettePipeline(DiffusionPipeline):
             source = generator[i] if isinstance(generator, (list, tuple)) else generator
             seed = int(torch.randint(0, 2**62, (), generator=source, device=source.device if source else "cpu"))
             generators.append([torch.Generator().manual_seed(seed + k) for k in range(num_images_per_input)])
-        restored: dict[int, torch.Tensor] = {}
+        finished: dict[int, list[Any]] = {i: [] for i in range(len(pictures))}
         for group in self._groups(pictures, tasks, num_images_per_input):
             chosen = tasks[group[0]]
             if type(chosen) is JPEGRestoration:
                 chosen = _consistent(chosen, pictures[group[0]], consistent)
-            images = self._restore(
-                [pictures[i].image for i in group], [masks[i] for i in group], chosen, [generators[i] for i in group],
-                num_inference_steps, latents, callback if callback_on_step_end else None, strength,
-                [strokes[i] for i in group],
-            )  # fmt: skip
-            restored |= dict(zip(group, images, strict=True))
-        results = [(picture, image) for i, picture in enumerate(pictures) for image in restored[i].split(1)]
-
-        out: Any
-        if output_type == "pil":
-            out = [canvas.to_pil(image, picture) for picture, image in results]
-        else:
-            out = [image for _, image in results]
-            if output_type == "np":
-                out = [((x[0] + 1) / 2).permute(1, 2, 0).numpy() for x in out]
+            together = [generators[i] for i in group]
+            pixels = num_images_per_input * sum(math.prod(pictures[i].size) for i in group)
+            if latents is None and num_images_per_input > 1 and pixels > AT_ONCE:  # one variation at a time
+                rounds = [[[own] for own in column] for column in zip(*together, strict=True)]
             else:
-                out = [x[0] for x in out]
-            if len({x.shape for x in out}) == 1:
-                out = np.stack(out) if output_type == "np" else torch.stack(out)
+                rounds = [together]
+            for some in rounds:
+                photographs, holes = [pictures[i].image for i in group], [masks[i] for i in group]
+                if some is not rounds[-1]:  # for the rounds that follow: large holes and borders are filled in place
+                    holes = [hole if hole is None else hole.clone() for hole in holes]
+                    photographs = [x.clone() for x in photographs] if chosen.name == "uncropping" else photographs
+                images = self._restore(
+                    photographs, holes, chosen, some, num_inference_steps, latents,
+                    callback if callback_on_step_end else None, strength, [strokes[i] for i in group],
+                )  # fmt: skip
+                for i, image in zip(group, images, strict=True):
+                    finished[i] += [_finished(x, pictures[i], output_type) for x in image.split(1)]
+                del images
+
+        out: Any = [x for i in range(len(pictures)) for x in finished[i]]
+        if output_type != "pil" and len({x.shape for x in out}) == 1:
+            out = np.stack(out) if output_type == "np" else torch.stack(out)
         return PalettePipelineOutput(images=out) if return_dict else (out,)
 
     def _groups(self, pictures: list[Picture], tasks: list[Task], number: int) -> list[list[int]]:
@@ -594,6 +598,13 @@ def _meet(
     if mask is None:
         raise ValueError(f"task {task.name!r} needs a mask_image: white = generate, black = keep")
     return canvas.with_mask(picture, mask)
+
+
+def _finished(image: torch.Tensor, picture: Picture, output_type: str) -> Any:
+    """(1, 3, H, W) => what was asked for."""
+    if output_type == "pil":
+        return canvas.to_pil(image, picture)
+    return ((image[0] + 1) / 2).permute(1, 2, 0).numpy() if output_type == "np" else image[0]
 
 
 def _consistent(task: Task, picture: Picture, wanted: bool | None) -> Task:

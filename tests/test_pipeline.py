@@ -563,3 +563,25 @@ def test_a_large_hole_is_filled_in_blocks(pipe, photo, monkeypatch, task):
             assert (out[:, 0] != out[:, 1]).any() == colored
         assert not torch.equal(*parts) and not torch.equal(parts, whole)
         assert (parts - whole).abs().mean() < 0.15
+
+
+@pytest.mark.parametrize("task", ["colorization", "inpainting", "uncropping", "jpeg_restoration"])
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
+def test_variations_of_a_large_photograph_are_made_one_at_a_time(pipe, photo, monkeypatch, task, output_type):
+    """The same pictures, and no more than one of them in the making."""
+    more = {"inpainting": {"mask_image": ["10,10,60,50"] * 2}, "uncropping": {"right": 20}}.get(task, {})
+
+    def made():
+        asked = dict(task=task, num_images_per_input=3, num_inference_steps=2, output_type=output_type, **more)
+        images = pipe([photo, photo[:100]], generator=torch.Generator().manual_seed(0), **asked).images
+        return [np.asarray(image, np.float32) for image in images]
+
+    together = made()
+    monkeypatch.setattr("palette_diffusers.pipeline.AT_ONCE", 10_000)
+    restore, numbers = pipe._restore, []
+    monkeypatch.setattr(pipe, "_restore", lambda *args: numbers.append(len(args[3][0])) or restore(*args))
+    alone = made()
+    assert set(numbers) == {1} and len(numbers) == 6
+    for a, b in zip(together, alone, strict=True):
+        np.testing.assert_allclose(a, b, atol=1 if output_type == "pil" else 1 / 127)
+    assert not np.array_equal(alone[0], alone[1])
