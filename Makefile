@@ -57,9 +57,13 @@ torture: install  # generated inputs and kills; goes on where it was stopped
 soak: install
 	$(BIN)/python -m torture.soak --minutes $(MINUTES)
 
-audit: install  # asks an online list of known weaknesses; without a network it fails, and says so
-	$(BIN)/python -m pip install -q pip-audit==2.10.1
-	$(BIN)/pip-audit -r constraints.txt --no-deps --disable-pip --strict
+AUDIT := $(VENV)-audit
+
+# asks an online list of known weaknesses; what can't be looked up is an error, but for WHERE_REACHED=1
+audit:
+	$(PYTHON) -m venv $(AUDIT)
+	-$(AUDIT)/bin/python -m pip install -q pip-audit==2.10.1
+	$(AUDIT)/bin/python torture/audited.py constraints.txt $(if $(WHERE_REACHED),--where-reached)
 
 # JANSPIRY, GUIDED: checkouts of the peers; without them, against diffusers only
 PEERS = $(if $(JANSPIRY),--janspiry $(JANSPIRY)) $(if $(GUIDED),--guided-diffusion $(GUIDED))
