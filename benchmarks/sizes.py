@@ -134,7 +134,7 @@ def hard(rows: list[dict], keep: Callable, megapixels: float = 48) -> None:
         for name, (verb, *options) in jobs.items():
             if any(row["what"] == name for row in rows):
                 continue
-            mosaic(width, height).save(photo, quality=95)
+            mosaic(width - 400 if verb == "uncrop" else width, height).save(photo, quality=95)
             found = command([verb, photo, "-o", out, "--overwrite", *options], megapixels)
             rows.append({"what": name, "megapixels": megapixels, **found})
             keep(rows[-1])

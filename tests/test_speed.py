@@ -2,6 +2,7 @@ import diffusers
 import pytest
 import torch
 from conftest import toy_unet
+from PIL import Image
 
 from palette_diffusers import PalettePipeline, PaletteScheduler
 from palette_diffusers.scheduler import diffuse, noise_level, output_for
@@ -92,3 +93,15 @@ def test_a_hole_starts_from_its_smooth_fill(pipe, seeded):
     pipe.denoise(given, seeded(), 8, predict=lambda y, g, x: seen.append((y, g)) or y * 0, strength=0.5)
     y, gamma = seen[0]
     torch.testing.assert_close(y / gamma.sqrt(), known)
+
+
+@pytest.mark.parametrize(("name", "refined"), [("fast", False), ("balanced", True), ("best", True)])
+def test_large_fills_are_refined_by_what_few_steps_allow(pipe, photo, name, refined):
+    """The last of balanced's steps is calm enough; fast's would leave grain, and its fill is the model's, enlarged."""
+    pipe.speed(name)
+    calls, predict = [], pipe._predict
+    pipe._predict = lambda *given: calls.append(given[1]) or predict(*given)
+    size = pipe.unet.config.sample_size
+    large = Image.fromarray(photo).resize((6 * size, 6 * size))
+    pipe(large, task="inpainting", mask_image=f"{size},{size},{4 * size},{4 * size}")
+    assert (len(calls) > pipe.config.default_steps) == refined
