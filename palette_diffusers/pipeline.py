@@ -37,7 +37,7 @@ SHIPPED = {path.name: path for path in (STARTER, STARTER.with_name("starter-few-
 BATCH = 16  # samples of a batch, at most
 AT_ONCE = 8_000_000  # pixels of variations that are made together
 REFINE_FROM = 2.5  # log-SNR at which finer levels start from the coarser picture
-REFINE_AT_LEAST = 1.0  # the same where all of few steps come before that; below, single steps leave grain
+SOONER = 1.5  # log-SNR by which the last of few steps may come before that; more would leave grain
 
 
 @dataclass
@@ -179,10 +179,9 @@ class PalettePipeline(DiffusionPipeline):
         the sample grows together with it (Wang et al. 2022, "DDNM").
 
         With an `estimate` of the picture, sampling starts from it, noised to the log-SNR `start`: only the
-        steps from there on are taken, or the last one where it is not much noisier. An `estimate` that no step is left
-        for comes back as it is. Else `strength` is
-        the share of the steps that are taken, the last ones, from the source (its hole filled smoothly) instead of
-        noise; None is the task's own start, 1 is noise.
+        steps from there on are taken, or the last one where it is noisier by at most 1.5. An `estimate` that no step is
+        left for comes back as it is. Else `strength` is the share of the steps that are taken, the last ones, from the
+        source (its hole filled smoothly) instead of noise; None is the task's own start, 1 is noise.
 
         Raises:
             ValueError: fewer than one step, a strength outside (0, 1]. FloatingPointError: the sample is not finite;
@@ -208,7 +207,7 @@ class PalettePipeline(DiffusionPipeline):
         first = 0
         if estimate is not None:
             first = self._first_step(start)
-            if first == len(timesteps) and self.scheduler.order == 1 and self._first_step(REFINE_AT_LEAST) < first:
+            if first == len(timesteps) and self.scheduler.order == 1 and self._first_step(start - SOONER) < first:
                 first -= 1  # of few steps the last
             if first == len(timesteps):
                 return estimate
