@@ -15,9 +15,8 @@ def verdict(output: str, error: str, where_reached: bool) -> tuple[list[str], in
     try:
         packages = json.loads(output)["dependencies"]
     except (ValueError, KeyError):
-        return [
-            f"no audit: {error.strip().splitlines()[-1] if error.strip() else 'no answer'}"
-        ], 0 if where_reached else 1
+        said = error.strip().splitlines() or ["no answer"]
+        return [f"no audit: {said[-1]}"], int(not where_reached)
     skipped = [p for p in packages if "skip_reason" in p]
     weak = [p for p in packages if p.get("vulns")]
     lines = [f"{p['name']} {p['version']}: {', '.join(v['id'] for v in p['vulns'])}" for p in weak]
@@ -35,10 +34,10 @@ def main() -> None:
     command += ["--format", "json", "--progress-spinner", "off", "--timeout", "15"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        answer = done.stdout, done.stderr
     except subprocess.TimeoutExpired as error:
-        lines, code = verdict("", str(error), asked.where_reached)
-    else:
-        lines, code = verdict(done.stdout, done.stderr, asked.where_reached)
+        answer = "", str(error)
+    lines, code = verdict(*answer, asked.where_reached)
     print("\n".join(lines))
     raise SystemExit(code)
 
