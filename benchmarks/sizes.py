@@ -6,7 +6,7 @@ The photographs are scikit-image's public-domain and CC0 ones (astronaut, chelse
 of them. Processor seconds, one thread by OMP_NUM_THREADS=1; a part that is in the output file is not run again.
 large: the command line, each row in a process of its own; few steps, since time grows with them and memory does not.
 hard: the same at 48 megapixels for what takes more memory: many holes, a solver that remembers, variations.
-tiling: a 1024-pixel square in blended tiles, against the same pixels in the same network without overlap.
+tiling: a 1024-pixel square, and scratches across it, in blended tiles, against that square without any overlap.
 folder: 200 small photographs from files to files, against the network's own evaluations alone.
 seams: gradients across the borders of tiles and blocks over those near, in the ratio to the same picture's without
 them; of the last `--count` photographs of `--data`, a folder of parquet (BSDS500: held back from training), else of the
@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from peers import machine
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from palette_diffusers import PalettePipeline, folders, sizes
 
@@ -149,21 +149,37 @@ def seconds(call: Callable, rounds: int = 3) -> float:
     return float(np.median(times))
 
 
+def scratches(height: int, width: int) -> torch.Tensor:
+    """Eight lines of 3 pixels from edge to edge, as a mask (1, 1, H, W)."""
+    mask, rng = Image.new("L", (width, height)), np.random.default_rng(0)
+    for x, y in rng.random((8, 2)):
+        ImageDraw.Draw(mask).line([(x * width, 0), (y * width, height)], 255, 3)
+    return torch.from_numpy(np.asarray(mask) / 255).float()[None, None].ceil()
+
+
 def tiling(pipe: PalettePipeline) -> dict:
-    gamma, out = torch.tensor(0.5), {}
+    gamma, multiple = torch.tensor(0.5), pipe.unet.size_multiple
     sample, condition = torch.rand(1, 3, 1024, 1024), torch.rand(1, 4, 1024, 1024)
-    for name, tile in (("JPEG restoration, large holes", 128), ("scratches", 64)):
+    everywhere, out = torch.ones(1, 1, 1024, 1024), {}
+    lines = scratches(1024, 1024)
+    jobs = {
+        "all of it (JPEG restoration, large holes)": (everywhere, 128),
+        "scratches": (lines, sizes.cheapest_tile(lines, 64, multiple, 16)),
+        "all of it, in the tiles that scratches get": (everywhere, 64),
+    }
+    for name, (where, tile) in jobs.items():
         batch = 32 * 64 * 64 // tile**2
         parts = [
             x.unfold(2, tile, tile).unfold(3, tile, tile).permute(0, 2, 3, 1, 4, 5).reshape(-1, x.shape[1], tile, tile)
             for x in (sample, condition)
         ]
+        tiled = sizes.tiled(pipe._predict, tile, 16, where=where)
         with torch.no_grad():
-            tiles = seconds(lambda tile=tile: sizes.tiled(pipe._predict, tile, 16)(sample, gamma, condition))
+            tiles = seconds(lambda tiled=tiled: tiled(sample, gamma, condition))
             alone = seconds(lambda parts=parts, batch=batch: [
                 pipe._predict(a, gamma, b) for a, b in zip(*(x.split(batch) for x in parts), strict=True)
             ])  # fmt: skip
-        out[name] = {"tile": tile, "seconds": round(tiles, 2), "without overlap": round(alone, 2),
+        out[name] = {"tile": tile, "seconds": round(tiles, 2), "the picture without overlap": round(alone, 2),
                      "overhead": round(tiles / alone - 1, 3)}  # fmt: skip
     return out
 

@@ -1,8 +1,8 @@
 """A folder of photographs, mended by a Ray Data job:  python examples/ray_folder.py ALBUM MENDED --task colorization
 
 ALBUM and MENDED are folders, or fsspec URLs (s3://..., with the package of that store). Results that are there already
-are passed over; a worker that dies is replaced and its photographs are done again, each written under a temporary name
-first. Needs `pip install 'palette-diffusers[ray]'`.
+are passed over; a worker that dies is replaced, and what it had begun is begun again. Each is written under a temporary
+name first. Needs `pip install 'palette-diffusers[ray]'`.
 """
 
 import argparse
@@ -33,6 +33,9 @@ class Mend:
         import torch
         from PIL import Image
 
+        files, path = fsspec.core.url_to_fs(row["target"])
+        if files.exists(path):  # by a worker that died before it could say so
+            return row | {"pid": os.getpid(), "error": ""}
         try:
             with fsspec.open(row["source"]) as file:
                 photo = Image.open(io.BytesIO(file.read()))
@@ -49,7 +52,7 @@ class Mend:
 def write(target: str, content: bytes) -> None:
     """Whole or not at all: an object store shows an object when it is closed, a folder gets it by renaming."""
     files, path = fsspec.core.url_to_fs(target)
-    part = f"{path}.{os.getpid()}.part"
+    part = f"{path}.part"  # the same for a worker that begins again
     files.makedirs(posixpath.dirname(path), exist_ok=True)
     files.pipe_file(part, content)
     files.mv(part, path)

@@ -349,20 +349,22 @@ class PalettePipeline(DiffusionPipeline):
             pixels = num_images_per_input * sum(math.prod(pictures[i].size) for i in group)
             if latents is None and num_images_per_input > 1 and pixels > AT_ONCE:  # one variation at a time
                 rounds = [[[own] for own in column] for column in zip(*together, strict=True)]
+                for i in group:
+                    masks[i] = None if masks[i] is None else masks[i].bool()  # a quarter of the memory
             else:
                 rounds = [together]
-            for some in rounds:
-                photographs, holes = [pictures[i].image for i in group], [masks[i] for i in group]
-                if some is not rounds[-1]:  # for the rounds that follow: large holes and borders are filled in place
-                    holes = [hole if hole is None else hole.clone() for hole in holes]
-                    photographs = [x.clone() for x in photographs] if chosen.name == "uncropping" else photographs
+            photographs = [pictures[i].image for i in group]
+            if chosen.strategy == "hole" and chosen.name != "uncropping":  # filled in place: `_grow`'s canvas is ours
+                photographs = [x.clone() for x in photographs]
+            for some in rounds:  # what lies in a hole is not looked at, so that the next round may find the last one's
                 images = self._restore(
-                    photographs, holes, chosen, some, num_inference_steps, latents,
-                    callback if callback_on_step_end else None, strength, [strokes[i] for i in group],
+                    photographs, [hole if hole is None else hole.float() for hole in (masks[i] for i in group)],
+                    chosen, some, num_inference_steps, latents, callback if callback_on_step_end else None, strength,
+                    [strokes[i] for i in group],
                 )  # fmt: skip
-                for i, image in zip(group, images, strict=True):
-                    finished[i] += [_finished(x, pictures[i], output_type) for x in image.split(1)]
-                del images
+                for i in reversed(group):  # each is given up as soon as it is finished
+                    finished[i] += [_finished(x, pictures[i], output_type) for x in images.pop().split(1)]
+            del photographs
 
         out: Any = [x for i in range(len(pictures)) for x in finished[i]]
         if output_type != "pil" and len({x.shape for x in out}) == 1:
@@ -458,10 +460,10 @@ class PalettePipeline(DiffusionPipeline):
         latents: torch.Tensor | None,
         denoise: Callable[..., torch.Tensor],
     ) -> torch.Tensor:
-        """One photograph (1, 3, H, W), hole after hole => its variations (N, 3, H, W). An uncropping's own canvas is
-        changed in place, so that a large one is held once."""
+        """One photograph (1, 3, H, W), hole after hole => its variations (N, 3, H, W). A single one is made in place, so
+        that a large photograph is held once."""
         assert mask is not None
-        result = image if task.name == "uncropping" and len(generators) == 1 else image.repeat(len(generators), 1, 1, 1)
+        result = image if len(generators) == 1 else image.repeat(len(generators), 1, 1, 1)
         holes: Iterable[torch.Tensor] = sizes.rings(mask) if task.name == "uncropping" else sizes.separate(mask)
         if latents is not None:
             holes = list(holes)
@@ -607,7 +609,7 @@ def _finished(image: torch.Tensor, picture: Picture, output_type: str) -> Any:
     """(1, 3, H, W) => what was asked for."""
     if output_type == "pil":
         return canvas.to_pil(image, picture)
-    return ((image[0] + 1) / 2).permute(1, 2, 0).numpy() if output_type == "np" else image[0]
+    return ((image[0] + 1) / 2).permute(1, 2, 0).numpy() if output_type == "np" else image[0].clone()
 
 
 def _consistent(task: Task, picture: Picture, wanted: bool | None) -> Task:

@@ -184,7 +184,7 @@ def grain(image: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
     """The standard deviation of a photograph's grain (B, 3, H, W) where `where` (1, 1, H, W) is 1: (B, 1, 1, 1).
 
     It is that of luma's finest detail in the calmest fifth of all 8x8 cells, where there is nothing but grain; 0
-    where no cells lie within.
+    where no cells lie within. Pixels beside others are left out, so that these have no part in it.
     """
     found = [image.new_zeros(len(image), 0)]
     height, width = where.shape[-2:]
@@ -192,7 +192,7 @@ def grain(image: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         first, last = max(0, top - 1), min(height, top + 513)
         light = luma(image[..., first:last, :])
         detail = (light - box_mean(light, 1)).square()[..., top - first :, :][..., :512, :]
-        inside = where[..., top : top + 512, :]
+        inside = -F.max_pool2d(-where[..., first:last, :], 3, 1, 1)[..., top - first :, :][..., :512, :]
         found.append(F.avg_pool2d(detail * inside, 8)[:, 0, F.avg_pool2d(inside, 8)[0, 0] > 0.9])
     cells = torch.cat(found, dim=1)
     if not cells.shape[1]:

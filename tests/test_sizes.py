@@ -252,6 +252,8 @@ def test_grain_is_that_of_the_calm_places(seeded):
     assert sizes.grain(noisy, where).item() == pytest.approx(0.05, rel=0.15)
     assert sizes.grain(ramp, where).item() < 1e-3
     assert sizes.grain(noisy, where * 0).item() == 0
+    within = sizes.grain(noisy, where).item()
+    assert sizes.grain(torch.where(where > 0, noisy, 1.0), where).item() == within  # what lies beside has no part
 
 
 def test_a_line_of_pixels_is_no_more_work_than_it_is_worth():
