@@ -3,6 +3,7 @@
     python benchmarks/solvers.py --data PATH/TO/tiny-imagenet --count 200 --output benchmarks/results/solvers.json
     python benchmarks/solvers.py --solvers "paper's" --steps 1000 ...       # adds its rows to the file
     python benchmarks/solvers.py --solvers ... --steps 4,8 --start 2 ...    # from the sources, partly noised
+    python benchmarks/solvers.py --model starter-few-steps --solvers "checkpoint's own" --steps 1,2,4 ...
 
 Quality is the Frechet distance of the small classifier's features (`classifier.py`), lower is better; every solver sees
 the same sources and seeds. A killed run goes on with the same command. --table prints the file as Markdown and
@@ -122,7 +123,8 @@ def table(rows: list[dict]) -> str:
 
 
 def label(row: dict) -> str:
-    return row["solver"] + ("" if row["start"] is None else f", from log-SNR {row['start']:g}")
+    model = f"{row['model']}, " if row.get("model") else ""
+    return model + row["solver"] + ("" if row["start"] is None else f", from log-SNR {row['start']:g}")
 
 
 def figure(rows: list[dict], path: Path) -> None:
@@ -162,8 +164,9 @@ def extend(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Measures the points (solver, steps, task) that the file does not have, and writes each as it comes."""
     rows = read(path)
-    keys = [{"solver": n, "steps": s, "task": t, "start": start, "count": count} for n, s, t in points]
-    keys = [key for key in keys if not any(key.items() <= row.items() for row in rows)]
+    shared = {"start": start, "count": count, "model": model and Path(model).name}
+    keys = [{"solver": n, "steps": s, "task": t} | shared for n, s, t in points]
+    keys = [key for key in keys if not any(key.items() <= ({"model": None} | row).items() for row in rows)]
     if not keys:
         return rows
     diffusers.utils.logging.set_verbosity_error()  # its solvers don't know all of our configuration

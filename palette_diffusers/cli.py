@@ -173,6 +173,7 @@ def _file(work: _Work, mask: str | None) -> None:
     hole = None
     if mask is not None:
         picture, hole = canvas.with_mask(picture, mask)
+        hole = hole.bool()  # a quarter of the memory
     if work.task == "jpeg_restoration":
         with Image.open(work.source) as file:
             quality = canvas.jpeg_quality(file)

@@ -460,8 +460,8 @@ class PalettePipeline(DiffusionPipeline):
         latents: torch.Tensor | None,
         denoise: Callable[..., torch.Tensor],
     ) -> torch.Tensor:
-        """One photograph (1, 3, H, W), hole after hole => its variations (N, 3, H, W). A single one is made in place, so
-        that a large photograph is held once."""
+        """One photograph (1, 3, H, W), hole after hole => its variations (N, 3, H, W). A single one is made in place,
+        so that a large photograph is held once."""
         assert mask is not None
         result = image if len(generators) == 1 else image.repeat(len(generators), 1, 1, 1)
         holes: Iterable[torch.Tensor] = sizes.rings(mask) if task.name == "uncropping" else sizes.separate(mask)
