@@ -140,7 +140,7 @@ def hard(rows: list[dict], keep: Callable, megapixels: float = 48) -> None:
             keep(rows[-1])
 
 
-def seconds(call: Callable, rounds: int = 3) -> float:
+def seconds(call: Callable, rounds: int = 7) -> float:
     times = []
     for _ in range(rounds):
         begin = time.process_time()

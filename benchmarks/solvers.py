@@ -143,7 +143,7 @@ def figure(rows: list[dict], path: Path) -> None:
             if points:
                 panel.plot(*zip(*points, strict=True), marker="os^vDPX"[i % 7], markersize=4, label=name, color=f"C{i}")
         panel.set(title=task, xscale="log", yscale="log", xlabel="network evaluations")
-        panel.set_xticks([1, 2, 4, 8, 16, 32], labels=["1", "2", "4", "8", "16", "32"])
+        panel.set_xticks(ticks := [1, 2, 4, 8, 16, 32, 1000], labels=map(str, ticks))
         panel.minorticks_off()
         panel.grid(alpha=0.3)
     axes[0][0].set_ylabel("FD-classifier (lower is better)")
