@@ -141,14 +141,15 @@ def figure(rows: list[dict], path: Path) -> None:
         for i, name in enumerate(names):
             points = sorted((r["evaluations"], r["distance"]) for r in rows if (label(r), r["task"]) == (name, task))
             if points:
-                panel.plot(*zip(*points, strict=True), marker="os^vDPX"[i % 7], markersize=4, label=name, color=f"C{i}")
+                style = dict(marker="os^vDPX"[i % 7], markersize=4, color=f"C{i}", linestyle="-" if i < 10 else ":")
+                panel.plot(*zip(*points, strict=True), label=name, **style)
         panel.set(title=task, xscale="log", yscale="log", xlabel="network evaluations")
         panel.set_xticks(ticks := [1, 2, 4, 8, 16, 32, 1000], labels=map(str, ticks))
         panel.minorticks_off()
         panel.grid(alpha=0.3)
     axes[0][0].set_ylabel("FD-classifier (lower is better)")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    drawing.legend(handles, labels, loc="lower center", ncol=5, fontsize=8, frameon=False)
+    shown = {name: line for panel in axes[0] for line, name in zip(*panel.get_legend_handles_labels(), strict=True)}
+    drawing.legend(shown.values(), shown.keys(), loc="lower center", ncol=5, fontsize=8, frameon=False)
     drawing.tight_layout(rect=(0, 0.12, 1, 1))
     drawing.savefig(path, dpi=100)
 
