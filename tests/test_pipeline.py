@@ -585,3 +585,20 @@ def test_variations_of_a_large_photograph_are_made_one_at_a_time(pipe, photo, mo
     for a, b in zip(together, alone, strict=True):
         np.testing.assert_allclose(a, b, atol=1 if output_type == "pil" else 1 / 127)
     assert not np.array_equal(alone[0], alone[1])
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("at_once", [1, 8_000_000])
+def test_what_was_given_is_not_written_to(pipe, photo, monkeypatch, number, at_once):
+    """Though holes are filled in place."""
+    monkeypatch.setattr("palette_diffusers.pipeline.AT_ONCE", at_once)
+    image = torch.from_numpy(photo).permute(2, 0, 1) / 127.5 - 1
+    mask = torch.zeros(1, 150, 200)
+    mask[:, 20:90, 30:100] = 1
+    picture, kept = canvas.read(image), (image.clone(), mask.clone())
+    for given in (image, picture):
+        options = dict(mask_image=mask, num_images_per_input=number, num_inference_steps=2, output_type="pt")
+        images = pipe(given, task="inpainting", generator=torch.Generator().manual_seed(0), **options).images
+        assert torch.equal(image, kept[0]) and torch.equal(mask, kept[1]) and torch.equal(picture.image[0], kept[0])
+        assert all(not torch.equal(x, image) for x in images)
+        assert number == 1 or not torch.equal(images[0], images[1])
