@@ -357,9 +357,10 @@ class PalettePipeline(DiffusionPipeline):
             if chosen.strategy == "hole" and chosen.name != "uncropping":  # filled in place: `_grow`'s canvas is ours
                 photographs = [x.clone() for x in photographs]
             for some in rounds:  # what lies in a hole is not looked at, so that the next round may find the last one's
+                holes = [masks[i] for i in group]
                 images = self._restore(
-                    photographs, [hole if hole is None else hole.float() for hole in (masks[i] for i in group)],
-                    chosen, some, num_inference_steps, latents, callback if callback_on_step_end else None, strength,
+                    photographs, [None if hole is None else hole.float() for hole in holes], chosen, some,
+                    num_inference_steps, latents, callback if callback_on_step_end else None, strength,
                     [strokes[i] for i in group],
                 )  # fmt: skip
                 for i in reversed(group):  # each is given up as soon as it is finished
