@@ -9,7 +9,7 @@ from importlib import resources
 
 PIPELINE = (
     "color", "masks", "canvas", "coefficients", "hints", "tasks", "scheduler", "sizes", "unet", "checkpoint", "machine",
-    "speed", "optimize", "pipeline",
+    "speed", "winograd", "optimize", "pipeline",
 )  # fmt: skip
 FILES = {
     "palette_pipeline.py": PIPELINE,

@@ -1,13 +1,15 @@
+import math
 import os
 
 import torch
 from torch._inductor import config
 
+from palette_diffusers import winograd
 from palette_diffusers.cli import _load
 from palette_diffusers.optimize import ALIKE, GAIN, optimize
 
 
-def test_what_is_kept_is_faster_and_alike(pipe, photo, seeded):
+def test_what_is_kept_is_faster_and_alike(pipe, photo, seeded, caplog):
     def run():
         return pipe(photo, generator=seeded(), output_type="pt").images
 
@@ -15,6 +17,7 @@ def test_what_is_kept_is_faster_and_alike(pipe, photo, seeded):
     report = pipe.optimize()
     assert {trial.name for trial in report.trials} >= {"channels_last"} and report.after <= report.before
     assert all(trial.kept == (trial.speedup >= GAIN and trial.psnr >= ALIKE) for trial in report.trials)
+    assert not caplog.text
     error = (run() - before).square().mean()
     assert error < 4 / 10**4 and str(report).count("\n") == len(report.trials)
 
@@ -25,6 +28,17 @@ def test_a_way_that_changes_the_pictures_is_left_out(pipe, monkeypatch):
     monkeypatch.setattr("palette_diffusers.optimize.ALIKE", 200.0)
     half, *_ = optimize(pipe, rounds=1).trials
     assert not half.kept and half.psnr < 200 and pipe.unet.dtype == torch.float32
+
+
+def test_wide_convolutions_take_winograds_way(pipe, monkeypatch):
+    """In float32 only; the toy's are narrow."""
+    assert "no 3x3 convolution is wide enough" in str(pipe.optimize())
+    monkeypatch.setattr(winograd, "WIDTH", 1)
+    monkeypatch.setattr("palette_diffusers.optimize.GAIN", 0.0)
+    *_, trial = optimize(pipe, rounds=1).trials
+    assert trial.name == "winograd" and trial.kept and 60 < trial.psnr < math.inf
+    pipe.unet.bfloat16()
+    assert "it is for float32, the network is in bfloat16" in str(optimize(pipe, rounds=1))
 
 
 def test_without_a_compiler_that_is_said(pipe):

@@ -1,0 +1,83 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from palette_diffusers import winograd
+from palette_diffusers.winograd import WinogradConv2d, transform_filter, use_winograd, winograd_conv2d
+
+
+@pytest.mark.parametrize("shape", [(1, 7, 4, 4), (2, 3, 5, 19), (3, 8, 33, 6), (5, 4, 16, 16), (1, 2, 1, 1)])
+@pytest.mark.parametrize("at_once", [1, 5, 128])
+def test_it_is_the_plain_convolution(shape, at_once, monkeypatch):
+    """Of any size, however it is cut, against float64."""
+    monkeypatch.setattr(winograd, "AT_ONCE", at_once)
+    image, weight, bias = torch.randn(shape), torch.randn(6, shape[1], 3, 3), torch.randn(6)
+    expected = F.conv2d(image.double(), weight.double(), bias.double(), padding=1)
+    for given in (image, image.contiguous(memory_format=torch.channels_last)):
+        found = winograd_conv2d(given, transform_filter(weight), bias)
+        assert found.shape == expected.shape and (found - expected).abs().max() < 1e-4 * expected.std().clamp_min(1)
+    torch.testing.assert_close(
+        winograd_conv2d(image, transform_filter(weight)), found - bias[:, None, None], atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.fixture
+def layer():
+    layer = nn.Sequential(nn.Conv2d(128, 128, 3, padding=1))
+    plain = copy.deepcopy(layer)
+    assert use_winograd(layer) == 1 and isinstance(layer[0], WinogradConv2d)
+    return layer, plain
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """How often Winograd's way was taken."""
+    calls, original = [], winograd_conv2d
+    monkeypatch.setattr(winograd, "winograd_conv2d", lambda *args: calls.append(1) or original(*args))
+    return calls
+
+
+def test_it_is_used_where_it_is_right(layer, used):
+    layer, plain = layer
+    image = torch.randn(1, 128, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(image), plain(image), atol=1e-4, rtol=1e-4)
+        assert len(used) == 1
+        layer(image[..., :4]), copy.deepcopy(layer).bfloat16()(image.bfloat16())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(image).dtype == torch.bfloat16
+        assert len(used) == 1
+    layer(image).sum().backward(), plain(image).sum().backward()
+    assert len(used) == 1 and torch.equal(layer[0].weight.grad, plain[0].weight.grad)
+    assert layer.state_dict().keys() == plain.state_dict().keys() and repr(layer) == repr(plain)
+
+
+def test_it_follows_its_weights(layer, used):
+    """Those that are loaded, trained, and written through `.data`, as merged adapters and moving averages are."""
+    layer, plain = layer
+    image = torch.randn(1, 128, 16, 16)
+    changes = [
+        lambda m: m.load_state_dict({k: v + 0.1 for k, v in m.state_dict().items()}),
+        lambda m: m[0].weight.data.add_(0.1),
+        lambda m: m.to(memory_format=torch.channels_last),
+        lambda m: setattr(m[0], "weight", nn.Parameter(m[0].weight * 2)),
+    ]
+    with torch.no_grad():
+        for i, change in enumerate([lambda m: None, *changes], 1):
+            change(layer), change(plain)
+            torch.testing.assert_close(layer(image), plain(image), atol=1e-3, rtol=1e-4)
+            assert len(used) == i
+    with torch.inference_mode():
+        torch.testing.assert_close(copy.deepcopy(layer)(image), plain(image), atol=1e-3, rtol=1e-4)
+
+
+def test_other_convolutions_stay(used):
+    others = [
+        nn.Conv2d(128, 128, 1), nn.Conv2d(128, 128, 3), nn.Conv2d(128, 128, 3, padding=1, stride=2),
+        nn.Conv2d(128, 256, 3, padding=1, groups=2), nn.Conv2d(128, 128, 3, padding=1, padding_mode="reflect"),
+        nn.Conv2d(128, 128, 3, padding=2, dilation=2), nn.Conv2d(64, 64, 3, padding=1),
+    ]  # fmt: skip
+    assert use_winograd(nn.Sequential(*others)) == 0 and all(type(layer) is nn.Conv2d for layer in others)
