@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from .files import alone, write_text
+from .norms import use_channels_last_norms
 from .report import Tally, draw_batch, draw_samples, write_card, write_report
 from .scheduler import PaletteScheduler, diffuse, training_target
 from .settings import FREE, PRESETS, TrainSettings, parse, preset
@@ -442,6 +443,7 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
         unet.enable_gradient_checkpointing()
     if settings.channels_last:
         unet.to(memory_format=torch.channels_last)
+        use_channels_last_norms(unet)
     if settings.compile:
         unet.compile_repeated_blocks()
     trained = [p for p in unet.parameters() if p.requires_grad]

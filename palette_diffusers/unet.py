@@ -5,7 +5,7 @@ Images are (B, C, H, W), RGB, [-1, 1]; gamma is a float32 tensor (B,) in (0, 1].
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ NOISE_EMBEDDINGS = ("logsnr", "gamma", "sqrt_gamma", "timestep")
 
 class PaletteAttnProcessor:
     """Self-attention through `dispatch_attention_fn`, so that `set_attention_backend` takes effect
-    (the library's stock processor for this block ignores it)."""
+    (the library's stock processor for this block ignores it), and gradient checkpointing covers it."""
 
     _attention_backend = None
     _parallel_config = None
@@ -38,6 +38,11 @@ class PaletteAttnProcessor:
     def __call__(
         self, attn: Attention, hidden_states: torch.Tensor, temb: torch.Tensor | None = None, **kwargs
     ) -> torch.Tensor:
+        if torch.is_grad_enabled() and getattr(attn, "gradient_checkpointing", False):
+            return attn._gradient_checkpointing_func(self._attend, attn, hidden_states)
+        return self._attend(attn, hidden_states)
+
+    def _attend(self, attn: Attention, hidden_states: torch.Tensor) -> torch.Tensor:
         height, width = hidden_states.shape[2:]
         x = hidden_states if attn.group_norm is None else attn.group_norm(hidden_states)
         # (B, H*W, C); channels_last is that already, else each projection below would copy it again
@@ -50,7 +55,20 @@ class PaletteAttnProcessor:
         )
         x = attn.to_out[0](x.flatten(2).to(query.dtype))
         x = x.transpose(1, 2).unflatten(2, (height, width))
-        return (hidden_states + x) / attn.rescale_output_factor
+        x = hidden_states + x
+        return x if attn.rescale_output_factor == 1 else x / attn.rescale_output_factor
+
+
+class SamplerBlock2D(ResnetBlock2D):
+    """A residual block that changes resolution, which diffusers' blocks leave out of gradient checkpointing, though it
+    works at the higher one."""
+
+    gradient_checkpointing = False
+
+    def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(super().forward, input_tensor, temb)
+        return super().forward(input_tensor, temb)
 
 
 class _OneByOne(dict[str, torch.Tensor]):
@@ -113,8 +131,8 @@ class PaletteUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["ResnetBlock2D", "Attention"]
-    _repeated_blocks = ["ResnetBlock2D", "Attention"]
+    _no_split_modules = ["ResnetBlock2D", "SamplerBlock2D", "Attention"]
+    _repeated_blocks = ["ResnetBlock2D", "SamplerBlock2D", "Attention"]
     _skip_layerwise_casting_patterns = ["norm"]
 
     @register_to_config
@@ -230,6 +248,11 @@ class PaletteUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
         outputs = out_channels + (1 if condition_skip else 0)
         self.conv_out = nn.Conv2d(channels, outputs * patch_size**2, 3, padding=1)
 
+        for module in self.modules():
+            if type(module) is ResnetBlock2D and (module.up or module.down):
+                module.__class__ = SamplerBlock2D
+            elif isinstance(module, Attention):
+                module.gradient_checkpointing = False
         self.set_attn_processor(PaletteAttnProcessor())
         self.zero_outputs()
 
@@ -258,6 +281,15 @@ class PaletteUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
             if any(weight.dtype != dtype for weight in (state_dict or load_file(files[0])).values()):
                 state_dict, resolved_model_file = None, [_OneByOne(file) for file in files]
         return super()._load_pretrained_model(model, state_dict, resolved_model_file, *args, **kwargs)
+
+    def train(self, mode: bool = True) -> Self:
+        """As usual. Residual blocks without dropout compute the same in both modes, but copy their input to another
+        layout when they train (`ResnetBlock2D`, before `conv_shortcut`): they are left in that of evaluation."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, ResnetBlock2D) and not module.dropout.p:
+                module.training = False
+        return self
 
     @property
     def size_multiple(self) -> int:

@@ -2,9 +2,12 @@ import pytest
 import torch
 from conftest import toy_unet
 from diffusers import UNet2DModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
 
 from palette_diffusers import PaletteUNet2DModel
 from palette_diffusers.scheduler import diffuse, predicted_original
+from palette_diffusers.unet import SamplerBlock2D
 
 
 def inputs(batch=2, size=32, seed=0):
@@ -100,6 +103,28 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         unet(*inputs()).sample.square().mean().backward()
         grads.append(unet.conv_in.weight.grad.clone())
     torch.testing.assert_close(*grads)
+
+
+def test_gradient_checkpointing_covers_attention_and_changes_of_resolution():
+    """diffusers' blocks leave both out: at most the two tensors that go into a block are kept."""
+    unet, kept = toy_unet(), {}
+    unet.enable_gradient_checkpointing()
+
+    def entered(module, args):
+        kept[module] = []
+        module.hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept[module].append(t) or t, lambda t: t)
+        module.hooks.__enter__()
+
+    for module in unet.modules():
+        if isinstance(module, (Attention, SamplerBlock2D)):
+            module.register_forward_pre_hook(entered)
+            module.register_forward_hook(lambda module, args, out: module.hooks.__exit__(None, None, None))
+    unet(*inputs())
+    assert {type(module) for module in kept} == {Attention, SamplerBlock2D}
+    assert max(map(len, kept.values())) <= 2
+
+
+
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -228,3 +253,14 @@ def test_compile_repeated_blocks():
     with torch.no_grad():
         torch.testing.assert_close(unet(x, 0.5, x).sample, plain(x, 0.5, x).sample, atol=1e-4, rtol=1e-4)
     torch._dynamo.reset()
+
+
+def test_training_copies_no_channels_last_tensor_to_another_layout(unet):
+    """diffusers' residual blocks do, before a shortcut, in training mode; with dropout they must train."""
+    unet.train()
+    blocks = [module for module in unet.modules() if isinstance(module, ResnetBlock2D)]
+    assert unet.training and unet.down_blocks.training and not any(block.training for block in blocks)
+    assert all(block.conv1.training for block in blocks)
+    blocks[0].dropout.p = 0.5
+    assert unet.train() is unet and blocks[0].training and not blocks[1].training
+    assert not any(module.training for module in unet.eval().modules())

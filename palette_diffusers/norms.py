@@ -1,0 +1,72 @@
+"""Group norm in channels-last layout on a CPU, whose backward pass torch computes several times as slowly as in the
+plain layout: a quarter of a training step."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+LEAST = 1 << 16  # numbers an image, below which torch's own is as fast
+
+
+class _GroupNorm(torch.autograd.Function):
+    """Of (B, C, H, W), channels last. Sums are in float32, products in the input's precision."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float
+    ) -> torch.Tensor:
+        count, channels, height, width = x.shape
+        y, mean, rstd = torch.native_group_norm(x, weight, bias, count, channels, height * width, groups, eps)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, mean, rstd = ctx.saved_tensors
+        (count, groups), channels = mean.shape, x.shape[1]
+        dy, flat = (t.permute(0, 2, 3, 1).flatten(1, 2) for t in (dy, x))  # (B, H*W, C)
+
+        # sums over each channel, then over each group: (B, G, C/G), (B, G, 1)
+        of_product = (dy * flat).sum(1, dtype=torch.float32).unflatten(1, (groups, -1))
+        of_dy = dy.sum(1, dtype=torch.float32).unflatten(1, (groups, -1))
+        mean, rstd, scale = mean.float()[..., None], rstd.float()[..., None], weight.float().view(1, groups, -1)
+        a, b = ((part * scale).sum(2, keepdim=True) for part in (of_product, of_dy))
+
+        # dx = rstd weight dy - rstd^3 (a - b mean) (x - mean) / n - rstd b / n
+        n = flat.shape[1] * channels // groups
+        slope = (b * mean - a) * rstd**3 / n
+        offset = -slope * mean - b * rstd / n
+        factors = [(t.expand_as(of_dy).reshape(count, 1, channels)).to(x.dtype) for t in (offset, slope, rstd * scale)]
+        dx = torch.addcmul(torch.addcmul(factors[0], flat, factors[1]), dy, factors[2])
+        dx = dx.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        dweight = ((of_product - mean * of_dy) * rstd).sum(0).view(channels)
+        return dx, dweight.to(weight.dtype), of_dy.sum(0).view(channels).to(weight.dtype), None, None
+
+
+class ChannelsLastGroupNorm(nn.GroupNorm):
+    """A group norm whose backward pass is faster in channels-last layout on a CPU; everywhere else it is torch's."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        pays = (
+            torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and input.device.type == "cpu"
+            and input.dim() == 4
+            and input[0].numel() >= LEAST
+            and input.is_contiguous(memory_format=torch.channels_last)
+        )
+        if not pays:
+            return super().forward(input)
+        return _GroupNorm.apply(input, self.weight, self.bias, self.num_groups, self.eps)
+
+    def _get_name(self) -> str:
+        return "GroupNorm"
+
+
+def use_channels_last_norms(network: nn.Module) -> None:
+    """Changes the network's group norms to `ChannelsLastGroupNorm`, in place; parameters stay the same tensors."""
+    for module in network.modules():
+        if type(module) is nn.GroupNorm and module.affine:
+            module.__class__ = ChannelsLastGroupNorm
