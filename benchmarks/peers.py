@@ -25,6 +25,8 @@ from diffusers import UNet2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from palette_diffusers import PaletteUNet2DModel
+from palette_diffusers.norms import use_channels_last_norms
+from palette_diffusers.winograd import use_winograd
 
 # base width, multipliers, blocks a level, attention from this level on, pixels, batch
 NETWORKS = {
@@ -32,6 +34,7 @@ NETWORKS = {
     "64 pixels, 64 wide": (64, (1, 2, 4, 8), 2, 3, 64, 8),
 }
 LAST = ", channels last"
+WINOGRAD = ", Winograd"
 Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -180,9 +183,13 @@ def measure(name: str, janspiry: Path | None, guided: Path | None, rounds: int) 
             calls["forward", "ours", what] = forward(network, cast(network, dtype))
             if layout == torch.channels_last:
                 network = copy.deepcopy(ours).to(memory_format=layout)
+                use_channels_last_norms(network)
                 call = cast(network, torch.float32)
                 calls["training", "ours", what] = training(network, call, dtype == torch.bfloat16)
         calls["peak", "convolution", what] = convolution(dtype)
+    network = copy.deepcopy(ours).to(memory_format=torch.channels_last)
+    use_winograd(network)
+    calls["forward", "ours", f"float32{LAST}{WINOGRAD}"] = forward(network, cast(network, torch.float32))
     work = {what: flops(calls[what, "ours", "float32"]) for what in ("forward", "training")} | {"peak": PEAK_FLOPS}
     seconds = interleaved({"|".join(key): call for key, call in calls.items()}, rounds)
     rows = []
@@ -191,7 +198,7 @@ def measure(name: str, janspiry: Path | None, guided: Path | None, rounds: int) 
         row = {"network": name, "what": what, "who": who, "dtype": dtype, "seconds": round(median, 4)}
         row |= {"spread": round(spread, 4), "GFLOP": round(work[what] / 1e9, 1)}
         row["GFLOP/s"] = round(work[what] / median / 1e9)
-        peak = PEAK_FLOPS / seconds[f"peak|convolution|{dtype.removesuffix(LAST)}{LAST}"][0]
+        peak = PEAK_FLOPS / seconds[f"peak|convolution|{dtype.partition(',')[0]}{LAST}"][0]
         row["share of peak"] = round(work[what] / median / peak, 3)
         if janspiry is not None and what != "peak":
             row["times as fast as Janspiry"] = round(seconds[f"{what}|Janspiry|float32"][0] / median, 2)
