@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-WIDTH = 128 * 128  # input times output channels, from which it pays
-TILES = 16  # tiles of 4x4, from which it pays
-AT_ONCE = 128  # tiles, about: few enough to stay in the cache
+WIDE = 128 * 128  # input times output channels, from which it pays
+LEAST_TILES = 16  # tiles of 4x4, from which it pays
+TILES_AT_ONCE = 128  # tiles, about: few enough to stay in the cache
 
 # data, filter and output transforms, for the points 0, 1, -1, 2, -2 and infinity
 B = [[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0], [0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0],
@@ -61,8 +61,8 @@ def winograd_conv2d(image: torch.Tensor, transformed: torch.Tensor, bias: torch.
     into, back = _squared(B), _squared(A)
 
     # some rows of tiles of some images at a time, in buffers that are used again
-    rows = min(down, max(1, AT_ONCE // across))
-    images = min(count, max(1, AT_ONCE // (down * across)))
+    rows = min(down, max(1, TILES_AT_ONCE // across))
+    images = min(count, max(1, TILES_AT_ONCE // (down * across)))
     most = rows * images * across
     a, b = (image.new_empty(36 * most * channels) for _ in range(2))
     c, d = image.new_empty(36 * most * outputs), image.new_empty(16 * most * outputs)
@@ -110,8 +110,8 @@ class WinogradConv2d(nn.Conv2d):
             and input.dtype == weight.dtype == torch.float32
             and input.dim() == 4
             and not torch.is_autocast_enabled("cpu")
-            and weight.shape[0] * weight.shape[1] >= WIDTH
-            and input.shape[0] * input.shape[2] * input.shape[3] >= 16 * TILES
+            and weight.shape[0] * weight.shape[1] >= WIDE
+            and input.shape[0] * input.shape[2] * input.shape[3] >= 16 * LEAST_TILES
         )
 
     def __getstate__(self) -> dict:
@@ -133,7 +133,7 @@ def use_winograd(network: nn.Module) -> int:
         and (module.kernel_size, module.stride, module.padding, module.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
         and module.groups == 1
         and module.padding_mode == "zeros"
-        and module.weight.shape[0] * module.weight.shape[1] >= WIDTH
+        and module.weight.shape[0] * module.weight.shape[1] >= WIDE
     ]
     for module in found:
         module.__class__ = WinogradConv2d

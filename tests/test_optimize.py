@@ -33,7 +33,7 @@ def test_a_way_that_changes_the_pictures_is_left_out(pipe, monkeypatch):
 def test_wide_convolutions_take_winograds_way(pipe, monkeypatch):
     """In float32 only; the toy's are narrow."""
     assert "no 3x3 convolution is wide enough" in str(pipe.optimize())
-    monkeypatch.setattr(winograd, "WIDTH", 1)
+    monkeypatch.setattr(winograd, "WIDE", 1)
     monkeypatch.setattr("palette_diffusers.optimize.GAIN", 0.0)
     *_, trial = optimize(pipe, rounds=1).trials
     assert trial.name == "winograd" and trial.kept and 60 < trial.psnr < math.inf

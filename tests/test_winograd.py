@@ -13,7 +13,7 @@ from palette_diffusers.winograd import WinogradConv2d, transform_filter, use_win
 @pytest.mark.parametrize("at_once", [1, 5, 128])
 def test_it_is_the_plain_convolution(shape, at_once, monkeypatch):
     """Of any size, however it is cut, against float64."""
-    monkeypatch.setattr(winograd, "AT_ONCE", at_once)
+    monkeypatch.setattr(winograd, "TILES_AT_ONCE", at_once)
     image, weight, bias = torch.randn(shape), torch.randn(6, shape[1], 3, 3), torch.randn(6)
     expected = F.conv2d(image.double(), weight.double(), bias.double(), padding=1)
     for given in (image, image.contiguous(memory_format=torch.channels_last)):
