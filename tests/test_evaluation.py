@@ -107,13 +107,60 @@ def test_kernel_distance_and_score_equal_torchmetrics():
     assert ours == pytest.approx(score.compute()[0].item(), rel=1e-4)
 
 
-def test_ssim_equals_torchmetrics(photo):
+@pytest.fixture
+def darker(photo):
+    """(uint8 (H, W, 3), the same darkened and with noise, both as tensors): their means differ, too."""
+    noise = np.random.default_rng(0).normal(0, 20, photo.shape)
+    worse = (photo * 0.6 + noise).clip(0, 255).round().astype(np.uint8)
+    return photo, worse, canvas.read(photo).image, canvas.read(worse).image
+
+
+def test_ssim_equals_scikit_image_and_torchmetrics(darker):
+    from skimage.metrics import structural_similarity
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    a = canvas.read(photo).image
-    b = (a + 0.2 * torch.randn(a.shape, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
-    theirs = structural_similarity_index_measure(b, a, reduction="none", data_range=2.0)
-    assert metrics.ssim(b, a).item() == pytest.approx(theirs.item(), rel=1e-4)
+    photo, worse, a, b = darker
+    # scikit-image leaves the border out: it gets one, as the pictures are reflected
+    padded = [np.pad(x, ((5, 5), (5, 5), (0, 0)), mode="reflect") for x in (worse, photo)]
+    theirs = structural_similarity(*padded, gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
+        data_range=255, channel_axis=2)  # fmt: skip
+    assert metrics.ssim(b, a).item() == pytest.approx(theirs, rel=1e-4)
+    assert metrics.ssim(a, b).item() == pytest.approx(theirs, rel=1e-4)
+    torchs = structural_similarity_index_measure((b + 1) / 2, (a + 1) / 2, reduction="none", data_range=1.0)
+    assert metrics.ssim(b, a).item() == pytest.approx(torchs.item(), rel=1e-4)
+
+
+def terms(a, b, sigma, inside):
+    """Wang's luminance and contrast-structure maps of (H, W) in [0, 255], without the border where `inside`."""
+    from scipy.ndimage import gaussian_filter
+
+    radius = int(3.5 * sigma + 0.5)
+    a_mean, b_mean, aa, bb, ab = (
+        gaussian_filter(x, sigma, mode="mirror", radius=radius) for x in (a, b, a * a, b * b, a * b)
+    )
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    luminance = (2 * a_mean * b_mean + c1) / (a_mean**2 + b_mean**2 + c1)
+    contrast = (2 * (ab - a_mean * b_mean) + c2) / (aa - a_mean**2 + bb - b_mean**2 + c2)
+    cut = slice(radius, -radius) if inside else slice(None)
+    return luminance[cut, cut], contrast[cut, cut]
+
+
+@pytest.mark.parametrize("size", [64, 150])
+def test_ms_ssim_equals_its_formula(darker, size):
+    """Wang et al. 2003, equation 7: contrast at every scale, luminance at the last."""
+    photo, worse, *images = darker
+    scales, window = metrics.ms_ssim_scales(size)
+    betas = np.array([0.0448, 0.2856, 0.3001, 0.2363, 0.1333][:scales])
+    expected = 1.0
+    a, b = (x[:size, :size].astype(np.float64) for x in (photo, worse))
+    for scale, beta in enumerate(betas / betas.sum()):
+        last = scale == scales - 1
+        found = [terms(a[..., c], b[..., c], 1.5 * window / 11, not last) for c in range(3)]
+        expected *= np.mean([light * contrast if last else contrast for light, contrast in found]) ** beta
+        a, b = (x[: len(x) // 2 * 2, : len(x) // 2 * 2] for x in (a, b))
+        a, b = (x.reshape(len(x) // 2, 2, len(x) // 2, 2, 3).mean((1, 3)) for x in (a, b))
+    found = metrics.ms_ssim(*(x[..., :size, :size] for x in images))
+    assert found.item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_ms_ssim_has_its_name_only_at_full_scale(photo):
