@@ -447,6 +447,38 @@ def test_a_transformers_classifier_measures(tmp_path, photo):
     assert torch.allclose(found, pooled, rtol=0.02, atol=0.01)
 
 
+@pytest.mark.parametrize(
+    ("processor", "options"),
+    [
+        ("EfficientNet", {}),
+        ("EfficientNet", {"include_top": False}),
+        ("EfficientNet", {"rescale_offset": True, "rescale_factor": 1 / 127.5, "resample": 2}),
+        ("EfficientNet", {"resample": 0, "do_center_crop": True, "crop_size": {"height": 50, "width": 50}}),
+        ("MobileViT", {"do_flip_channel_order": True}),
+        ("ViT", {"do_normalize": False, "rescale_factor": 1 / 128}),
+    ],
+)
+def test_a_classifier_sees_the_pixels_of_its_own_processor(tmp_path, photo, processor, options):
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.EfficientNetConfig(width_coefficient=0.1, depth_coefficient=0.1, hidden_dim=128, num_labels=3)
+    transformers.EfficientNetForImageClassification(config).save_pretrained(tmp_path)
+    kind = getattr(transformers, f"{processor}ImageProcessorPil")
+    key = {"shortest_edge": 56} if processor == "MobileViT" else {"height": 56, "width": 56}
+    kind(size=key, **options).save_pretrained(tmp_path)
+    seen = []
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0]) if isinstance(module, torch.nn.ZeroPad2d) else None
+    )
+    try:
+        load_features(str(tmp_path))(canvas.read(photo[30:94, 30:94]).image)
+    finally:
+        hook.remove()
+    theirs = kind(size=key, **options)(Image.fromarray(photo[30:94, 30:94]), return_tensors="pt")["pixel_values"]
+    assert seen[0].shape == theirs.shape and (seen[0] - theirs).abs().mean() < 0.01 * theirs.std()
+
+
 def test_a_restorer_is_told_by_its_name(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "model")
     from palette_diffusers import PalettePipeline

@@ -13,7 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .. import canvas
+
 Extract = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+Prepare = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -151,23 +154,44 @@ def _transformers(name: str, device: str, dtype: torch.dtype) -> FeatureNetwork:
     return FeatureNetwork(Path(name).name, extract, device, dtype, classes)
 
 
-def _preprocessing(processor: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What a processor does to square pictures, in torch and by the batch: (B, 3, S, S) => (B, 3, s, s)."""
-    size = dict(processor.size)
-    side = size.get("shortest_edge") or size["height"]
-    crop = dict(processor.crop_size)["height"] if getattr(processor, "do_center_crop", None) else side
+def _preprocessing(processor: Any) -> Prepare:
+    """What a processor does to square pictures, (B, 3, S, S) => (B, 3, s, s): in torch and by the batch where that
+    gives its pixels, else by the processor itself, one by one."""
+
+    def own(images: torch.Tensor) -> torch.Tensor:
+        pixels = [canvas.to_uint8(image) for image in images.split(1)]
+        return processor(pixels, return_tensors="pt")["pixel_values"].to(images)
+
+    batched = _batched(processor)
+    if batched is None:
+        return own
+    probe = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mine, theirs = batched(probe), own(probe)
+    same = mine.shape == theirs.shape and (mine - theirs).abs().mean() < 0.01 * theirs.std()  # rounding is less
+    return batched if same else own
+
+
+def _batched(processor: Any) -> Prepare | None:
+    """In torch, what most processors do; None for a resampling that it does not know."""
+    size, modes = dict(processor.size or {}), {2: "bilinear", 3: "bicubic"}
+    side, mode = size.get("shortest_edge") or size.get("height"), modes.get(int(processor.resample))
+    if not side or not mode:
+        return None
+    crop = dict(processor.crop_size)["height"] if processor.do_center_crop else side
     share = getattr(processor, "crop_pct", None)
     if share and side < 384:  # ConvNeXt's: larger first, then its middle
         side, crop = int(side / share), side
-    mode = {2: "bilinear", 3: "bicubic"}.get(int(processor.resample), "bilinear")
     mean, std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (processor.image_mean, processor.image_std))
+    offset = float(getattr(processor, "rescale_offset", False))
+    if getattr(processor, "include_top", False):  # EfficientNet's: divided by it again
+        std = std**2
 
     def prepare(images: torch.Tensor) -> torch.Tensor:
-        x = (images.float() + 1) / 2
+        x = (images.float() + 1) * 127.5
         if x.shape[-1] != side:
-            x = F.interpolate(x, (side, side), mode=mode, antialias=True, align_corners=False).clamp(0, 1)
+            x = F.interpolate(x, (side, side), mode=mode, antialias=True, align_corners=False).clamp(0, 255)
         low = (side - crop) // 2
-        x = x[..., low : low + crop, low : low + crop]
+        x = x[..., low : low + crop, low : low + crop] * processor.rescale_factor - offset
         return ((x - mean.to(x)) / std.to(x)).to(images.dtype)
 
     return prepare
