@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -477,6 +478,14 @@ def test_a_classifier_sees_the_pixels_of_its_own_processor(tmp_path, photo, proc
         hook.remove()
     theirs = kind(size=key, **options)(Image.fromarray(photo[30:94, 30:94]), return_tensors="pt")["pixel_values"]
     assert seen[0].shape == theirs.shape and (seen[0] - theirs).abs().mean() < 0.01 * theirs.std()
+
+
+def test_only_fids_own_network_gives_fid(work, tmp_path):
+    shutil.copy(TOY, tmp_path / "inception.py")
+    out = CliRunner().invoke(app, ["evaluate", "identity", "--data", str(work / "data"), "--features",
+        f"{tmp_path}/inception.py:four", "--task", "colorization", "--size", "32", "-o", str(tmp_path / "run")])  # fmt: skip
+    assert out.exit_code == 0 and "FD-other-inception" in out.output
+    assert not {"FID", "KID", "IS", "PD"} & {cell.strip() for cell in out.output.split("|")}
 
 
 def test_a_restorer_is_told_by_its_name(pipe, tmp_path):

@@ -23,7 +23,8 @@ Prepare = Callable[[torch.Tensor], torch.Tensor]
 class FeatureNetwork:
     """images (B, 3, H, W) => features (B, D) and logits (B, C), both float32 on the CPU.
 
-    name: as the figures say it. classes: the names of the classes where they are known.
+    name: as the figures say it. classes: the names of the classes where they are known. inception: whether it is the
+    network that FID, KID and IS are defined by, whatever its name.
     """
 
     name: str
@@ -31,6 +32,7 @@ class FeatureNetwork:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     classes: tuple[str, ...] | None = None
+    inception: bool = False
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,7 +42,7 @@ class FeatureNetwork:
     @property
     def figures(self) -> dict[str, str]:
         """What the figures are called."""
-        if self.name == "inception":
+        if self.inception:
             return {"frechet": "FID", "kernel": "KID", "score": "IS", "distance": "PD"}
         return {
             "frechet": f"FD-{self.name}",
@@ -63,11 +65,16 @@ def load_features(spec: str, device: str = "cpu", dtype: torch.dtype = torch.flo
         ImportError: torch-fidelity, or the torchvision that it needs, is missing; the message says what to install.
     """
     if spec == "inception":
-        return FeatureNetwork("inception", _inception(device), device)
+        return FeatureNetwork("inception", _inception(device), device, inception=True)
     path, _, function = spec.rpartition(":")
     if path.endswith(".py"):
-        return FeatureNetwork(Path(path).stem, _local(path, function, device, dtype), device, dtype)
+        return FeatureNetwork(_foreign(Path(path).stem), _local(path, function, device, dtype), device, dtype)
     return _transformers(spec, device, dtype)
+
+
+def _foreign(name: str) -> str:
+    """The name of a network that is not FID's, and must not read as if it were."""
+    return f"other-{name}" if name.lower() == "inception" else name
 
 
 def load_function(path: str, function: str) -> Callable:
@@ -151,7 +158,7 @@ def _transformers(name: str, device: str, dtype: torch.dtype) -> FeatureNetwork:
 
     labels = model.config.id2label
     classes = tuple(str(labels[i]) for i in range(len(labels)))
-    return FeatureNetwork(Path(name).name, extract, device, dtype, classes)
+    return FeatureNetwork(_foreign(Path(name).name), extract, device, dtype, classes)
 
 
 def _preprocessing(processor: Any) -> Prepare:

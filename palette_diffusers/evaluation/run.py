@@ -131,7 +131,7 @@ class _Run:
         number = logits.shape[1]
         if min(labels) < 0:
             return ["accuracy is left out: the photographs have no labels"]
-        if self.classifier.name == "inception":
+        if self.classifier.inception:
             return ["accuracy is left out: Inception's 1008 outputs are not ImageNet's classes, name a classifier"]
         if max(labels) >= number or (classes and len(classes) != number):
             return [
