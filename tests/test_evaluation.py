@@ -337,6 +337,55 @@ def test_results_of_others(work, tmp_path):
     assert rows["copy"]["frechet"] == rows["degraded"]["frechet"] != rows["theirs"]["frechet"]
 
 
+def made_anew(work, specs, output):
+    """Two of one name, in turn, in one folder: the second's figures, and what was said."""
+    values = []
+    for spec in specs:
+        out = invoke(work, spec, "--task", "colorization", "--against", "identity", "-o", output)
+        assert out.exit_code == 0, out.output
+        rows = {row["images"]: row for row in json.loads((output / "results.json").read_text())["rows"]}
+        values.append(next(v for k, v in rows.items() if k not in ("originals", "degraded")))
+    return values, out.output
+
+
+def test_figures_of_another_restorer_of_the_same_name_are_made_anew(work, pipe, tmp_path):
+    for name, factor in (("a", 0.5), ("b", 0.25)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "r.py").write_text(f"def fix(known, mask):\n    return known * {factor}\n")
+        (tmp_path / name / "results").mkdir()
+        for i in range(COUNT):
+            Image.new("RGB", (32, 32), (int(factor * 100),) * 3).save(tmp_path / name / "results" / f"{i:05d}.png")
+        with torch.no_grad():
+            next(pipe.unet.parameters()).mul_(3 * factor)
+        pipe.save_pretrained(tmp_path / name / "pipeline")
+        script = "import shutil, sys\nshutil.copytree(sys.argv[1], sys.argv[2], dirs_exist_ok=True)\n"
+        (tmp_path / name / "copy.py").write_text(f"# {factor}\n{script}")
+    command = "x={python} {}/copy.py {{inputs}} {{outputs}}"
+    for number, spec in enumerate(("{}/r.py:fix", "{}/results", "{}/pipeline", command)):
+        specs = [spec.format(tmp_path / name, python=sys.executable) for name in "ab"]
+        output = tmp_path / f"run-{number}"
+        (first, second), said = made_anew(work, specs, output)
+        assert "is not what it was: its figures are made anew" in said, spec
+        (alone,), _ = made_anew(work, specs[1:], tmp_path / f"alone-{number}")
+        assert first["about"]["content"] != second["about"]["content"]
+        assert second["distance"] == alone["distance"] and (number == 3 or second["distance"] != first["distance"])
+        (_, again), said = made_anew(work, specs[1:] * 2, output)
+        assert "made anew" not in said and again["restoring_seconds"] == second["restoring_seconds"]
+        assert str(tmp_path) not in (output / "results.json").read_text()
+    named = [f"{tmp_path}/a/r.py:fix", f"other={tmp_path}/b/r.py:fix"]
+    assert "made anew" not in made_anew(work, named, tmp_path / "named")[1]
+
+
+def test_other_photographs_of_the_same_name_are_refused(work, photographs, features, tmp_path):
+    def run(labels):
+        photographs.labels = labels
+        evaluate([baseline("identity")], photographs, ["colorization"], features, tmp_path, replicates=2)
+
+    run([0] * COUNT)
+    with pytest.raises(ValueError, match="holds a run with photographs"):
+        run([1] * COUNT)
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
@@ -482,8 +531,8 @@ def test_a_classifier_sees_the_pixels_of_its_own_processor(tmp_path, photo, proc
 
 def test_only_fids_own_network_gives_fid(work, tmp_path):
     shutil.copy(TOY, tmp_path / "inception.py")
-    out = CliRunner().invoke(app, ["evaluate", "identity", "--data", str(work / "data"), "--features",
-        f"{tmp_path}/inception.py:four", "--task", "colorization", "--size", "32", "-o", str(tmp_path / "run")])  # fmt: skip
+    out = CliRunner().invoke(app, ["evaluate", "identity", "--data", str(work / "data"), "--task", "colorization",
+        "--features", f"{tmp_path}/inception.py:four", "--size", "32", "-o", str(tmp_path / "run")])  # fmt: skip
     assert out.exit_code == 0 and "FD-other-inception" in out.output
     assert not {"FID", "KID", "IS", "PD"} & {cell.strip() for cell in out.output.split("|")}
 

@@ -4,6 +4,7 @@ A restorer maps a `Batch` to pictures (B, 3, S, S), RGB, [-1, 1].
 """
 
 import copy
+import json
 import re
 import shlex
 import subprocess
@@ -16,14 +17,17 @@ from typing import Any
 import torch
 
 from .. import canvas
+from ..portable import PortableUNet
 from ..tasks import get_task
 from .features import load_function
 from .inputs import Batch
+from .store import fingerprint
 
 
 @dataclass(frozen=True)
 class Restorer:
     """name: of its row. stochastic: whether another seed gives another picture. about: what it was, for the results.
+    content: of a variant, the hash of what makes the pictures; another one's figures are made anew.
     check: called with the variant and all names before anything is computed."""
 
     name: str
@@ -32,6 +36,7 @@ class Restorer:
     about: dict[str, Any] = field(default_factory=dict)
     check: Callable[[str, list[str]], None] = lambda variant, names: None
     handles: Callable[[str], bool] = lambda task: True
+    content: Callable[[str], str] = lambda variant: ""
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         images = self.restore(batch)
@@ -74,7 +79,18 @@ def from_pipeline(
         "steps": steps or pipe.config.default_steps,
         "dtype": str(pipe.unet.dtype).removeprefix("torch."),
     }
-    return Restorer(name, restore, True, {**facts, **(about or {}), **changes}, check)
+    content = _content(pipe)
+    return Restorer(name, restore, True, {**facts, **(about or {}), **changes}, check, content=lambda variant: content)
+
+
+def _content(pipe: Any) -> str:
+    """Of a pipeline's weights and configurations, wherever it lies."""
+    configs = [
+        {key: value for key, value in part.config.items() if not key.startswith("_")}
+        for part in (pipe, pipe.scheduler, pipe.unet)
+    ]
+    weights = pipe.unet.file if isinstance(pipe.unet, PortableUNet) else pipe.unet.state_dict()
+    return fingerprint(json.dumps(configs, sort_keys=True, default=str), weights)
 
 
 def _opencv(method: str) -> Callable[[Batch], torch.Tensor]:
@@ -166,12 +182,16 @@ def from_folder(folder: Path, name: str) -> Restorer:
         size = batch.given.known.shape[-2:]
         return read_pictures(of(batch.variant), batch.names, (size[0], size[1]))
 
-    return Restorer(name, restore, check=lambda variant, names: check_names(of(variant), names))
+    def content(variant: str) -> str:
+        files = sorted(of(variant).glob("*.png"))
+        return fingerprint(json.dumps([file.name for file in files]), *files)
+
+    return Restorer(name, restore, content=content, check=lambda variant, names: check_names(of(variant), names))
 
 
 def from_command(command: str, name: str) -> Restorer:
     """A command that reads NAME.png from the folder {inputs} (and {masks}, white = generate) and writes NAME.png
-    into {outputs}; it is run once a batch.
+    into {outputs}; it is run once a batch. It is taken for another one when a file that it names has changed.
     """
 
     def restore(batch: Batch) -> torch.Tensor:
@@ -190,12 +210,15 @@ def from_command(command: str, name: str) -> Restorer:
             size = batch.given.known.shape[-2:]
             return read_pictures(outputs, batch.names, (size[0], size[1]))
 
-    return Restorer(name, restore, about={"command": command})
+    words = shlex.split(command)
+    files = [Path(word) for word in words if Path(word).is_file()]
+    told = " ".join(Path(word).name if Path(word).is_absolute() else word for word in words)
+    return Restorer(name, restore, about={"command": told}, content=lambda variant: fingerprint(told, *files))
 
 
-def from_function(restore: Callable[..., torch.Tensor], name: str) -> Restorer:
-    """A function (known (B, 3, S, S), mask (B, 1, S, S) or None) => pictures (B, 3, S, S)."""
-    return Restorer(name, lambda batch: restore(batch.given.known, batch.given.mask))
+def from_function(restore: Callable[..., torch.Tensor], name: str, content: str = "") -> Restorer:
+    """A function (known (B, 3, S, S), mask (B, 1, S, S) or None) => pictures (B, 3, S, S). content: its hash."""
+    return Restorer(name, lambda batch: restore(batch.given.known, batch.given.mask), content=lambda variant: content)
 
 
 def load_restorer(spec: str, load_pipeline: Callable[[str | None], Any], steps: int | None = None) -> Restorer:
@@ -214,7 +237,7 @@ def load_restorer(spec: str, load_pipeline: Callable[[str | None], Any], steps: 
         return from_command(spec, Path(shlex.split(spec)[0]).name)
     path, _, function = spec.rpartition(":")
     if path.endswith(".py"):
-        return from_function(load_function(path, function), function)
+        return from_function(load_function(path, function), function, fingerprint(Path(path), function))
     folder = Path(spec)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         if not any(folder.rglob("*.png")):

@@ -24,7 +24,7 @@ from . import inputs, metrics
 from .features import FeatureNetwork
 from .inputs import Batch, Photographs
 from .restorers import Restorer, folder_name, write_pictures
-from .store import Store, keep_facts
+from .store import Store, keep_facts, keep_row
 
 DIVERSE = 100  # photographs that several samples are drawn of
 SUBSETS, SUBSET = 20, 1000  # of the kernel distance
@@ -166,12 +166,13 @@ class _Run:
                 if restorer.handles(task):
                     restorer.check(variant, self.names)
         settings = {
+            "photographs": self.photographs.content,
             "data": Path(self.photographs.path).name,
             "count": len(self.photographs),
             "size": self.photographs.size,
             "features": self.features.name,
             "classifier": self.classifier.name,
-            "reference": None if reference is None else [Path(reference.path).name, len(reference)],
+            "reference": None if reference is None else [Path(reference.path).name, len(reference), reference.content],
             "batch": self.batch,
             "seed": self.seed,
         }
@@ -180,10 +181,11 @@ class _Run:
         for variant in variants:
             for restorer in restorers:
                 folder = self.output / folder_name(variant) / restorer.name
-                about = restorer.about | ({"samples": self.samples} if restorer.stochastic else {})
                 if restorer.handles(inputs.check_variant(variant)):
+                    about = restorer.about | ({"samples": self.samples} if restorer.stochastic else {})
+                    content = restorer.content(variant)
                     folder.mkdir(parents=True, exist_ok=True)
-                    self._main_first(partial(keep_facts, folder / "about.json", about))
+                    self._main_first(partial(keep_row, folder, about | ({"content": content} if content else {})))
 
     def _main_first(self, do: Callable[[], None]) -> None:
         if self.state.is_main_process:
