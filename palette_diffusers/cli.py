@@ -448,7 +448,7 @@ def evaluate(
         others = inputs.Photographs(reference, pixels) if reference else None
         place = chosen_device(device)
         network = load_features(features, place)
-        judge = load_features(classifier, place) if classifier else None
+        judge = load_features(classifier, place) if classifier not in (None, features) else None
         results = run.evaluate(
             rows, photographs, variants, network, output, judge, others, manifest, batch, samples, seed
         )

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -535,6 +536,31 @@ def test_only_fids_own_network_gives_fid(work, tmp_path):
         "--features", f"{tmp_path}/inception.py:four", "--size", "32", "-o", str(tmp_path / "run")])  # fmt: skip
     assert out.exit_code == 0 and "FD-other-inception" in out.output
     assert not {"FID", "KID", "IS", "PD"} & {cell.strip() for cell in out.output.split("|")}
+
+
+def test_a_network_is_told_by_more_than_its_files_name(work, tmp_path):
+    for name, weight in (("a", 0), ("b", 1)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "toy.py").write_text(TOY.read_text().replace("manual_seed(0)", f"manual_seed({weight})"))
+
+    def run(features, output, *more):
+        return CliRunner().invoke(app, ["evaluate", "identity", "--data", str(work / "data"), "--task", "colorization",
+            "--features", features, "--size", "32", "-o", str(tmp_path / output), *more])  # fmt: skip
+
+    def accuracy(output):
+        results = json.loads((tmp_path / output / "results.json").read_text())
+        return results["rows"][0]["accuracy"], results["figures"]["accuracy"]
+
+    a, b = (f"{tmp_path}/{name}/toy.py:four" for name in "ab")
+    assert run(a, "first").exit_code == run(b, "second").exit_code == 0
+    assert accuracy("first")[0] != accuracy("second")[0]
+    for other in (b, a.replace("four", "nine")):
+        refused = run(other, "first")
+        assert refused.exit_code == 2 and "holds a run with classifier 'toy " in refused.output
+    assert run(a, "both", "--classifier", b).exit_code == 0
+    assert accuracy("both")[0] == accuracy("second")[0]
+    assert re.fullmatch(r"accuracy \(toy-[0-9a-f]{4}\)", accuracy("both")[1])
+    assert run(a, "first", "--classifier", a).exit_code == 0 and accuracy("first")[1] == "accuracy (toy)"
 
 
 def test_a_restorer_is_told_by_its_name(pipe, tmp_path):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import canvas
+from .store import fingerprint
 
 Extract = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 Prepare = Callable[[torch.Tensor], torch.Tensor]
@@ -24,7 +25,8 @@ class FeatureNetwork:
     """images (B, 3, H, W) => features (B, D) and logits (B, C), both float32 on the CPU.
 
     name: as the figures say it. classes: the names of the classes where they are known. inception: whether it is the
-    network that FID, KID and IS are defined by, whatever its name.
+    network that FID, KID and IS are defined by, whatever its name. content: a hash, which tells it from others of its
+    name.
     """
 
     name: str
@@ -33,6 +35,7 @@ class FeatureNetwork:
     dtype: torch.dtype = torch.float32
     classes: tuple[str, ...] | None = None
     inception: bool = False
+    content: str = ""
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,10 +68,12 @@ def load_features(spec: str, device: str = "cpu", dtype: torch.dtype = torch.flo
         ImportError: torch-fidelity, or the torchvision that it needs, is missing; the message says what to install.
     """
     if spec == "inception":
-        return FeatureNetwork("inception", _inception(device), device, inception=True)
+        extract, content = _inception(device)
+        return FeatureNetwork("inception", extract, device, inception=True, content=content)
     path, _, function = spec.rpartition(":")
     if path.endswith(".py"):
-        return FeatureNetwork(_foreign(Path(path).stem), _local(path, function, device, dtype), device, dtype)
+        extract, content = _local(path, function, device, dtype)
+        return FeatureNetwork(_foreign(Path(path).stem), extract, device, dtype, content=content)
     return _transformers(spec, device, dtype)
 
 
@@ -95,7 +100,7 @@ def load_function(path: str, function: str) -> Callable:
     return found
 
 
-def _local(path: str, function: str, device: str, dtype: torch.dtype) -> Extract:
+def _local(path: str, function: str, device: str, dtype: torch.dtype) -> tuple[Extract, str]:
     model: Any = load_function(path, function)()
     if not (callable(getattr(model, "features", None)) and callable(getattr(model, "head", None))):
         raise ValueError(f"{path}:{function} gave a {type(model).__name__}, expected one with features() and head()")
@@ -105,10 +110,10 @@ def _local(path: str, function: str, device: str, dtype: torch.dtype) -> Extract
         features = model.features(images)
         return features, model.head(features)
 
-    return extract
+    return extract, fingerprint(Path(path), function, model.state_dict())
 
 
-def _inception(device: str) -> Extract:
+def _inception(device: str) -> tuple[Extract, str]:
     """Inception of 2015-12-05, with TensorFlow's resizing; features of pool_3, logits without bias, as for FID and IS.
 
     PALETTE_INCEPTION_WEIGHTS names the weights' file where they can't be downloaded.
@@ -131,7 +136,11 @@ def _inception(device: str) -> Extract:
             f"Inception's weights could not be loaded ({error}): download weights-inception-2015-12-05-6726825d.pth "
             "from torch-fidelity's releases and name it in PALETTE_INCEPTION_WEIGHTS"
         ) from None
-    return lambda images: model(((images + 1) * 127.5).round().clamp(0, 255).byte())
+
+    def extract(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return model(((images + 1) * 127.5).round().clamp(0, 255).byte())
+
+    return extract, fingerprint(model.state_dict())
 
 
 def _transformers(name: str, device: str, dtype: torch.dtype) -> FeatureNetwork:
@@ -140,7 +149,8 @@ def _transformers(name: str, device: str, dtype: torch.dtype) -> FeatureNetwork:
     if name.startswith((".", "/")) and not (Path(name) / "config.json").is_file():
         raise FileNotFoundError(f"{name} is no folder with a config.json, as save_pretrained of transformers writes it")
     model: Any = AutoModelForImageClassification.from_pretrained(name, dtype=dtype).eval().to(device)
-    prepare = _preprocessing(AutoImageProcessor.from_pretrained(name, backend="pil"))
+    processor = AutoImageProcessor.from_pretrained(name, backend="pil")
+    prepare = _preprocessing(processor)
     heads = [
         module
         for module in model.modules()
@@ -158,7 +168,8 @@ def _transformers(name: str, device: str, dtype: torch.dtype) -> FeatureNetwork:
 
     labels = model.config.id2label
     classes = tuple(str(labels[i]) for i in range(len(labels)))
-    return FeatureNetwork(_foreign(Path(name).name), extract, device, dtype, classes)
+    content = fingerprint(model.config.model_type, processor.to_json_string(), model.state_dict())
+    return FeatureNetwork(_foreign(Path(name).name), extract, device, dtype, classes, content=content)
 
 
 def _preprocessing(processor: Any) -> Prepare:

@@ -95,6 +95,8 @@ class _Run:
     ):  # fmt: skip
         if batch < 1 or samples < 1:
             raise ValueError(f"batch is {batch}, samples {samples}: expected at least 1")
+        if classifier is not features and classifier.name == features.name:
+            classifier = replace(classifier, name=f"{classifier.name}-{classifier.content[:4]}")
         self.photographs, self.features, self.classifier = photographs, features, classifier
         self.output, self.batch, self.samples, self.seed = output, batch, samples, seed
         self.progress, self.state = progress, state
@@ -170,8 +172,8 @@ class _Run:
             "data": Path(self.photographs.path).name,
             "count": len(self.photographs),
             "size": self.photographs.size,
-            "features": self.features.name,
-            "classifier": self.classifier.name,
+            "features": f"{self.features.name} {self.features.content}".strip(),
+            "classifier": f"{self.classifier.name} {self.classifier.content}".strip(),
             "reference": None if reference is None else [Path(reference.path).name, len(reference), reference.content],
             "batch": self.batch,
             "seed": self.seed,
@@ -227,7 +229,7 @@ class _Run:
         features, logits = self.features(images)
         out = {"features": features, "logits": logits}
         if labelled is not None and self.labelled:
-            other = self.classifier.name != self.features.name
+            other = self.classifier is not self.features
             classes = (self.classifier(images)[1] if other else logits).argmax(1)
             out["accuracy"] = (classes == torch.tensor([self.photographs.labels[k] for k in labelled])).float()
         return out
