@@ -426,8 +426,10 @@ def evaluate(
     _needs("datasets", "torchmetrics", install="'palette-diffusers[eval]'")
     _quiet()
     with _one_line(ImportError):
+        from .evaluation.features import check_torchvision, load_features
+
+        check_torchvision()  # before what imports it
         from .evaluation import inputs, run
-        from .evaluation.features import load_features
         from .evaluation.pages import markdown
         from .evaluation.restorers import load_restorer
         from .machine import chosen_device

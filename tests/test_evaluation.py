@@ -435,6 +435,22 @@ def test_bad_input_is_one_line(work, tmp_path):
         assert out.exit_code == 2 and line.startswith("palette: ") and words in line, (arguments, out.output)
 
 
+def test_a_torchvision_that_does_not_fit_is_one_line(work, tmp_path):
+    """As one that was built for another torch: found, and it fails with RuntimeError."""
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('operator nms does not exist')")
+    about = tmp_path / "torchvision-0.1.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.1\n")
+    command = [sys.executable, "-m", "palette_diffusers.cli", "evaluate", "identity", "--data", work / "data",
+        "--features", f"{TOY}:four", "--size", "32", "-o", tmp_path / "run"]  # fmt: skip
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"})  # fmt: skip
+    assert done.returncode == 2 and not (tmp_path / "run" / "originals").exists()
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("palette: torchvision does not fit torch") and "or remove it" in line
+
+
 def _no_inception():
     try:
         import torch_fidelity  # noqa: F401

@@ -65,8 +65,10 @@ def load_features(spec: str, device: str = "cpu", dtype: torch.dtype = torch.flo
 
     Raises:
         ValueError: no such network, or a module without `features` and `head`.
-        ImportError: torch-fidelity, or the torchvision that it needs, is missing; the message says what to install.
+        ImportError: torch-fidelity, or the torchvision that it needs, is missing, or a torchvision does not fit; the
+            message says what to install.
     """
+    check_torchvision()
     if spec == "inception":
         extract, content = _inception(device)
         return FeatureNetwork("inception", extract, device, inception=True, content=content)
@@ -75,6 +77,23 @@ def load_features(spec: str, device: str = "cpu", dtype: torch.dtype = torch.flo
         extract, content = _local(path, function, device, dtype)
         return FeatureNetwork(_foreign(Path(path).stem), extract, device, dtype, content=content)
     return _transformers(spec, device, dtype)
+
+
+def check_torchvision() -> None:
+    """That it is whole, if it is there: torchmetrics and transformers import it and fail, and not at once.
+
+    Raises:
+        ImportError: it was built for another torch.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        return
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError, OSError) as error:
+        raise ImportError(
+            f"torchvision does not fit torch {torch.__version__} ({error}): install the release that does, or remove "
+            "it; only --features inception needs it"
+        ) from None
 
 
 def _foreign(name: str) -> str:

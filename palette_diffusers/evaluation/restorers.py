@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from .. import canvas
-from ..portable import PortableUNet
 from ..tasks import get_task
 from .features import load_function
 from .inputs import Batch
@@ -89,7 +88,7 @@ def _content(pipe: Any) -> str:
         {key: value for key, value in part.config.items() if not key.startswith("_")}
         for part in (pipe, pipe.scheduler, pipe.unet)
     ]
-    weights = pipe.unet.file if isinstance(pipe.unet, PortableUNet) else pipe.unet.state_dict()
+    weights = getattr(pipe.unet, "file", None) or pipe.unet.state_dict()  # an exported network has no weights to read
     return fingerprint(json.dumps(configs, sort_keys=True, default=str), weights)
 
 

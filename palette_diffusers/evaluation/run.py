@@ -21,7 +21,7 @@ import torch
 
 from ..files import alone, write_text
 from . import inputs, metrics
-from .features import FeatureNetwork
+from .features import FeatureNetwork, check_torchvision
 from .inputs import Batch, Photographs
 from .restorers import Restorer, folder_name, write_pictures
 from .store import Store, keep_facts, keep_row
@@ -80,6 +80,7 @@ def evaluate(
         ValueError: too few photographs for the features, another run in `output`, a restorer's wrong results.
         FileExistsError: another evaluation is at work in `output`.
     """
+    check_torchvision()
     state = processes()
     run = _Run(photographs, features, classifier or features, output, batch, samples, seed, progress, state)
     with alone(output, state.process_index, "another evaluation is at work"):
