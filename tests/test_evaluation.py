@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from palette_diffusers import Given, canvas
 from palette_diffusers.cli import app
 from palette_diffusers.evaluation import evaluate, load_features, load_restorer, metrics
+from palette_diffusers.evaluation.features import FeatureNetwork
 from palette_diffusers.evaluation.inputs import Photographs, degrade
 from palette_diffusers.evaluation.restorers import baseline, from_function
 from palette_diffusers.files import alone
@@ -489,6 +490,14 @@ def test_a_file_list_names_pictures_and_labels(work, tmp_path):
     lists.write_text("5.png 1\n2.png 3\n\n7.png\n")
     photographs = Photographs(str(work / "images"), 16, names=lists)
     assert photographs.labels == [1, 3, -1] and photographs[0].shape == (3, 16, 16)
+    (work / "images" / "p 1.png").write_bytes((work / "images" / "1.png").read_bytes())
+    lists.write_text("p 1.png 2\np 1.png\n1.png\t0\n")
+    assert Photographs(str(work / "images"), 32, names=lists).labels == [2, -1, 0]
+    for text, words in (("", "is empty, expected"), ("1.png n01440764", "n01440764 is a WordNet id")):
+        lists.write_text(text)
+        with pytest.raises(ValueError, match=words):
+            Photographs(str(work / "images"), 32, names=lists)
+    lists.write_text("5.png 1\n2.png 3\n")
     whole = Photographs(str(work / "images"), 32, names=lists)
     assert torch.equal(whole[1].permute(1, 2, 0), torch.from_numpy(np.array(Image.open(work / "images" / "2.png"))))
 
@@ -577,6 +586,25 @@ def test_a_network_is_told_by_more_than_its_files_name(work, tmp_path):
     assert accuracy("both")[0] == accuracy("second")[0]
     assert re.fullmatch(r"accuracy \(toy-[0-9a-f]{4}\)", accuracy("both")[1])
     assert run(a, "first", "--classifier", a).exit_code == 0 and accuracy("first")[1] == "accuracy (toy)"
+
+
+def test_few_photographs_have_no_kernel_distance(work, tmp_path):
+    """Subsets of one picture have none; JSON has no NaN."""
+    out = invoke(work, "identity", "--task", "colorization", "--count", 7, "-o", tmp_path)
+    assert out.exit_code == 0, out.output
+
+    def fail(constant):
+        raise AssertionError(constant)
+
+    results = json.loads((tmp_path / "results.json").read_text(), parse_constant=fail)
+    assert all("frechet" in row and "kernel" not in row for row in results["rows"])
+    assert "KD-toy" not in out.output
+
+
+def test_features_that_are_not_finite_are_refused(photographs):
+    broken = FeatureNetwork("broken", lambda images: (images.mean((2, 3)) / 0, images.mean((2, 3))))
+    with pytest.raises(ValueError, match="broken gave features or logits that are not finite"):
+        broken(photographs.batch([0]))
 
 
 def test_a_restorer_is_told_by_its_name(pipe, tmp_path):

@@ -27,6 +27,9 @@ class FeatureNetwork:
     name: as the figures say it. classes: the names of the classes where they are known. inception: whether it is the
     network that FID, KID and IS are defined by, whatever its name. content: a hash, which tells it from others of its
     name.
+
+    Raises:
+        ValueError: what it gave is not finite.
     """
 
     name: str
@@ -39,8 +42,10 @@ class FeatureNetwork:
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        features, logits = self.extract(images.to(self.device, self.dtype))
-        return features.float().cpu(), logits.float().cpu()
+        features, logits = (x.float().cpu() for x in self.extract(images.to(self.device, self.dtype)))
+        if not (torch.isfinite(features).all() and torch.isfinite(logits).all()):
+            raise ValueError(f"{self.name} gave features or logits that are not finite, its figures can't be told")
+        return features, logits
 
     @property
     def figures(self) -> dict[str, str]:

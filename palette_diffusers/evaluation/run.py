@@ -121,7 +121,7 @@ class _Run:
 
         compared = "originals" if reference is None else "reference"
         results = _Summary(self, compared, replicates).results(restorers, variants)
-        write_text(self.output / "results.json", json.dumps(results, indent=2) + "\n")
+        write_text(self.output / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
         write_pages(self.output, results)
         for part in self.output.rglob("*.part"):  # left by a kill: nobody else is at work
             part.unlink()
@@ -358,6 +358,7 @@ class _Summary:
         self.reference_count, self.paired = count, reference == "originals"
         self.frechet = metrics.Frechet(metrics.Moments.of(self.reference.stream("features")))
         self.counts = metrics.resamples(len(run.photographs), replicates, run.seed)
+        self.subset = min(SUBSET, len(run.photographs) // 4, count // 4)
 
     def results(self, restorers: Sequence[Restorer], variants: Sequence[str]) -> dict[str, Any]:
         """The whole table: rows of this call, and those that an earlier one left in the folder."""
@@ -390,7 +391,9 @@ class _Summary:
     def row(self, store: Store) -> dict[str, Any]:
         """Every figure of a set with its 95% interval: {"value", "low", "high"}."""
         out: dict[str, Any] = {"restoring_seconds": store.seconds(0), "measuring_seconds": store.seconds(1)}
-        out |= {"frechet": self._frechet(store), "kernel": self._kernel(store)}
+        out["frechet"] = self._frechet(store)
+        if self.subset > 1:
+            out["kernel"] = self._kernel(store)
         out["score"] = _figure(metrics.inception_scores(store.stream("logits"), self.counts))
         for name in ("accuracy", "distance", "psnr", "ssim", "ms_ssim", "spread"):
             numbers = store.column(name)
@@ -411,13 +414,13 @@ class _Summary:
         return figure | {"low": max(0.0, figure["low"])}
 
     def _kernel(self, store: Store) -> dict[str, float]:
-        """The mean over random subsets, as KID's authors do; its interval from how subsets of m of n scatter.
+        """The mean over random subsets, as KID's authors do; its interval is 1.96 standard deviations over the
+        subsets, scaled from their m pictures to all n, and no bootstrap. It needs subsets of 2 pictures at least.
 
         A result and its own original are never in subsets that are compared: a pair would count as similarity.
         """
         rng = np.random.default_rng(self.run.seed)
-        number, other = len(self.run.photographs), self.reference_count
-        size = min(SUBSET, number // 4, other // 4)
+        number, other, size = len(self.run.photographs), self.reference_count, self.subset
         values = []
         for _ in range(SUBSETS):
             drawn = rng.permutation(number)
