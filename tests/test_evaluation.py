@@ -415,6 +415,8 @@ def test_bad_input_is_one_line(work, tmp_path):
     lists = tmp_path / "list.txt"
     lists.write_text("nothing.png 3\n")
     (tmp_path / "empty").mkdir()
+    broken = tmp_path / "broken.py"
+    broken.write_text("def fix(:")
     for arguments, words in (
         (["identity", "--count", 6, "-o", tmp_path / "a"], "needs at least 7"),
         (["identity", "--count", 99, "-o", tmp_path / "a"], "has 24 photographs, 99 were asked for"),
@@ -426,6 +428,9 @@ def test_bad_input_is_one_line(work, tmp_path):
         ([f"{TOY}:none", "-o", tmp_path / "a"], "has no function 'none'"),
         ([f"{TOY}:narrow", "--task", "inpainting", "-o", tmp_path / "a"], "narrow gave (4, 3, 32, 31)"),
         (["x=false {outputs}", "--task", "inpainting", "-o", tmp_path / "a"], "false ended with code 1"),
+        ([f"{TOY}:fails", "--task", "inpainting", "-o", tmp_path / "a"], "fails failed on 00000 to 00003: KeyError"),
+        ([f"{TOY}:nothing", "--task", "inpainting", "-o", tmp_path / "a"], "nothing gave a NoneType, expected a"),
+        ([f"{broken}:fix", "-o", tmp_path / "a"], "broken.py can't be loaded: SyntaxError"),
         ([tmp_path / "empty", "-o", tmp_path / "a"], "holds neither a model_index.json nor results"),
         (["identity", "--list", lists, "-o", tmp_path / "a"], "1 files of"),
         (["identity", "--classifier", missing, "-o", tmp_path / "a"], missing),
@@ -605,6 +610,14 @@ def test_features_that_are_not_finite_are_refused(photographs):
     broken = FeatureNetwork("broken", lambda images: (images.mean((2, 3)) / 0, images.mean((2, 3))))
     with pytest.raises(ValueError, match="broken gave features or logits that are not finite"):
         broken(photographs.batch([0]))
+
+
+def test_a_command_keeps_its_own_braces(work, tmp_path):
+    loop = "x=sh -c 'in={inputs}; for f in $in/*.png; do cp \"${f}\" {outputs}/; done; echo {} ${inputs}'"
+    out = invoke(work, loop, "--task", "inpainting", "--against", "identity", "-o", tmp_path)
+    assert out.exit_code == 0, out.output
+    rows = {row["images"]: row for row in json.loads((tmp_path / "results.json").read_text())["rows"]}
+    assert rows["x"]["frechet"] == rows["degraded"]["frechet"]
 
 
 def test_a_restorer_is_told_by_its_name(pipe, tmp_path):

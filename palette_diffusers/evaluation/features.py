@@ -110,14 +110,17 @@ def load_function(path: str, function: str) -> Callable:
     """FUNCTION of the Python file at `path`.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: it has no such function.
+        FileNotFoundError: no such file. ValueError: it can't be loaded, or has no such function.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file, expected FILE.py:FUNCTION")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # another's code: it can be anything
+        raise ValueError(f"{path} can't be loaded: {type(error).__name__}: {error}") from error
     found = getattr(module, function, None)
     if not callable(found):
         raise ValueError(f"{path} has no function {function!r}, expected FILE.py:FUNCTION")

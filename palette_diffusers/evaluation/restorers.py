@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from .. import canvas
+from ..machine import accelerator_lost
 from ..tasks import get_task
 from .features import load_function
 from .inputs import Batch
@@ -39,6 +40,8 @@ class Restorer:
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         images = self.restore(batch)
+        if not isinstance(images, torch.Tensor):
+            raise ValueError(f"{self.name} gave a {type(images).__name__}, expected a tensor")
         if images.shape != batch.given.known.shape:
             raise ValueError(
                 f"{self.name} gave {tuple(images.shape)} for {batch.names[0]} and on, "
@@ -195,12 +198,18 @@ def from_command(command: str, name: str) -> Restorer:
 
     def restore(batch: Batch) -> torch.Tensor:
         with tempfile.TemporaryDirectory() as folder:
-            inputs, masks, outputs = (Path(folder) / n for n in ("inputs", "masks", "outputs"))
-            write_pictures(inputs, batch.names, batch.given.known)
+            places = {n: Path(folder) / n for n in ("inputs", "masks", "outputs")}
+            outputs = places["outputs"]
+            write_pictures(places["inputs"], batch.names, batch.given.known)
             if batch.given.mask is not None:
-                write_pictures(masks, batch.names, batch.given.mask.expand(-1, 3, -1, -1) * 2 - 1)
+                write_pictures(places["masks"], batch.names, batch.given.mask.expand(-1, 3, -1, -1) * 2 - 1)
             outputs.mkdir()
-            words = [word.format(inputs=inputs, masks=masks, outputs=outputs) for word in shlex.split(command)]
+            words = [
+                re.sub(
+                    r"(?<!\$){(inputs|masks|outputs)}", lambda found: str(places[found[1]]), word
+                )  # not a shell's ${}
+                for word in shlex.split(command)
+            ]
             done = subprocess.run(words, capture_output=True, text=True)
             if done.returncode:
                 last = (done.stderr.strip() or "no message").splitlines()[-1]
@@ -216,8 +225,21 @@ def from_command(command: str, name: str) -> Restorer:
 
 
 def from_function(restore: Callable[..., torch.Tensor], name: str, content: str = "") -> Restorer:
-    """A function (known (B, 3, S, S), mask (B, 1, S, S) or None) => pictures (B, 3, S, S). content: its hash."""
-    return Restorer(name, lambda batch: restore(batch.given.known, batch.given.mask), content=lambda variant: content)
+    """A function (known (B, 3, S, S), mask (B, 1, S, S) or None) => pictures (B, 3, S, S). content: its hash.
+
+    Whatever it raises becomes a ValueError that names the pictures, unless the accelerator is lost.
+    """
+
+    def guarded(batch: Batch) -> torch.Tensor:
+        try:
+            return restore(batch.given.known, batch.given.mask)
+        except Exception as error:  # another's code: it can be anything
+            if accelerator_lost(error):
+                raise
+            last = f" to {batch.names[-1]}" if len(batch.names) > 1 else ""
+            raise ValueError(f"{name} failed on {batch.names[0]}{last}: {type(error).__name__}: {error}") from error
+
+    return Restorer(name, guarded, content=lambda variant: content)
 
 
 def load_restorer(spec: str, load_pipeline: Callable[[str | None], Any], steps: int | None = None) -> Restorer:
