@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from palette_diffusers import Given, canvas
 from palette_diffusers.cli import app
-from palette_diffusers.evaluation import evaluate, load_features, load_restorer, metrics
+from palette_diffusers.evaluation import evaluate, load_features, load_restorer, metrics, pages
 from palette_diffusers.evaluation.features import FeatureNetwork
 from palette_diffusers.evaluation.inputs import Photographs, degrade
 from palette_diffusers.evaluation.restorers import baseline, from_function
@@ -618,6 +618,27 @@ def test_a_command_keeps_its_own_braces(work, tmp_path):
     assert out.exit_code == 0, out.output
     rows = {row["images"]: row for row in json.loads((tmp_path / "results.json").read_text())["rows"]}
     assert rows["x"]["frechet"] == rows["degraded"]["frechet"]
+
+
+def test_the_pages_rows_are_sorted_blanks_last(tmp_path):
+    """In a browser: figures that a row lacks stay below, whichever way it is sorted."""
+    sync = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no chromium here: apt-get install chromium")
+    values = [3.0, None, -1.5, None, 20.0, 0.25]
+    rows = [{"task": "t", "images": f"row {i}", **({} if v is None else {"psnr": {"value": v, "low": v, "high": v}})}
+        for i, v in enumerate(values)]  # fmt: skip
+    page = pages._PAGE.format(about="", pictures="", table=pages._table(
+        {"rows": rows, "figures": {"psnr": "PSNR"}, "notes": []}))  # fmt: skip
+    with sync.sync_playwright() as library:
+        browser = library.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        tab = browser.new_page()
+        tab.set_content(page)
+        for expected in (["2", "5", "0", "4", "1", "3"], ["4", "0", "5", "2", "1", "3"]):
+            tab.get_by_role("button", name="PSNR").click()
+            assert [cell.split()[1] for cell in tab.locator("tbody td:nth-child(2)").all_inner_texts()] == expected
+        browser.close()
 
 
 def test_a_restorer_is_told_by_its_name(pipe, tmp_path):

@@ -152,8 +152,9 @@ for (const table of document.querySelectorAll("table.sortable"))
       const order = (a, b) => value(a).localeCompare(value(b), "en", {{numeric: true}}) || 0;
       const number = (a, b) => parseFloat(value(a)) - parseFloat(value(b));
       const body = table.tBodies[0], rows = [...body.rows];
-      const numeric = rows.every(row => value(row) === "" || !isNaN(value(row)));
-      rows.sort((a, b) => (down ? -1 : 1) * (numeric ? number(a, b) : order(a, b)));
+      const blank = row => value(row) === "";
+      const numeric = rows.every(row => !isNaN(value(row)));
+      rows.sort((a, b) => blank(a) - blank(b) || (down ? -1 : 1) * (numeric ? number(a, b) : order(a, b)) || 0);
       body.append(...rows);
     }};
   }});
