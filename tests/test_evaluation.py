@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from palette_diffusers.cli import app
 from palette_diffusers.evaluation import evaluate, load_features, load_restorer, metrics, pages
 from palette_diffusers.evaluation.features import FeatureNetwork
 from palette_diffusers.evaluation.inputs import Photographs, degrade
-from palette_diffusers.evaluation.restorers import baseline, from_function
+from palette_diffusers.evaluation.restorers import Restorer, baseline, from_function
 from palette_diffusers.files import alone
 
 ROOT = Path(__file__).parents[1]
@@ -393,6 +394,7 @@ def test_other_photographs_of_the_same_name_are_refused(work, photographs, featu
     [
         (lambda folder: (folder / "00003.png").unlink(), "lacks 1 of 24 pictures (00003.png)"),
         (lambda folder: (folder / "00003.png").rename(folder / "x.png"), "and has 1 that no input belongs to (x.png)"),
+        (lambda folder: Image.new("RGB", (32, 32)).save(folder / "x.jpg"), "has 1 that no input belongs to (x.jpg)"),
         (lambda folder: Image.new("RGB", (32, 30)).save(folder / "00003.png"), "is 32x30, the original 32x32"),
         (lambda folder: (folder / "00003.png").write_bytes(b"no"), "not an image"),
     ],
@@ -415,6 +417,8 @@ def test_bad_input_is_one_line(work, tmp_path):
     lists = tmp_path / "list.txt"
     lists.write_text("nothing.png 3\n")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "jpeg").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "jpeg" / "00000.jpg")
     broken = tmp_path / "broken.py"
     broken.write_text("def fix(:")
     for arguments, words in (
@@ -432,6 +436,7 @@ def test_bad_input_is_one_line(work, tmp_path):
         ([f"{TOY}:nothing", "--task", "inpainting", "-o", tmp_path / "a"], "nothing gave a NoneType, expected a"),
         ([f"{broken}:fix", "-o", tmp_path / "a"], "broken.py can't be loaded: SyntaxError"),
         ([tmp_path / "empty", "-o", tmp_path / "a"], "holds neither a model_index.json nor results"),
+        ([tmp_path / "jpeg", "-o", tmp_path / "a"], "nor results NAME.png, but 1 other pictures (00000.jpg)"),
         (["identity", "--list", lists, "-o", tmp_path / "a"], "1 files of"),
         (["identity", "--classifier", missing, "-o", tmp_path / "a"], missing),
         (["identity", "--manifest", run / "results.json", "--task", "inpainting", "-o", tmp_path / "b"], "no manifest"),
@@ -488,6 +493,12 @@ def test_a_classifier_with_other_classes_has_no_accuracy(work, tmp_path):
         tmp_path / "a", batch=BATCH, progress=False)  # fmt: skip
     assert results["notes"] == ["accuracy is left out: toy has 9 classes, the photographs 4"]
     assert all("accuracy" not in row and "frechet" in row for row in results["rows"])
+    named = replace(load_features(f"{TOY}:four"), classes=("a", "b", "d", "c"))
+    results = evaluate([baseline("identity")], photographs, ["colorization"], named, tmp_path / "b", progress=False)
+    assert results["notes"] == ["accuracy is left out: class 2 is 'd' for toy, 'c' of the photographs"]
+    named = replace(named, classes=("A", "b", "c", "d"))
+    results = evaluate([baseline("identity")], photographs, ["colorization"], named, tmp_path / "c", progress=False)
+    assert results["notes"] == [] and "accuracy" in results["rows"][0]
 
 
 def test_a_file_list_names_pictures_and_labels(work, tmp_path):
@@ -639,6 +650,29 @@ def test_the_pages_rows_are_sorted_blanks_last(tmp_path):
             tab.get_by_role("button", name="PSNR").click()
             assert [cell.split()[1] for cell in tab.locator("tbody td:nth-child(2)").all_inner_texts()] == expected
         browser.close()
+
+
+def test_a_perfect_restorer_and_another_order_give_the_originals_figures(work, features, tmp_path):
+    orders = [list(range(COUNT)), np.random.default_rng(0).permutation(COUNT).tolist()]
+    found = []
+    for name, order in zip(("in order", "shuffled"), orders, strict=True):
+        lists = tmp_path / f"{name}.txt"
+        lists.write_text("".join(f"{i}.png {i % 4}\n" for i in order))
+        photographs = Photographs(str(work / "images"), 32, names=lists)
+        clean = photographs.batch(range(COUNT))
+        perfect = Restorer("perfect", lambda batch, clean=clean: clean[[int(n) for n in batch.names]])
+        rows = evaluate([perfect], photographs, ["colorization"], features, tmp_path / name, batch=BATCH,
+            replicates=5, progress=False)["rows"]  # fmt: skip
+        given = {row["images"]: row for row in rows}
+        for figure in ("accuracy", "score"):
+            assert given["perfect"][figure] == given["originals"][figure]
+        assert given["perfect"]["frechet"]["value"] < 1e-6 and given["perfect"]["distance"]["value"] == 0
+        assert given["perfect"]["psnr"]["value"] == 100 and given["perfect"]["ssim"]["value"] == pytest.approx(1)
+        found.append((given["perfect"], features(clean)[0]))
+    (one, first), (other, second) = found
+    assert metrics.frechet_distance(first, second) < 1e-6
+    for figure in ("accuracy", "score"):
+        assert one[figure]["value"] == pytest.approx(other[figure]["value"], rel=1e-5), figure
 
 
 def test_a_restorer_is_told_by_its_name(pipe, tmp_path):

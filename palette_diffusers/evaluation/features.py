@@ -194,7 +194,8 @@ def _transformers(name: str, device: str, dtype: torch.dtype) -> FeatureNetwork:
         return seen[-1].flatten(1), logits
 
     labels = model.config.id2label
-    classes = tuple(str(labels[i]) for i in range(len(labels)))
+    named = [str(labels[i]) for i in range(len(labels))]
+    classes = None if named[0] == "LABEL_0" else tuple(named)  # what transformers calls classes without a name
     content = fingerprint(model.config.model_type, processor.to_json_string(), model.state_dict())
     return FeatureNetwork(_foreign(Path(name).name), extract, device, dtype, classes, content=content)
 

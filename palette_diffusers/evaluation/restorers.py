@@ -165,11 +165,12 @@ def check_names(folder: Path, names: list[str]) -> None:
     Raises:
         ValueError: how many are missing or too many, with the first of them.
     """
-    there = {path.stem for path in folder.glob("*.png")}
-    missing, extra = sorted(set(names) - there), sorted(there - set(names))
+    wanted = {f"{name}.png" for name in names}
+    there = {path.name for path in folder.glob("*") if path.suffix.lower() in canvas.SUFFIXES}
+    missing, extra = sorted(wanted - there), sorted(there - wanted)
     if missing or extra:
-        lacks = f"lacks {len(missing)} of {len(names)} pictures ({missing[0]}.png)" if missing else ""
-        more = f"has {len(extra)} that no input belongs to ({extra[0]}.png)" if extra else ""
+        lacks = f"lacks {len(missing)} of {len(names)} pictures ({missing[0]})" if missing else ""
+        more = f"has {len(extra)} that no input belongs to ({extra[0]})" if extra else ""
         raise ValueError(f"{folder} {' and '.join(filter(None, (lacks, more)))}")
 
 
@@ -262,6 +263,8 @@ def load_restorer(spec: str, load_pipeline: Callable[[str | None], Any], steps: 
     folder = Path(spec)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         if not any(folder.rglob("*.png")):
-            raise FileNotFoundError(f"{spec} holds neither a model_index.json nor results NAME.png")
+            others = sorted(path.name for path in folder.rglob("*") if path.suffix.lower() in canvas.SUFFIXES)
+            but = f", but {len(others)} other pictures ({others[0]})" if others else ""
+            raise FileNotFoundError(f"{spec} holds neither a model_index.json nor results NAME.png{but}")
         return from_folder(folder, folder.name)
     return from_pipeline(load_pipeline(spec), steps=steps, about={"model": folder.name})

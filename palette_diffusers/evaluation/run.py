@@ -136,6 +136,12 @@ class _Run:
             return ["accuracy is left out: the photographs have no labels"]
         if self.classifier.inception:
             return ["accuracy is left out: Inception's 1008 outputs are not ImageNet's classes, name a classifier"]
+        theirs = self.classifier.classes
+        if classes and theirs and len(classes) == len(theirs):
+            for i, (one, other) in enumerate(zip(theirs, classes, strict=True)):
+                if one.casefold() != other.casefold():
+                    name = self.classifier.name
+                    return [f"accuracy is left out: class {i} is {one!r} for {name}, {other!r} of the photographs"]
         if max(labels) >= number or (classes and len(classes) != number):
             return [
                 f"accuracy is left out: {self.classifier.name} has {number} classes, "
