@@ -675,6 +675,43 @@ def test_a_perfect_restorer_and_another_order_give_the_originals_figures(work, f
         assert one[figure]["value"] == pytest.approx(other[figure]["value"], rel=1e-5), figure
 
 
+def test_inception_measures_as_torch_fidelity_does(work, tmp_path, monkeypatch):
+    """With random weights of a local file: the loader, the names, and FID and IS of two folders."""
+    if _no_inception():
+        pytest.skip("torch-fidelity, or a torchvision that fits, is missing")
+    from torch_fidelity import calculate_metrics
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    torch.manual_seed(0)
+    weights = tmp_path / "weights.pth"
+    torch.save({}, weights)
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        random = FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path=str(weights))
+    for parameter in random.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.kaiming_normal_(parameter)
+    torch.save(random.state_dict(), weights)
+    monkeypatch.setenv("PALETTE_INCEPTION_WEIGHTS", str(weights))
+    network = load_features("inception")
+    assert list(network.figures.values()) == ["FID", "KID", "IS", "PD"]
+    folders = [tmp_path / "a", tmp_path / "b"]
+    found = []
+    for folder, factor in zip(folders, (1, 0.6), strict=True):
+        folder.mkdir()
+        pictures = [Image.open(work / "images" / f"{i}.png").point(lambda v, f=factor: int(v * f)) for i in range(8)]
+        for i, picture in enumerate(pictures):
+            picture.save(folder / f"{i}.png")
+        found.append(network(torch.cat([canvas.read(np.asarray(picture)).image for picture in pictures])))
+    theirs = calculate_metrics(input1=str(folders[1]), input2=str(folders[0]), cuda=False, fid=True, isc=True,
+        isc_splits=1, verbose=False, cache=False, feature_extractor_weights_path=str(weights))  # fmt: skip
+    (features, _), (others, logits) = found
+    assert features.shape == (8, 2048)
+    assert metrics.frechet_distance(others, features) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
+    (score,) = metrics.inception_scores([logits])
+    assert score == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
+
+
 def test_a_restorer_is_told_by_its_name(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "model")
     from palette_diffusers import PalettePipeline
