@@ -18,9 +18,10 @@ from typer.testing import CliRunner
 
 from palette_diffusers import Given, canvas
 from palette_diffusers.cli import app
-from palette_diffusers.evaluation import evaluate, load_features, load_restorer, metrics, pages
+from palette_diffusers.evaluation import evaluate, load_features, load_lpips, load_restorer, metrics, pages
 from palette_diffusers.evaluation.features import FeatureNetwork
-from palette_diffusers.evaluation.inputs import Photographs, degrade
+from palette_diffusers.evaluation.inputs import Batch, Photographs, degrade, sampling_seed
+from palette_diffusers.evaluation.lpips import Lpips
 from palette_diffusers.evaluation.restorers import Restorer, baseline, from_function
 from palette_diffusers.files import alone
 
@@ -709,7 +710,79 @@ def test_inception_measures_as_torch_fidelity_does(work, tmp_path, monkeypatch):
     assert features.shape == (8, 2048)
     assert metrics.frechet_distance(others, features) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
     (score,) = metrics.inception_scores([logits])
-    assert score == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
+    assert score - 1 == pytest.approx(theirs["inception_score_mean"] - 1, rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def alexnet(tmp_path_factory):
+    """Random weights in the form of torchvision's AlexNet, and the layers of its `features`."""
+    torch.manual_seed(0)
+    conv, relu, pool = torch.nn.Conv2d, torch.nn.ReLU, torch.nn.MaxPool2d
+    layers = torch.nn.Sequential(conv(3, 64, 11, 4, 2), relu(), pool(3, 2), conv(64, 192, 5, 1, 2), relu(), pool(3, 2),
+        conv(192, 384, 3, 1, 1), relu(), conv(384, 256, 3, 1, 1), relu(), conv(256, 256, 3, 1, 1), relu(),
+        pool(3, 2))  # fmt: skip
+    path = tmp_path_factory.mktemp("alexnet") / "alexnet.pth"
+    state = {f"features.{name}": weight for name, weight in layers.state_dict().items()}
+    torch.save(state | {"classifier.1.weight": torch.zeros(2)}, path)
+    return path, layers
+
+
+def test_lpips_equals_torchmetrics(darker, alexnet, monkeypatch):
+    from torchmetrics.functional.image import lpips
+
+    path, layers = alexnet
+    monkeypatch.setattr(lpips, "_get_tv_model_features", lambda net, pretrained: layers)
+    theirs = lpips._NoTrainLpips(net="alex", pnet_rand=True)
+    monkeypatch.setenv("PALETTE_ALEXNET_WEIGHTS", str(path))
+    ours = load_lpips()
+    a, b = (torch.cat([x[..., :64, :64], x[..., 60:124, 60:124]]) for x in darker[2:])
+    assert torch.allclose(ours(a, b), theirs(a, b).flatten(), rtol=1e-4) and ours(a, b).min() > 1e-3
+    assert torch.equal(ours(a, a), torch.zeros(2)) and torch.allclose(ours(a, b), ours(b, a))
+    assert ours.name == "LPIPS (other weights)"
+    monkeypatch.delenv("PALETTE_ALEXNET_WEIGHTS")
+    assert load_lpips() is None
+
+
+def test_lpips_of_pictures_and_of_all_pairs_of_samples(pipe, photographs, features, tmp_path, alexnet):
+    from palette_diffusers.evaluation.restorers import from_pipeline
+
+    lpips = Lpips(alexnet[0])
+    results = evaluate([from_pipeline(pipe, steps=2)], photographs, ["inpainting"], features, tmp_path, batch=COUNT,
+        samples=3, replicates=5, progress=False, lpips=lpips)  # fmt: skip
+    (row,) = results["rows"][1:]
+    assert results["figures"]["lpips_spread"] == "LPIPS (other weights) between samples"
+    clean = photographs.batch(range(COUNT))
+    given = degrade_all("inpainting", clean)
+    samples = [
+        metrics.eight_bits(from_pipeline(pipe, steps=2)(Batch("inpainting", [""] * COUNT, given, seeds)))
+        for seeds in ([sampling_seed(k, 0, sample) for k in range(COUNT)] for sample in range(3))
+    ]
+    assert row["lpips"]["value"] == pytest.approx(lpips(samples[0], clean).mean().item(), rel=1e-4)
+    for name, measure in (
+        ("lpips_spread", lpips),
+        ("ms_ssim", metrics.ms_ssim),
+        ("spread", lambda a, b: (features(a)[0] - features(b)[0]).norm(dim=1)),
+    ):
+        pairs = [measure(samples[i], samples[j]).mean().item() for i, j in ((0, 1), (0, 2), (1, 2))]
+        assert row[name]["value"] == pytest.approx(np.mean(pairs), rel=1e-4), name
+
+
+def degrade_all(variant, clean):
+    return Given.cat([degrade(variant, one, i) for i, one in enumerate(clean.split(1))])
+
+
+@pytest.mark.parametrize(("content", "words"), [(None, "is no file"), (b"no", "holds no state dict"),
+    ({"features.0.weight": 1}, "holds no state dict"), ([], "holds no state dict")])  # fmt: skip
+def test_other_weights_than_alexnets_are_one_line(work, tmp_path, monkeypatch, content, words):
+    path = tmp_path / "alexnet.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    monkeypatch.setenv("PALETTE_ALEXNET_WEIGHTS", str(path))
+    out = invoke(work, "identity", "--task", "colorization", "-o", tmp_path / "run")
+    line = out.output.strip().splitlines()[-1]
+    assert out.exit_code == 2 and line.startswith(f"palette: {path}") and words in line, out.output
 
 
 def test_a_restorer_is_told_by_its_name(pipe, tmp_path):

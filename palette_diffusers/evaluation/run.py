@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ..files import alone, write_text
 from . import inputs, metrics
 from .features import FeatureNetwork, check_torchvision
 from .inputs import Batch, Photographs
+from .lpips import Lpips
 from .restorers import Restorer, folder_name, write_pictures
 from .store import Store, keep_facts, keep_row
 
@@ -54,6 +56,7 @@ def evaluate(
     seed: int = 0,
     replicates: int = 100,
     progress: bool = True,
+    lpips: Lpips | None = None,
 ) -> dict[str, Any] | None:
     """Measures restorers on the same degraded photographs; the same call goes on where a killed one stopped.
 
@@ -72,6 +75,7 @@ def evaluate(
         samples: of each of the first 100 photographs, for diversity.
         seed: of inputs and sampling.
         replicates: bootstrap samples.
+        lpips: `load_lpips()`; without it, that figure is left out.
 
     Returns:
         What `results.json` holds; None in processes other than the main one.
@@ -82,7 +86,7 @@ def evaluate(
     """
     check_torchvision()
     state = processes()
-    run = _Run(photographs, features, classifier or features, output, batch, samples, seed, progress, state)
+    run = _Run(photographs, features, classifier or features, output, batch, samples, seed, progress, state, lpips)
     with alone(output, state.process_index, "another evaluation is at work"):
         return run.evaluate(restorers, variants, reference, manifest, replicates)
 
@@ -92,7 +96,7 @@ class _Run:
 
     def __init__(
         self, photographs: Photographs, features: FeatureNetwork, classifier: FeatureNetwork, output: Path,
-        batch: int, samples: int, seed: int, progress: bool, state: Any,
+        batch: int, samples: int, seed: int, progress: bool, state: Any, lpips: Lpips | None,
     ):  # fmt: skip
         if batch < 1 or samples < 1:
             raise ValueError(f"batch is {batch}, samples {samples}: expected at least 1")
@@ -100,7 +104,7 @@ class _Run:
             classifier = replace(classifier, name=f"{classifier.name}-{classifier.content[:4]}")
         self.photographs, self.features, self.classifier = photographs, features, classifier
         self.output, self.batch, self.samples, self.seed = output, batch, samples, seed
-        self.progress, self.state = progress, state
+        self.progress, self.state, self.lpips = progress, state, lpips
         self.names = [f"{i:05d}" for i in range(len(photographs))]
         self.notes = self._notes()
 
@@ -182,6 +186,7 @@ class _Run:
             "features": f"{self.features.name} {self.features.content}".strip(),
             "classifier": f"{self.classifier.name} {self.classifier.content}".strip(),
             "reference": None if reference is None else [Path(reference.path).name, len(reference), reference.content],
+            "lpips": None if self.lpips is None else self.lpips.content,
             "batch": self.batch,
             "seed": self.seed,
         }
@@ -250,6 +255,8 @@ class _Run:
         (original,) = self.store("originals").read(i, "features")
         out["distance"] = (out["features"] - original).norm(dim=1)
         out |= {"psnr": metrics.psnr(images, clean), "ssim": metrics.ssim(images, clean)}
+        if self.lpips is not None:
+            out["lpips"] = self.lpips(images, clean)
         if len(several) > 1:
             out |= self.diversity(several)
         return out
@@ -288,12 +295,15 @@ class _Run:
         return [restorer(replace(batch, seeds=some)) for some in seeds]
 
     def diversity(self, several: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Of samples of the same inputs: MS-SSIM of the first with each of the rest, the features' distance of
-        consecutive ones (the paper's section on diversity, with another network than LPIPS's)."""
+        """Of samples of the same inputs, the mean over all pairs: MS-SSIM, the features' distance, LPIPS (the paper's
+        section on diversity)."""
         features = [self.features(images)[0] for images in several]
-        alike = [metrics.ms_ssim(several[0], images) for images in several[1:]]
-        apart = [(a - b).norm(dim=1) for a, b in zip(features[:-1], features[1:], strict=True)]
-        return {"ms_ssim": torch.stack(alike).mean(0), "spread": torch.stack(apart).mean(0)}
+        pairs = list(combinations(several, 2))
+        apart = [(a - b).norm(dim=1) for a, b in combinations(features, 2)]
+        out = {"ms_ssim": [metrics.ms_ssim(a, b) for a, b in pairs], "spread": apart}
+        if self.lpips is not None:
+            out["lpips_spread"] = [self.lpips(a, b) for a, b in pairs]
+        return {name: torch.stack(values).mean(0) for name, values in out.items()}
 
 
 class Seen:
@@ -379,6 +389,8 @@ class _Summary:
                 if all(store.done(i) for i in range(store.number)):
                     about = json.loads((path / "about.json").read_text())
                     rows.append({"task": variant, "images": path.name, "about": about, **self.row(store)})
+        name = self.run.lpips.name if self.run.lpips else ""
+        lpips = {"lpips": name, "lpips_spread": f"{name} between samples"} if name else {}
         return {
             "settings": json.loads((self.run.output / "settings.json").read_text()),
             "figures": {
@@ -388,6 +400,7 @@ class _Summary:
                 "ssim": "SSIM",
                 "ms_ssim": metrics.ms_ssim_name(self.run.photographs.size),
                 "spread": f"{self.run.features.figures['distance']} between samples",
+                **lpips,
             },
             "notes": self.run.notes,
             "summary_seconds": round(time.perf_counter() - begin, 2),
@@ -401,7 +414,7 @@ class _Summary:
         if self.subset > 1:
             out["kernel"] = self._kernel(store)
         out["score"] = _figure(metrics.inception_scores(store.stream("logits"), self.counts))
-        for name in ("accuracy", "distance", "psnr", "ssim", "ms_ssim", "spread"):
+        for name in ("accuracy", "distance", "psnr", "ssim", "lpips", "ms_ssim", "spread", "lpips_spread"):
             numbers = store.column(name)
             if len(numbers):
                 statistic = np.median if name == "psnr" else np.mean
