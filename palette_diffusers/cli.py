@@ -426,8 +426,10 @@ def evaluate(
     _needs("datasets", "torchmetrics", install="'palette-diffusers[eval]'")
     _quiet()
     with _one_line(ImportError):
-        from .evaluation import inputs, run
-        from .evaluation.features import load_features
+        from .evaluation.features import check_torchvision, load_features
+
+        check_torchvision()  # before what imports it
+        from .evaluation import inputs, load_lpips, run
         from .evaluation.pages import markdown
         from .evaluation.restorers import load_restorer
         from .machine import chosen_device
@@ -448,10 +450,11 @@ def evaluate(
         others = inputs.Photographs(reference, pixels) if reference else None
         place = chosen_device(device)
         network = load_features(features, place)
-        judge = load_features(classifier, place) if classifier else None
+        judge = load_features(classifier, place) if classifier not in (None, features) else None
         results = run.evaluate(
-            rows, photographs, variants, network, output, judge, others, manifest, batch, samples, seed
-        )
+            rows, photographs, variants, network, output, judge, others, manifest, batch, samples, seed,
+            lpips=load_lpips(place),
+        )  # fmt: skip
         if results is not None:
             print(markdown(results), end="")
             print(output / "index.html")

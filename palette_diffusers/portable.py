@@ -27,6 +27,9 @@ class PortableUNet(nn.Module):
     Args:
         folder: with network.onnx or network.pt2, and config.json.
 
+    Attributes:
+        file: the network's, in that folder.
+
     Raises:
         FileNotFoundError: none of them is there. ImportError: onnxruntime is missing.
     """
@@ -38,7 +41,8 @@ class PortableUNet(nn.Module):
         config = json.loads((folder / "config.json").read_text())
         self.size_multiple = config.pop("size_multiple")
         self.config = FrozenDict(config)
-        self._run = _onnx(folder / FILES["onnx"]) if (folder / FILES["onnx"]).is_file() else _program(folder)
+        self.file = folder / FILES["onnx" if (folder / FILES["onnx"]).is_file() else "torch"]
+        self._run = _onnx(self.file) if self.file.suffix == ".onnx" else torch.export.load(self.file).module()
 
     def forward(
         self, sample: torch.Tensor, noise_level: torch.Tensor | float, condition: torch.Tensor, return_dict: bool = True
@@ -62,10 +66,6 @@ def _onnx(path: Path) -> Any:
     return lambda *inputs: torch.from_numpy(
         session.run(None, {name: x.numpy() for name, x in zip(names, inputs, strict=True)})[0]
     )
-
-
-def _program(folder: Path) -> Any:
-    return torch.export.load(folder / FILES["torch"]).module()
 
 
 class _Plain(nn.Module):

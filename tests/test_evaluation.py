@@ -1,9 +1,12 @@
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +18,11 @@ from typer.testing import CliRunner
 
 from palette_diffusers import Given, canvas
 from palette_diffusers.cli import app
-from palette_diffusers.evaluation import evaluate, load_features, load_restorer, metrics
-from palette_diffusers.evaluation.inputs import Photographs, degrade
-from palette_diffusers.evaluation.restorers import baseline, from_function
+from palette_diffusers.evaluation import evaluate, load_features, load_lpips, load_restorer, metrics, pages
+from palette_diffusers.evaluation.features import FeatureNetwork
+from palette_diffusers.evaluation.inputs import Batch, Photographs, degrade, sampling_seed
+from palette_diffusers.evaluation.lpips import Lpips
+from palette_diffusers.evaluation.restorers import Restorer, baseline, from_function
 from palette_diffusers.files import alone
 
 ROOT = Path(__file__).parents[1]
@@ -107,13 +112,60 @@ def test_kernel_distance_and_score_equal_torchmetrics():
     assert ours == pytest.approx(score.compute()[0].item(), rel=1e-4)
 
 
-def test_ssim_equals_torchmetrics(photo):
+@pytest.fixture
+def darker(photo):
+    """(uint8 (H, W, 3), the same darkened and with noise, both as tensors): their means differ, too."""
+    noise = np.random.default_rng(0).normal(0, 20, photo.shape)
+    worse = (photo * 0.6 + noise).clip(0, 255).round().astype(np.uint8)
+    return photo, worse, canvas.read(photo).image, canvas.read(worse).image
+
+
+def test_ssim_equals_scikit_image_and_torchmetrics(darker):
+    from skimage.metrics import structural_similarity
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    a = canvas.read(photo).image
-    b = (a + 0.2 * torch.randn(a.shape, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
-    theirs = structural_similarity_index_measure(b, a, reduction="none", data_range=2.0)
-    assert metrics.ssim(b, a).item() == pytest.approx(theirs.item(), rel=1e-4)
+    photo, worse, a, b = darker
+    # scikit-image leaves the border out: it gets one, as the pictures are reflected
+    padded = [np.pad(x, ((5, 5), (5, 5), (0, 0)), mode="reflect") for x in (worse, photo)]
+    theirs = structural_similarity(*padded, gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
+        data_range=255, channel_axis=2)  # fmt: skip
+    assert metrics.ssim(b, a).item() == pytest.approx(theirs, rel=1e-4)
+    assert metrics.ssim(a, b).item() == pytest.approx(theirs, rel=1e-4)
+    torchs = structural_similarity_index_measure((b + 1) / 2, (a + 1) / 2, reduction="none", data_range=1.0)
+    assert metrics.ssim(b, a).item() == pytest.approx(torchs.item(), rel=1e-4)
+
+
+def terms(a, b, sigma, inside):
+    """Wang's luminance and contrast-structure maps of (H, W) in [0, 255], without the border where `inside`."""
+    from scipy.ndimage import gaussian_filter
+
+    radius = int(3.5 * sigma + 0.5)
+    a_mean, b_mean, aa, bb, ab = (
+        gaussian_filter(x, sigma, mode="mirror", radius=radius) for x in (a, b, a * a, b * b, a * b)
+    )
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    luminance = (2 * a_mean * b_mean + c1) / (a_mean**2 + b_mean**2 + c1)
+    contrast = (2 * (ab - a_mean * b_mean) + c2) / (aa - a_mean**2 + bb - b_mean**2 + c2)
+    cut = slice(radius, -radius) if inside else slice(None)
+    return luminance[cut, cut], contrast[cut, cut]
+
+
+@pytest.mark.parametrize("size", [64, 150])
+def test_ms_ssim_equals_its_formula(darker, size):
+    """Wang et al. 2003, equation 7: contrast at every scale, luminance at the last."""
+    photo, worse, *images = darker
+    scales, window = metrics.ms_ssim_scales(size)
+    betas = np.array([0.0448, 0.2856, 0.3001, 0.2363, 0.1333][:scales])
+    expected = 1.0
+    a, b = (x[:size, :size].astype(np.float64) for x in (photo, worse))
+    for scale, beta in enumerate(betas / betas.sum()):
+        last = scale == scales - 1
+        found = [terms(a[..., c], b[..., c], 1.5 * window / 11, not last) for c in range(3)]
+        expected *= np.mean([light * contrast if last else contrast for light, contrast in found]) ** beta
+        a, b = (x[: len(x) // 2 * 2, : len(x) // 2 * 2] for x in (a, b))
+        a, b = (x.reshape(len(x) // 2, 2, len(x) // 2, 2, 3).mean((1, 3)) for x in (a, b))
+    found = metrics.ms_ssim(*(x[..., :size, :size] for x in images))
+    assert found.item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_ms_ssim_has_its_name_only_at_full_scale(photo):
@@ -289,11 +341,61 @@ def test_results_of_others(work, tmp_path):
     assert rows["copy"]["frechet"] == rows["degraded"]["frechet"] != rows["theirs"]["frechet"]
 
 
+def made_anew(work, specs, output):
+    """Two of one name, in turn, in one folder: the second's figures, and what was said."""
+    values = []
+    for spec in specs:
+        out = invoke(work, spec, "--task", "colorization", "--against", "identity", "-o", output)
+        assert out.exit_code == 0, out.output
+        rows = {row["images"]: row for row in json.loads((output / "results.json").read_text())["rows"]}
+        values.append(next(v for k, v in rows.items() if k not in ("originals", "degraded")))
+    return values, out.output
+
+
+def test_figures_of_another_restorer_of_the_same_name_are_made_anew(work, pipe, tmp_path):
+    for name, factor in (("a", 0.5), ("b", 0.25)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "r.py").write_text(f"def fix(known, mask):\n    return known * {factor}\n")
+        (tmp_path / name / "results").mkdir()
+        for i in range(COUNT):
+            Image.new("RGB", (32, 32), (int(factor * 100),) * 3).save(tmp_path / name / "results" / f"{i:05d}.png")
+        with torch.no_grad():
+            next(pipe.unet.parameters()).mul_(3 * factor)
+        pipe.save_pretrained(tmp_path / name / "pipeline")
+        script = "import shutil, sys\nshutil.copytree(sys.argv[1], sys.argv[2], dirs_exist_ok=True)\n"
+        (tmp_path / name / "copy.py").write_text(f"# {factor}\n{script}")
+    command = "x={python} {}/copy.py {{inputs}} {{outputs}}"
+    for number, spec in enumerate(("{}/r.py:fix", "{}/results", "{}/pipeline", command)):
+        specs = [spec.format(tmp_path / name, python=sys.executable) for name in "ab"]
+        output = tmp_path / f"run-{number}"
+        (first, second), said = made_anew(work, specs, output)
+        assert "is not what it was: its figures are made anew" in said, spec
+        (alone,), _ = made_anew(work, specs[1:], tmp_path / f"alone-{number}")
+        assert first["about"]["content"] != second["about"]["content"]
+        assert second["distance"] == alone["distance"] and (number == 3 or second["distance"] != first["distance"])
+        (_, again), said = made_anew(work, specs[1:] * 2, output)
+        assert "made anew" not in said and again["restoring_seconds"] == second["restoring_seconds"]
+        assert str(tmp_path) not in (output / "results.json").read_text()
+    named = [f"{tmp_path}/a/r.py:fix", f"other={tmp_path}/b/r.py:fix"]
+    assert "made anew" not in made_anew(work, named, tmp_path / "named")[1]
+
+
+def test_other_photographs_of_the_same_name_are_refused(work, photographs, features, tmp_path):
+    def run(labels):
+        photographs.labels = labels
+        evaluate([baseline("identity")], photographs, ["colorization"], features, tmp_path, replicates=2)
+
+    run([0] * COUNT)
+    with pytest.raises(ValueError, match="holds a run with photographs"):
+        run([1] * COUNT)
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
         (lambda folder: (folder / "00003.png").unlink(), "lacks 1 of 24 pictures (00003.png)"),
         (lambda folder: (folder / "00003.png").rename(folder / "x.png"), "and has 1 that no input belongs to (x.png)"),
+        (lambda folder: Image.new("RGB", (32, 32)).save(folder / "x.jpg"), "has 1 that no input belongs to (x.jpg)"),
         (lambda folder: Image.new("RGB", (32, 30)).save(folder / "00003.png"), "is 32x30, the original 32x32"),
         (lambda folder: (folder / "00003.png").write_bytes(b"no"), "not an image"),
     ],
@@ -316,6 +418,10 @@ def test_bad_input_is_one_line(work, tmp_path):
     lists = tmp_path / "list.txt"
     lists.write_text("nothing.png 3\n")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "jpeg").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "jpeg" / "00000.jpg")
+    broken = tmp_path / "broken.py"
+    broken.write_text("def fix(:")
     for arguments, words in (
         (["identity", "--count", 6, "-o", tmp_path / "a"], "needs at least 7"),
         (["identity", "--count", 99, "-o", tmp_path / "a"], "has 24 photographs, 99 were asked for"),
@@ -327,7 +433,11 @@ def test_bad_input_is_one_line(work, tmp_path):
         ([f"{TOY}:none", "-o", tmp_path / "a"], "has no function 'none'"),
         ([f"{TOY}:narrow", "--task", "inpainting", "-o", tmp_path / "a"], "narrow gave (4, 3, 32, 31)"),
         (["x=false {outputs}", "--task", "inpainting", "-o", tmp_path / "a"], "false ended with code 1"),
+        ([f"{TOY}:fails", "--task", "inpainting", "-o", tmp_path / "a"], "fails failed on 00000 to 00003: KeyError"),
+        ([f"{TOY}:nothing", "--task", "inpainting", "-o", tmp_path / "a"], "nothing gave a NoneType, expected a"),
+        ([f"{broken}:fix", "-o", tmp_path / "a"], "broken.py can't be loaded: SyntaxError"),
         ([tmp_path / "empty", "-o", tmp_path / "a"], "holds neither a model_index.json nor results"),
+        ([tmp_path / "jpeg", "-o", tmp_path / "a"], "nor results NAME.png, but 1 other pictures (00000.jpg)"),
         (["identity", "--list", lists, "-o", tmp_path / "a"], "1 files of"),
         (["identity", "--classifier", missing, "-o", tmp_path / "a"], missing),
         (["identity", "--manifest", run / "results.json", "--task", "inpainting", "-o", tmp_path / "b"], "no manifest"),
@@ -335,6 +445,22 @@ def test_bad_input_is_one_line(work, tmp_path):
         out = invoke(work, *arguments)
         line = out.output.strip().splitlines()[-1]
         assert out.exit_code == 2 and line.startswith("palette: ") and words in line, (arguments, out.output)
+
+
+def test_a_torchvision_that_does_not_fit_is_one_line(work, tmp_path):
+    """As one that was built for another torch: found, and it fails with RuntimeError."""
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('operator nms does not exist')")
+    about = tmp_path / "torchvision-0.1.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.1\n")
+    command = [sys.executable, "-m", "palette_diffusers.cli", "evaluate", "identity", "--data", work / "data",
+        "--features", f"{TOY}:four", "--size", "32", "-o", tmp_path / "run"]  # fmt: skip
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"})  # fmt: skip
+    assert done.returncode == 2 and not (tmp_path / "run" / "originals").exists()
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("palette: torchvision does not fit torch") and "or remove it" in line
 
 
 def _no_inception():
@@ -368,6 +494,12 @@ def test_a_classifier_with_other_classes_has_no_accuracy(work, tmp_path):
         tmp_path / "a", batch=BATCH, progress=False)  # fmt: skip
     assert results["notes"] == ["accuracy is left out: toy has 9 classes, the photographs 4"]
     assert all("accuracy" not in row and "frechet" in row for row in results["rows"])
+    named = replace(load_features(f"{TOY}:four"), classes=("a", "b", "d", "c"))
+    results = evaluate([baseline("identity")], photographs, ["colorization"], named, tmp_path / "b", progress=False)
+    assert results["notes"] == ["accuracy is left out: class 2 is 'd' for toy, 'c' of the photographs"]
+    named = replace(named, classes=("A", "b", "c", "d"))
+    results = evaluate([baseline("identity")], photographs, ["colorization"], named, tmp_path / "c", progress=False)
+    assert results["notes"] == [] and "accuracy" in results["rows"][0]
 
 
 def test_a_file_list_names_pictures_and_labels(work, tmp_path):
@@ -375,6 +507,14 @@ def test_a_file_list_names_pictures_and_labels(work, tmp_path):
     lists.write_text("5.png 1\n2.png 3\n\n7.png\n")
     photographs = Photographs(str(work / "images"), 16, names=lists)
     assert photographs.labels == [1, 3, -1] and photographs[0].shape == (3, 16, 16)
+    (work / "images" / "p 1.png").write_bytes((work / "images" / "1.png").read_bytes())
+    lists.write_text("p 1.png 2\np 1.png\n1.png\t0\n")
+    assert Photographs(str(work / "images"), 32, names=lists).labels == [2, -1, 0]
+    for text, words in (("", "is empty, expected"), ("1.png n01440764", "n01440764 is a WordNet id")):
+        lists.write_text(text)
+        with pytest.raises(ValueError, match=words):
+            Photographs(str(work / "images"), 32, names=lists)
+    lists.write_text("5.png 1\n2.png 3\n")
     whole = Photographs(str(work / "images"), 32, names=lists)
     assert torch.equal(whole[1].permute(1, 2, 0), torch.from_numpy(np.array(Image.open(work / "images" / "2.png"))))
 
@@ -398,6 +538,251 @@ def test_a_transformers_classifier_measures(tmp_path, photo):
     assert found.shape == (1, 12) and network.figures["frechet"] == "FD-resnet-toy"
     assert torch.allclose(logits, theirs, atol=0.02 * theirs.std().item())
     assert torch.allclose(found, pooled, rtol=0.02, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("processor", "options"),
+    [
+        ("EfficientNet", {}),
+        ("EfficientNet", {"include_top": False}),
+        ("EfficientNet", {"rescale_offset": True, "rescale_factor": 1 / 127.5, "resample": 2}),
+        ("EfficientNet", {"resample": 0, "do_center_crop": True, "crop_size": {"height": 50, "width": 50}}),
+        ("MobileViT", {"do_flip_channel_order": True}),
+        ("ViT", {"do_normalize": False, "rescale_factor": 1 / 128}),
+    ],
+)
+def test_a_classifier_sees_the_pixels_of_its_own_processor(tmp_path, photo, processor, options):
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.EfficientNetConfig(width_coefficient=0.1, depth_coefficient=0.1, hidden_dim=128, num_labels=3)
+    transformers.EfficientNetForImageClassification(config).save_pretrained(tmp_path)
+    kind = getattr(transformers, f"{processor}ImageProcessorPil")
+    key = {"shortest_edge": 56} if processor == "MobileViT" else {"height": 56, "width": 56}
+    kind(size=key, **options).save_pretrained(tmp_path)
+    seen = []
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0]) if isinstance(module, torch.nn.ZeroPad2d) else None
+    )
+    try:
+        load_features(str(tmp_path))(canvas.read(photo[30:94, 30:94]).image)
+    finally:
+        hook.remove()
+    theirs = kind(size=key, **options)(Image.fromarray(photo[30:94, 30:94]), return_tensors="pt")["pixel_values"]
+    assert seen[0].shape == theirs.shape and (seen[0] - theirs).abs().mean() < 0.01 * theirs.std()
+
+
+def test_only_fids_own_network_gives_fid(work, tmp_path):
+    shutil.copy(TOY, tmp_path / "inception.py")
+    out = CliRunner().invoke(app, ["evaluate", "identity", "--data", str(work / "data"), "--task", "colorization",
+        "--features", f"{tmp_path}/inception.py:four", "--size", "32", "-o", str(tmp_path / "run")])  # fmt: skip
+    assert out.exit_code == 0 and "FD-other-inception" in out.output
+    assert not {"FID", "KID", "IS", "PD"} & {cell.strip() for cell in out.output.split("|")}
+
+
+def test_a_network_is_told_by_more_than_its_files_name(work, tmp_path):
+    for name, weight in (("a", 0), ("b", 1)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "toy.py").write_text(TOY.read_text().replace("manual_seed(0)", f"manual_seed({weight})"))
+
+    def run(features, output, *more):
+        return CliRunner().invoke(app, ["evaluate", "identity", "--data", str(work / "data"), "--task", "colorization",
+            "--features", features, "--size", "32", "-o", str(tmp_path / output), *more])  # fmt: skip
+
+    def accuracy(output):
+        results = json.loads((tmp_path / output / "results.json").read_text())
+        return results["rows"][0]["accuracy"], results["figures"]["accuracy"]
+
+    a, b = (f"{tmp_path}/{name}/toy.py:four" for name in "ab")
+    assert run(a, "first").exit_code == run(b, "second").exit_code == 0
+    assert accuracy("first")[0] != accuracy("second")[0]
+    for other in (b, a.replace("four", "nine")):
+        refused = run(other, "first")
+        assert refused.exit_code == 2 and "holds a run with classifier 'toy " in refused.output
+    assert run(a, "both", "--classifier", b).exit_code == 0
+    assert accuracy("both")[0] == accuracy("second")[0]
+    assert re.fullmatch(r"accuracy \(toy-[0-9a-f]{4}\)", accuracy("both")[1])
+    assert run(a, "first", "--classifier", a).exit_code == 0 and accuracy("first")[1] == "accuracy (toy)"
+
+
+def test_few_photographs_have_no_kernel_distance(work, tmp_path):
+    """Subsets of one picture have none; JSON has no NaN."""
+    out = invoke(work, "identity", "--task", "colorization", "--count", 7, "-o", tmp_path)
+    assert out.exit_code == 0, out.output
+
+    def fail(constant):
+        raise AssertionError(constant)
+
+    results = json.loads((tmp_path / "results.json").read_text(), parse_constant=fail)
+    assert all("frechet" in row and "kernel" not in row for row in results["rows"])
+    assert "KD-toy" not in out.output
+
+
+def test_features_that_are_not_finite_are_refused(photographs):
+    broken = FeatureNetwork("broken", lambda images: (images.mean((2, 3)) / 0, images.mean((2, 3))))
+    with pytest.raises(ValueError, match="broken gave features or logits that are not finite"):
+        broken(photographs.batch([0]))
+
+
+def test_a_command_keeps_its_own_braces(work, tmp_path):
+    loop = "x=sh -c 'in={inputs}; for f in $in/*.png; do cp \"${f}\" {outputs}/; done; echo {} ${inputs}'"
+    out = invoke(work, loop, "--task", "inpainting", "--against", "identity", "-o", tmp_path)
+    assert out.exit_code == 0, out.output
+    rows = {row["images"]: row for row in json.loads((tmp_path / "results.json").read_text())["rows"]}
+    assert rows["x"]["frechet"] == rows["degraded"]["frechet"]
+
+
+def test_the_pages_rows_are_sorted_blanks_last(tmp_path):
+    """In a browser: figures that a row lacks stay below, whichever way it is sorted."""
+    sync = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no chromium here: apt-get install chromium")
+    values = [3.0, None, -1.5, None, 20.0, 0.25]
+    rows = [{"task": "t", "images": f"row {i}", **({} if v is None else {"psnr": {"value": v, "low": v, "high": v}})}
+        for i, v in enumerate(values)]  # fmt: skip
+    page = pages._PAGE.format(about="", pictures="", table=pages._table(
+        {"rows": rows, "figures": {"psnr": "PSNR"}, "notes": []}))  # fmt: skip
+    with sync.sync_playwright() as library:
+        browser = library.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        tab = browser.new_page()
+        tab.set_content(page)
+        for expected in (["2", "5", "0", "4", "1", "3"], ["4", "0", "5", "2", "1", "3"]):
+            tab.get_by_role("button", name="PSNR").click()
+            assert [cell.split()[1] for cell in tab.locator("tbody td:nth-child(2)").all_inner_texts()] == expected
+        browser.close()
+
+
+def test_a_perfect_restorer_and_another_order_give_the_originals_figures(work, features, tmp_path):
+    orders = [list(range(COUNT)), np.random.default_rng(0).permutation(COUNT).tolist()]
+    found = []
+    for name, order in zip(("in order", "shuffled"), orders, strict=True):
+        lists = tmp_path / f"{name}.txt"
+        lists.write_text("".join(f"{i}.png {i % 4}\n" for i in order))
+        photographs = Photographs(str(work / "images"), 32, names=lists)
+        clean = photographs.batch(range(COUNT))
+        perfect = Restorer("perfect", lambda batch, clean=clean: clean[[int(n) for n in batch.names]])
+        rows = evaluate([perfect], photographs, ["colorization"], features, tmp_path / name, batch=BATCH,
+            replicates=5, progress=False)["rows"]  # fmt: skip
+        given = {row["images"]: row for row in rows}
+        for figure in ("accuracy", "score"):
+            assert given["perfect"][figure] == given["originals"][figure]
+        assert given["perfect"]["frechet"]["value"] < 1e-6 and given["perfect"]["distance"]["value"] == 0
+        assert given["perfect"]["psnr"]["value"] == 100 and given["perfect"]["ssim"]["value"] == pytest.approx(1)
+        found.append((given["perfect"], features(clean)[0]))
+    (one, first), (other, second) = found
+    assert metrics.frechet_distance(first, second) < 1e-6
+    for figure in ("accuracy", "score"):
+        assert one[figure]["value"] == pytest.approx(other[figure]["value"], rel=1e-5), figure
+
+
+def test_inception_measures_as_torch_fidelity_does(work, tmp_path, monkeypatch):
+    """With random weights of a local file: the loader, the names, and FID and IS of two folders."""
+    if _no_inception():
+        pytest.skip("torch-fidelity, or a torchvision that fits, is missing")
+    from torch_fidelity import calculate_metrics
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    torch.manual_seed(0)
+    weights = tmp_path / "weights.pth"
+    torch.save({}, weights)
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        random = FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path=str(weights))
+    for parameter in random.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.kaiming_normal_(parameter)
+    torch.save(random.state_dict(), weights)
+    monkeypatch.setenv("PALETTE_INCEPTION_WEIGHTS", str(weights))
+    network = load_features("inception")
+    assert list(network.figures.values()) == ["FID", "KID", "IS", "PD"]
+    folders = [tmp_path / "a", tmp_path / "b"]
+    found = []
+    for folder, factor in zip(folders, (1, 0.6), strict=True):
+        folder.mkdir()
+        pictures = [Image.open(work / "images" / f"{i}.png").point(lambda v, f=factor: int(v * f)) for i in range(8)]
+        for i, picture in enumerate(pictures):
+            picture.save(folder / f"{i}.png")
+        found.append(network(torch.cat([canvas.read(np.asarray(picture)).image for picture in pictures])))
+    theirs = calculate_metrics(input1=str(folders[1]), input2=str(folders[0]), cuda=False, fid=True, isc=True,
+        isc_splits=1, verbose=False, cache=False, feature_extractor_weights_path=str(weights))  # fmt: skip
+    (features, _), (others, logits) = found
+    assert features.shape == (8, 2048)
+    assert metrics.frechet_distance(others, features) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
+    (score,) = metrics.inception_scores([logits])
+    assert score - 1 == pytest.approx(theirs["inception_score_mean"] - 1, rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def alexnet(tmp_path_factory):
+    """Random weights in the form of torchvision's AlexNet, and the layers of its `features`."""
+    torch.manual_seed(0)
+    conv, relu, pool = torch.nn.Conv2d, torch.nn.ReLU, torch.nn.MaxPool2d
+    layers = torch.nn.Sequential(conv(3, 64, 11, 4, 2), relu(), pool(3, 2), conv(64, 192, 5, 1, 2), relu(), pool(3, 2),
+        conv(192, 384, 3, 1, 1), relu(), conv(384, 256, 3, 1, 1), relu(), conv(256, 256, 3, 1, 1), relu(),
+        pool(3, 2))  # fmt: skip
+    path = tmp_path_factory.mktemp("alexnet") / "alexnet.pth"
+    state = {f"features.{name}": weight for name, weight in layers.state_dict().items()}
+    torch.save(state | {"classifier.1.weight": torch.zeros(2)}, path)
+    return path, layers
+
+
+def test_lpips_equals_torchmetrics(darker, alexnet, monkeypatch):
+    from torchmetrics.functional.image import lpips
+
+    path, layers = alexnet
+    monkeypatch.setattr(lpips, "_get_tv_model_features", lambda net, pretrained: layers)
+    theirs = lpips._NoTrainLpips(net="alex", pnet_rand=True)
+    monkeypatch.setenv("PALETTE_ALEXNET_WEIGHTS", str(path))
+    ours = load_lpips()
+    a, b = (torch.cat([x[..., :64, :64], x[..., 60:124, 60:124]]) for x in darker[2:])
+    assert torch.allclose(ours(a, b), theirs(a, b).flatten(), rtol=1e-4) and ours(a, b).min() > 1e-3
+    assert torch.equal(ours(a, a), torch.zeros(2)) and torch.allclose(ours(a, b), ours(b, a))
+    assert ours.name == "LPIPS (other weights)"
+    monkeypatch.delenv("PALETTE_ALEXNET_WEIGHTS")
+    assert load_lpips() is None
+
+
+def test_lpips_of_pictures_and_of_all_pairs_of_samples(pipe, photographs, features, tmp_path, alexnet):
+    from palette_diffusers.evaluation.restorers import from_pipeline
+
+    lpips = Lpips(alexnet[0])
+    results = evaluate([from_pipeline(pipe, steps=2)], photographs, ["inpainting"], features, tmp_path, batch=COUNT,
+        samples=3, replicates=5, progress=False, lpips=lpips)  # fmt: skip
+    (row,) = results["rows"][1:]
+    assert results["figures"]["lpips_spread"] == "LPIPS (other weights) between samples"
+    clean = photographs.batch(range(COUNT))
+    given = degrade_all("inpainting", clean)
+    samples = [
+        metrics.eight_bits(from_pipeline(pipe, steps=2)(Batch("inpainting", [""] * COUNT, given, seeds)))
+        for seeds in ([sampling_seed(k, 0, sample) for k in range(COUNT)] for sample in range(3))
+    ]
+    assert row["lpips"]["value"] == pytest.approx(lpips(samples[0], clean).mean().item(), rel=1e-4)
+    for name, measure in (
+        ("lpips_spread", lpips),
+        ("ms_ssim", metrics.ms_ssim),
+        ("spread", lambda a, b: (features(a)[0] - features(b)[0]).norm(dim=1)),
+    ):
+        pairs = [measure(samples[i], samples[j]).mean().item() for i, j in ((0, 1), (0, 2), (1, 2))]
+        assert row[name]["value"] == pytest.approx(np.mean(pairs), rel=1e-4), name
+
+
+def degrade_all(variant, clean):
+    return Given.cat([degrade(variant, one, i) for i, one in enumerate(clean.split(1))])
+
+
+@pytest.mark.parametrize(("content", "words"), [(None, "is no file"), (b"no", "holds no state dict"),
+    ({"features.0.weight": 1}, "holds no state dict"), ([], "holds no state dict")])  # fmt: skip
+def test_other_weights_than_alexnets_are_one_line(work, tmp_path, monkeypatch, content, words):
+    path = tmp_path / "alexnet.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    monkeypatch.setenv("PALETTE_ALEXNET_WEIGHTS", str(path))
+    out = invoke(work, "identity", "--task", "colorization", "-o", tmp_path / "run")
+    line = out.output.strip().splitlines()[-1]
+    assert out.exit_code == 2 and line.startswith(f"palette: {path}") and words in line, out.output
 
 
 def test_a_restorer_is_told_by_its_name(pipe, tmp_path):

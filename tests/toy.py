@@ -37,3 +37,11 @@ def slow(known, mask):
 
 def narrow(known, mask):
     return known[..., 1:]
+
+
+def fails(known, mask):
+    return {}["x"]
+
+
+def nothing(known, mask):
+    pass

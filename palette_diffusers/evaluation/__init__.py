@@ -11,6 +11,7 @@ _ROOMS = {
     "evaluate": "run",
     "Photographs": "inputs",
     "load_features": "features",
+    "load_lpips": "lpips",
     "load_restorer": "restorers",
     "frechet_distance": "metrics",
     "kernel_distance": "metrics",

@@ -13,14 +13,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .. import canvas
+from .store import fingerprint
+
 Extract = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+Prepare = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class FeatureNetwork:
     """images (B, 3, H, W) => features (B, D) and logits (B, C), both float32 on the CPU.
 
-    name: as the figures say it. classes: the names of the classes where they are known.
+    name: as the figures say it. classes: the names of the classes where they are known. inception: whether it is the
+    network that FID, KID and IS are defined by, whatever its name. content: a hash, which tells it from others of its
+    name.
+
+    Raises:
+        ValueError: what it gave is not finite.
     """
 
     name: str
@@ -28,16 +37,20 @@ class FeatureNetwork:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     classes: tuple[str, ...] | None = None
+    inception: bool = False
+    content: str = ""
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        features, logits = self.extract(images.to(self.device, self.dtype))
-        return features.float().cpu(), logits.float().cpu()
+        features, logits = (x.float().cpu() for x in self.extract(images.to(self.device, self.dtype)))
+        if not (torch.isfinite(features).all() and torch.isfinite(logits).all()):
+            raise ValueError(f"{self.name} gave features or logits that are not finite, its figures can't be told")
+        return features, logits
 
     @property
     def figures(self) -> dict[str, str]:
         """What the figures are called."""
-        if self.name == "inception":
+        if self.inception:
             return {"frechet": "FID", "kernel": "KID", "score": "IS", "distance": "PD"}
         return {
             "frechet": f"FD-{self.name}",
@@ -57,35 +70,64 @@ def load_features(spec: str, device: str = "cpu", dtype: torch.dtype = torch.flo
 
     Raises:
         ValueError: no such network, or a module without `features` and `head`.
-        ImportError: torch-fidelity, or the torchvision that it needs, is missing; the message says what to install.
+        ImportError: torch-fidelity, or the torchvision that it needs, is missing, or a torchvision does not fit; the
+            message says what to install.
     """
+    check_torchvision()
     if spec == "inception":
-        return FeatureNetwork("inception", _inception(device), device)
+        extract, content = _inception(device)
+        return FeatureNetwork("inception", extract, device, inception=True, content=content)
     path, _, function = spec.rpartition(":")
     if path.endswith(".py"):
-        return FeatureNetwork(Path(path).stem, _local(path, function, device, dtype), device, dtype)
+        extract, content = _local(path, function, device, dtype)
+        return FeatureNetwork(_foreign(Path(path).stem), extract, device, dtype, content=content)
     return _transformers(spec, device, dtype)
+
+
+def check_torchvision() -> None:
+    """That it is whole, if it is there: torchmetrics and transformers import it and fail, and not at once.
+
+    Raises:
+        ImportError: it was built for another torch.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        return
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError, OSError) as error:
+        raise ImportError(
+            f"torchvision does not fit torch {torch.__version__} ({error}): install the release that does, or remove "
+            "it; only --features inception needs it"
+        ) from None
+
+
+def _foreign(name: str) -> str:
+    """The name of a network that is not FID's, and must not read as if it were."""
+    return f"other-{name}" if name.lower() == "inception" else name
 
 
 def load_function(path: str, function: str) -> Callable:
     """FUNCTION of the Python file at `path`.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: it has no such function.
+        FileNotFoundError: no such file. ValueError: it can't be loaded, or has no such function.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file, expected FILE.py:FUNCTION")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # another's code: it can be anything
+        raise ValueError(f"{path} can't be loaded: {type(error).__name__}: {error}") from error
     found = getattr(module, function, None)
     if not callable(found):
         raise ValueError(f"{path} has no function {function!r}, expected FILE.py:FUNCTION")
     return found
 
 
-def _local(path: str, function: str, device: str, dtype: torch.dtype) -> Extract:
+def _local(path: str, function: str, device: str, dtype: torch.dtype) -> tuple[Extract, str]:
     model: Any = load_function(path, function)()
     if not (callable(getattr(model, "features", None)) and callable(getattr(model, "head", None))):
         raise ValueError(f"{path}:{function} gave a {type(model).__name__}, expected one with features() and head()")
@@ -95,10 +137,10 @@ def _local(path: str, function: str, device: str, dtype: torch.dtype) -> Extract
         features = model.features(images)
         return features, model.head(features)
 
-    return extract
+    return extract, fingerprint(Path(path), function, model.state_dict())
 
 
-def _inception(device: str) -> Extract:
+def _inception(device: str) -> tuple[Extract, str]:
     """Inception of 2015-12-05, with TensorFlow's resizing; features of pool_3, logits without bias, as for FID and IS.
 
     PALETTE_INCEPTION_WEIGHTS names the weights' file where they can't be downloaded.
@@ -121,7 +163,11 @@ def _inception(device: str) -> Extract:
             f"Inception's weights could not be loaded ({error}): download weights-inception-2015-12-05-6726825d.pth "
             "from torch-fidelity's releases and name it in PALETTE_INCEPTION_WEIGHTS"
         ) from None
-    return lambda images: model(((images + 1) * 127.5).round().clamp(0, 255).byte())
+
+    def extract(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return model(((images + 1) * 127.5).round().clamp(0, 255).byte())
+
+    return extract, fingerprint(model.state_dict())
 
 
 def _transformers(name: str, device: str, dtype: torch.dtype) -> FeatureNetwork:
@@ -130,7 +176,8 @@ def _transformers(name: str, device: str, dtype: torch.dtype) -> FeatureNetwork:
     if name.startswith((".", "/")) and not (Path(name) / "config.json").is_file():
         raise FileNotFoundError(f"{name} is no folder with a config.json, as save_pretrained of transformers writes it")
     model: Any = AutoModelForImageClassification.from_pretrained(name, dtype=dtype).eval().to(device)
-    prepare = _preprocessing(AutoImageProcessor.from_pretrained(name, backend="pil"))
+    processor = AutoImageProcessor.from_pretrained(name, backend="pil")
+    prepare = _preprocessing(processor)
     heads = [
         module
         for module in model.modules()
@@ -147,27 +194,50 @@ def _transformers(name: str, device: str, dtype: torch.dtype) -> FeatureNetwork:
         return seen[-1].flatten(1), logits
 
     labels = model.config.id2label
-    classes = tuple(str(labels[i]) for i in range(len(labels)))
-    return FeatureNetwork(Path(name).name, extract, device, dtype, classes)
+    named = [str(labels[i]) for i in range(len(labels))]
+    classes = None if named[0] == "LABEL_0" else tuple(named)  # what transformers calls classes without a name
+    content = fingerprint(model.config.model_type, processor.to_json_string(), model.state_dict())
+    return FeatureNetwork(_foreign(Path(name).name), extract, device, dtype, classes, content=content)
 
 
-def _preprocessing(processor: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What a processor does to square pictures, in torch and by the batch: (B, 3, S, S) => (B, 3, s, s)."""
-    size = dict(processor.size)
-    side = size.get("shortest_edge") or size["height"]
-    crop = dict(processor.crop_size)["height"] if getattr(processor, "do_center_crop", None) else side
+def _preprocessing(processor: Any) -> Prepare:
+    """What a processor does to square pictures, (B, 3, S, S) => (B, 3, s, s): in torch and by the batch where that
+    gives its pixels, else by the processor itself, one by one."""
+
+    def own(images: torch.Tensor) -> torch.Tensor:
+        pixels = [canvas.to_uint8(image) for image in images.split(1)]
+        return processor(pixels, return_tensors="pt")["pixel_values"].to(images)
+
+    batched = _batched(processor)
+    if batched is None:
+        return own
+    probe = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mine, theirs = batched(probe), own(probe)
+    same = mine.shape == theirs.shape and (mine - theirs).abs().mean() < 0.01 * theirs.std()  # rounding is less
+    return batched if same else own
+
+
+def _batched(processor: Any) -> Prepare | None:
+    """In torch, what most processors do; None for a resampling that it does not know."""
+    size, modes = dict(processor.size or {}), {2: "bilinear", 3: "bicubic"}
+    side, mode = size.get("shortest_edge") or size.get("height"), modes.get(int(processor.resample))
+    if not side or not mode:
+        return None
+    crop = dict(processor.crop_size)["height"] if processor.do_center_crop else side
     share = getattr(processor, "crop_pct", None)
     if share and side < 384:  # ConvNeXt's: larger first, then its middle
         side, crop = int(side / share), side
-    mode = {2: "bilinear", 3: "bicubic"}.get(int(processor.resample), "bilinear")
     mean, std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (processor.image_mean, processor.image_std))
+    offset = float(getattr(processor, "rescale_offset", False))
+    if getattr(processor, "include_top", False):  # EfficientNet's: divided by it again
+        std = std**2
 
     def prepare(images: torch.Tensor) -> torch.Tensor:
-        x = (images.float() + 1) / 2
+        x = (images.float() + 1) * 127.5
         if x.shape[-1] != side:
-            x = F.interpolate(x, (side, side), mode=mode, antialias=True, align_corners=False).clamp(0, 1)
+            x = F.interpolate(x, (side, side), mode=mode, antialias=True, align_corners=False).clamp(0, 255)
         low = (side - crop) // 2
-        x = x[..., low : low + crop, low : low + crop]
+        x = x[..., low : low + crop, low : low + crop] * processor.rescale_factor - offset
         return ((x - mean.to(x)) / std.to(x)).to(images.dtype)
 
     return prepare

@@ -5,6 +5,7 @@ Images are (B, 3, S, S), RGB, [-1, 1]; masks (B, 1, S, S), 1 = generate.
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL import Image
 from .. import canvas
 from ..masks import border_mask, center_mask, free_form_mask
 from ..tasks import Given, get_task, jpeg
+from .store import fingerprint
 
 SOURCE_SEED = 1_000_003  # of the sources, apart from those of sampling
 
@@ -109,12 +111,13 @@ class Photographs:
         path: a folder of images or of parquet files (validation-*.parquet), or a Hub id.
         size: pixels a side; other pictures give their middle square.
         count: the first so many.
-        names: a file that lists the pictures' paths in the folder, one a line, each with its label after a space
-            or without (ctest10k, places10k).
+        names: a file that lists the pictures' paths in the folder, one a line, each with its label (a number) after a
+            space or without (ctest10k, places10k).
         split: of parquet files and Hub ids.
 
     Raises:
-        ValueError: fewer than `count`. FileNotFoundError: the folder, the list or a file on it is missing.
+        ValueError: fewer than `count`, an empty list, or a WordNet id as a label.
+        FileNotFoundError: the folder, the list or a file on it is missing.
     """
 
     def __init__(
@@ -122,11 +125,10 @@ class Photographs:
     ):
         self.path, self.size = path, size
         self.classes: list[str] | None = None
+        self.labels: list[int] = []
         self._files: list[Path] = []
         if names is not None:
-            lines = [line.split() for line in names.read_text().splitlines() if line.strip()]
-            self._files = [Path(path) / line[0] for line in lines]
-            self.labels = [int(line[1]) if len(line) > 1 else -1 for line in lines]
+            self._read(path, names)
             missing = [str(file) for file in self._files if not file.is_file()]
             if missing:
                 raise FileNotFoundError(f"{len(missing)} files of {names} are missing, {missing[0]} the first")
@@ -135,6 +137,19 @@ class Photographs:
         if count is not None and count > len(self.labels):
             raise ValueError(f"{path} has {len(self.labels)} photographs, {count} were asked for")
         self.labels = self.labels[:count]
+
+    def _read(self, path: str, names: Path) -> None:
+        lines = [line.strip() for line in names.read_text().splitlines() if line.strip()]
+        if not lines:
+            raise ValueError(f"{names} is empty, expected a picture's path a line")
+        for line in lines:
+            name, *label = line.rsplit(maxsplit=1)
+            if label and re.fullmatch(r"n\d{8}", label[0]):
+                raise ValueError(f"{names} has {line!r}: {label[0]} is a WordNet id, expected a class's number")
+            if label and not re.fullmatch(r"-?\d+", label[0]):  # a name with a space
+                name, label = line, []
+            self._files.append(Path(path) / name)
+            self.labels.append(int(label[0]) if label else -1)
 
     def _load(self, path: str, split: str) -> None:
         from ..data import image_column, load_images
@@ -146,6 +161,12 @@ class Photographs:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def content(self) -> str:
+        """A hash of all labels, and of 16 pictures spread over the set: two sets of one name and size differ in it."""
+        places = np.unique(np.linspace(0, len(self) - 1, 16).round().astype(int)).tolist()
+        return fingerprint(json.dumps(self.labels), {str(i): self[i] for i in places})
 
     def __getitem__(self, index: int) -> torch.Tensor:
         if self._files:

@@ -162,14 +162,22 @@ def _blur(images: torch.Tensor, window: int = 11, sigma: float = 1.5) -> torch.T
     return bands(images.shape[-2]) @ padded @ bands(images.shape[-1]).T
 
 
+def _from_black(images: torch.Tensor) -> torch.Tensor:
+    """[-1, 1] => [0, 1]: the luminance term compares means with their distance from black, not from gray."""
+    return (images.float() + 1) / 2
+
+
 def ssim(images: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
     """Of each picture (B,): Gaussian windows of 11 pixels, sigma 1.5.
 
     Source: Wang et al. 2004, equation 13. It equals torchmetrics', whose convolutions are slow on a CPU.
+
+    >>> ssim(torch.full((1, 3, 16, 16), -1.0), torch.ones(1, 3, 16, 16)).item() < 1e-3
+    True
     """
-    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
-    maps = torch.cat([images, originals, images**2, originals**2, images * originals])
-    a, b, aa, bb, ab = _blur(maps.float()).chunk(5)
+    x, y = _from_black(images), _from_black(originals)
+    c1, c2 = 0.01**2, 0.03**2
+    a, b, aa, bb, ab = _blur(torch.cat([x, y, x**2, y**2, x * y])).chunk(5)
     structure = (2 * (ab - a * b) + c2) / ((aa - a**2).clamp_min(0) + (bb - b**2).clamp_min(0) + c2)
     return ((2 * a * b + c1) / (a**2 + b**2 + c1) * structure).mean((1, 2, 3))
 
@@ -203,7 +211,7 @@ def ms_ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     scales, window = ms_ssim_scales(min(a.shape[-2:]))
     betas = torch.tensor(MS_SSIM_BETAS[:scales])
     return multiscale_structural_similarity_index_measure(
-        a, b, sigma=1.5 * window / 11, kernel_size=window, data_range=2.0, reduction="none",
+        _from_black(a), _from_black(b), sigma=1.5 * window / 11, kernel_size=window, data_range=1.0, reduction="none",
         betas=tuple((betas / betas.sum()).tolist()),
     )  # fmt: skip  # torchmetrics takes the window's width from sigma, and checks the size by kernel_size
 

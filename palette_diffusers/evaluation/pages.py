@@ -9,7 +9,9 @@ from ..report import draw_grid
 from .restorers import folder_name, read_pictures
 from .store import Store
 
-FIGURES = ("frechet", "kernel", "score", "accuracy", "distance", "psnr", "ssim", "ms_ssim", "spread")
+FIGURES = (
+    "frechet", "kernel", "score", "accuracy", "distance", "psnr", "ssim", "lpips", "ms_ssim", "spread", "lpips_spread",
+)  # fmt: skip
 SHOWN = 500  # photographs on the page
 GRID = 8
 
@@ -22,7 +24,7 @@ def text(figure: str, value: float) -> str:
     """
     if figure == "accuracy":
         return f"{value:.1%}"
-    digits = {"kernel": 4, "frechet": 3, "ssim": 3, "ms_ssim": 3}.get(figure, 2)
+    digits = {"kernel": 4, "frechet": 3, "ssim": 3, "lpips": 3, "ms_ssim": 3, "lpips_spread": 3}.get(figure, 2)
     return f"{value:.{digits}f}"
 
 
@@ -152,8 +154,9 @@ for (const table of document.querySelectorAll("table.sortable"))
       const order = (a, b) => value(a).localeCompare(value(b), "en", {{numeric: true}}) || 0;
       const number = (a, b) => parseFloat(value(a)) - parseFloat(value(b));
       const body = table.tBodies[0], rows = [...body.rows];
-      const numeric = rows.every(row => value(row) === "" || !isNaN(value(row)));
-      rows.sort((a, b) => (down ? -1 : 1) * (numeric ? number(a, b) : order(a, b)));
+      const blank = row => value(row) === "";
+      const numeric = rows.every(row => !isNaN(value(row)));
+      rows.sort((a, b) => blank(a) - blank(b) || (down ? -1 : 1) * (numeric ? number(a, b) : order(a, b)) || 0);
       body.append(...rows);
     }};
   }});

@@ -4,6 +4,7 @@ A restorer maps a `Batch` to pictures (B, 3, S, S), RGB, [-1, 1].
 """
 
 import copy
+import json
 import re
 import shlex
 import subprocess
@@ -16,14 +17,17 @@ from typing import Any
 import torch
 
 from .. import canvas
+from ..machine import accelerator_lost
 from ..tasks import get_task
 from .features import load_function
 from .inputs import Batch
+from .store import fingerprint
 
 
 @dataclass(frozen=True)
 class Restorer:
     """name: of its row. stochastic: whether another seed gives another picture. about: what it was, for the results.
+    content: of a variant, the hash of what makes the pictures; another one's figures are made anew.
     check: called with the variant and all names before anything is computed."""
 
     name: str
@@ -32,9 +36,12 @@ class Restorer:
     about: dict[str, Any] = field(default_factory=dict)
     check: Callable[[str, list[str]], None] = lambda variant, names: None
     handles: Callable[[str], bool] = lambda task: True
+    content: Callable[[str], str] = lambda variant: ""
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         images = self.restore(batch)
+        if not isinstance(images, torch.Tensor):
+            raise ValueError(f"{self.name} gave a {type(images).__name__}, expected a tensor")
         if images.shape != batch.given.known.shape:
             raise ValueError(
                 f"{self.name} gave {tuple(images.shape)} for {batch.names[0]} and on, "
@@ -74,7 +81,18 @@ def from_pipeline(
         "steps": steps or pipe.config.default_steps,
         "dtype": str(pipe.unet.dtype).removeprefix("torch."),
     }
-    return Restorer(name, restore, True, {**facts, **(about or {}), **changes}, check)
+    content = _content(pipe)
+    return Restorer(name, restore, True, {**facts, **(about or {}), **changes}, check, content=lambda variant: content)
+
+
+def _content(pipe: Any) -> str:
+    """Of a pipeline's weights and configurations, wherever it lies."""
+    configs = [
+        {key: value for key, value in part.config.items() if not key.startswith("_")}
+        for part in (pipe, pipe.scheduler, pipe.unet)
+    ]
+    weights = getattr(pipe.unet, "file", None) or pipe.unet.state_dict()  # an exported network has no weights to read
+    return fingerprint(json.dumps(configs, sort_keys=True, default=str), weights)
 
 
 def _opencv(method: str) -> Callable[[Batch], torch.Tensor]:
@@ -147,11 +165,12 @@ def check_names(folder: Path, names: list[str]) -> None:
     Raises:
         ValueError: how many are missing or too many, with the first of them.
     """
-    there = {path.stem for path in folder.glob("*.png")}
-    missing, extra = sorted(set(names) - there), sorted(there - set(names))
+    wanted = {f"{name}.png" for name in names}
+    there = {path.name for path in folder.glob("*") if path.suffix.lower() in canvas.SUFFIXES}
+    missing, extra = sorted(wanted - there), sorted(there - wanted)
     if missing or extra:
-        lacks = f"lacks {len(missing)} of {len(names)} pictures ({missing[0]}.png)" if missing else ""
-        more = f"has {len(extra)} that no input belongs to ({extra[0]}.png)" if extra else ""
+        lacks = f"lacks {len(missing)} of {len(names)} pictures ({missing[0]})" if missing else ""
+        more = f"has {len(extra)} that no input belongs to ({extra[0]})" if extra else ""
         raise ValueError(f"{folder} {' and '.join(filter(None, (lacks, more)))}")
 
 
@@ -166,22 +185,32 @@ def from_folder(folder: Path, name: str) -> Restorer:
         size = batch.given.known.shape[-2:]
         return read_pictures(of(batch.variant), batch.names, (size[0], size[1]))
 
-    return Restorer(name, restore, check=lambda variant, names: check_names(of(variant), names))
+    def content(variant: str) -> str:
+        files = sorted(of(variant).glob("*.png"))
+        return fingerprint(json.dumps([file.name for file in files]), *files)
+
+    return Restorer(name, restore, content=content, check=lambda variant, names: check_names(of(variant), names))
 
 
 def from_command(command: str, name: str) -> Restorer:
     """A command that reads NAME.png from the folder {inputs} (and {masks}, white = generate) and writes NAME.png
-    into {outputs}; it is run once a batch.
+    into {outputs}; it is run once a batch. It is taken for another one when a file that it names has changed.
     """
 
     def restore(batch: Batch) -> torch.Tensor:
         with tempfile.TemporaryDirectory() as folder:
-            inputs, masks, outputs = (Path(folder) / n for n in ("inputs", "masks", "outputs"))
-            write_pictures(inputs, batch.names, batch.given.known)
+            places = {n: Path(folder) / n for n in ("inputs", "masks", "outputs")}
+            outputs = places["outputs"]
+            write_pictures(places["inputs"], batch.names, batch.given.known)
             if batch.given.mask is not None:
-                write_pictures(masks, batch.names, batch.given.mask.expand(-1, 3, -1, -1) * 2 - 1)
+                write_pictures(places["masks"], batch.names, batch.given.mask.expand(-1, 3, -1, -1) * 2 - 1)
             outputs.mkdir()
-            words = [word.format(inputs=inputs, masks=masks, outputs=outputs) for word in shlex.split(command)]
+            words = [
+                re.sub(
+                    r"(?<!\$){(inputs|masks|outputs)}", lambda found: str(places[found[1]]), word
+                )  # not a shell's ${}
+                for word in shlex.split(command)
+            ]
             done = subprocess.run(words, capture_output=True, text=True)
             if done.returncode:
                 last = (done.stderr.strip() or "no message").splitlines()[-1]
@@ -190,12 +219,28 @@ def from_command(command: str, name: str) -> Restorer:
             size = batch.given.known.shape[-2:]
             return read_pictures(outputs, batch.names, (size[0], size[1]))
 
-    return Restorer(name, restore, about={"command": command})
+    words = shlex.split(command)
+    files = [Path(word) for word in words if Path(word).is_file()]
+    told = " ".join(Path(word).name if Path(word).is_absolute() else word for word in words)
+    return Restorer(name, restore, about={"command": told}, content=lambda variant: fingerprint(told, *files))
 
 
-def from_function(restore: Callable[..., torch.Tensor], name: str) -> Restorer:
-    """A function (known (B, 3, S, S), mask (B, 1, S, S) or None) => pictures (B, 3, S, S)."""
-    return Restorer(name, lambda batch: restore(batch.given.known, batch.given.mask))
+def from_function(restore: Callable[..., torch.Tensor], name: str, content: str = "") -> Restorer:
+    """A function (known (B, 3, S, S), mask (B, 1, S, S) or None) => pictures (B, 3, S, S). content: its hash.
+
+    Whatever it raises becomes a ValueError that names the pictures, unless the accelerator is lost.
+    """
+
+    def guarded(batch: Batch) -> torch.Tensor:
+        try:
+            return restore(batch.given.known, batch.given.mask)
+        except Exception as error:  # another's code: it can be anything
+            if accelerator_lost(error):
+                raise
+            last = f" to {batch.names[-1]}" if len(batch.names) > 1 else ""
+            raise ValueError(f"{name} failed on {batch.names[0]}{last}: {type(error).__name__}: {error}") from error
+
+    return Restorer(name, guarded, content=lambda variant: content)
 
 
 def load_restorer(spec: str, load_pipeline: Callable[[str | None], Any], steps: int | None = None) -> Restorer:
@@ -214,10 +259,12 @@ def load_restorer(spec: str, load_pipeline: Callable[[str | None], Any], steps: 
         return from_command(spec, Path(shlex.split(spec)[0]).name)
     path, _, function = spec.rpartition(":")
     if path.endswith(".py"):
-        return from_function(load_function(path, function), function)
+        return from_function(load_function(path, function), function, fingerprint(Path(path), function))
     folder = Path(spec)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         if not any(folder.rglob("*.png")):
-            raise FileNotFoundError(f"{spec} holds neither a model_index.json nor results NAME.png")
+            others = sorted(path.name for path in folder.rglob("*") if path.suffix.lower() in canvas.SUFFIXES)
+            but = f", but {len(others)} other pictures ({others[0]})" if others else ""
+            raise FileNotFoundError(f"{spec} holds neither a model_index.json nor results NAME.png{but}")
         return from_folder(folder, folder.name)
     return from_pipeline(load_pipeline(spec), steps=steps, about={"model": folder.name})

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ import torch
 
 from ..files import alone, write_text
 from . import inputs, metrics
-from .features import FeatureNetwork
+from .features import FeatureNetwork, check_torchvision
 from .inputs import Batch, Photographs
+from .lpips import Lpips
 from .restorers import Restorer, folder_name, write_pictures
-from .store import Store, keep_facts
+from .store import Store, keep_facts, keep_row
 
 DIVERSE = 100  # photographs that several samples are drawn of
 SUBSETS, SUBSET = 20, 1000  # of the kernel distance
@@ -54,6 +56,7 @@ def evaluate(
     seed: int = 0,
     replicates: int = 100,
     progress: bool = True,
+    lpips: Lpips | None = None,
 ) -> dict[str, Any] | None:
     """Measures restorers on the same degraded photographs; the same call goes on where a killed one stopped.
 
@@ -72,6 +75,7 @@ def evaluate(
         samples: of each of the first 100 photographs, for diversity.
         seed: of inputs and sampling.
         replicates: bootstrap samples.
+        lpips: `load_lpips()`; without it, that figure is left out.
 
     Returns:
         What `results.json` holds; None in processes other than the main one.
@@ -80,8 +84,9 @@ def evaluate(
         ValueError: too few photographs for the features, another run in `output`, a restorer's wrong results.
         FileExistsError: another evaluation is at work in `output`.
     """
+    check_torchvision()
     state = processes()
-    run = _Run(photographs, features, classifier or features, output, batch, samples, seed, progress, state)
+    run = _Run(photographs, features, classifier or features, output, batch, samples, seed, progress, state, lpips)
     with alone(output, state.process_index, "another evaluation is at work"):
         return run.evaluate(restorers, variants, reference, manifest, replicates)
 
@@ -91,13 +96,15 @@ class _Run:
 
     def __init__(
         self, photographs: Photographs, features: FeatureNetwork, classifier: FeatureNetwork, output: Path,
-        batch: int, samples: int, seed: int, progress: bool, state: Any,
+        batch: int, samples: int, seed: int, progress: bool, state: Any, lpips: Lpips | None,
     ):  # fmt: skip
         if batch < 1 or samples < 1:
             raise ValueError(f"batch is {batch}, samples {samples}: expected at least 1")
+        if classifier is not features and classifier.name == features.name:
+            classifier = replace(classifier, name=f"{classifier.name}-{classifier.content[:4]}")
         self.photographs, self.features, self.classifier = photographs, features, classifier
         self.output, self.batch, self.samples, self.seed = output, batch, samples, seed
-        self.progress, self.state = progress, state
+        self.progress, self.state, self.lpips = progress, state, lpips
         self.names = [f"{i:05d}" for i in range(len(photographs))]
         self.notes = self._notes()
 
@@ -118,7 +125,7 @@ class _Run:
 
         compared = "originals" if reference is None else "reference"
         results = _Summary(self, compared, replicates).results(restorers, variants)
-        write_text(self.output / "results.json", json.dumps(results, indent=2) + "\n")
+        write_text(self.output / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
         write_pages(self.output, results)
         for part in self.output.rglob("*.part"):  # left by a kill: nobody else is at work
             part.unlink()
@@ -131,8 +138,14 @@ class _Run:
         number = logits.shape[1]
         if min(labels) < 0:
             return ["accuracy is left out: the photographs have no labels"]
-        if self.classifier.name == "inception":
+        if self.classifier.inception:
             return ["accuracy is left out: Inception's 1008 outputs are not ImageNet's classes, name a classifier"]
+        theirs = self.classifier.classes
+        if classes and theirs and len(classes) == len(theirs):
+            for i, (one, other) in enumerate(zip(theirs, classes, strict=True)):
+                if one.casefold() != other.casefold():
+                    name = self.classifier.name
+                    return [f"accuracy is left out: class {i} is {one!r} for {name}, {other!r} of the photographs"]
         if max(labels) >= number or (classes and len(classes) != number):
             return [
                 f"accuracy is left out: {self.classifier.name} has {number} classes, "
@@ -166,12 +179,14 @@ class _Run:
                 if restorer.handles(task):
                     restorer.check(variant, self.names)
         settings = {
+            "photographs": self.photographs.content,
             "data": Path(self.photographs.path).name,
             "count": len(self.photographs),
             "size": self.photographs.size,
-            "features": self.features.name,
-            "classifier": self.classifier.name,
-            "reference": None if reference is None else [Path(reference.path).name, len(reference)],
+            "features": f"{self.features.name} {self.features.content}".strip(),
+            "classifier": f"{self.classifier.name} {self.classifier.content}".strip(),
+            "reference": None if reference is None else [Path(reference.path).name, len(reference), reference.content],
+            "lpips": None if self.lpips is None else self.lpips.content,
             "batch": self.batch,
             "seed": self.seed,
         }
@@ -180,10 +195,11 @@ class _Run:
         for variant in variants:
             for restorer in restorers:
                 folder = self.output / folder_name(variant) / restorer.name
-                about = restorer.about | ({"samples": self.samples} if restorer.stochastic else {})
                 if restorer.handles(inputs.check_variant(variant)):
+                    about = restorer.about | ({"samples": self.samples} if restorer.stochastic else {})
+                    content = restorer.content(variant)
                     folder.mkdir(parents=True, exist_ok=True)
-                    self._main_first(partial(keep_facts, folder / "about.json", about))
+                    self._main_first(partial(keep_row, folder, about | ({"content": content} if content else {})))
 
     def _main_first(self, do: Callable[[], None]) -> None:
         if self.state.is_main_process:
@@ -225,7 +241,7 @@ class _Run:
         features, logits = self.features(images)
         out = {"features": features, "logits": logits}
         if labelled is not None and self.labelled:
-            other = self.classifier.name != self.features.name
+            other = self.classifier is not self.features
             classes = (self.classifier(images)[1] if other else logits).argmax(1)
             out["accuracy"] = (classes == torch.tensor([self.photographs.labels[k] for k in labelled])).float()
         return out
@@ -239,6 +255,8 @@ class _Run:
         (original,) = self.store("originals").read(i, "features")
         out["distance"] = (out["features"] - original).norm(dim=1)
         out |= {"psnr": metrics.psnr(images, clean), "ssim": metrics.ssim(images, clean)}
+        if self.lpips is not None:
+            out["lpips"] = self.lpips(images, clean)
         if len(several) > 1:
             out |= self.diversity(several)
         return out
@@ -277,12 +295,15 @@ class _Run:
         return [restorer(replace(batch, seeds=some)) for some in seeds]
 
     def diversity(self, several: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Of samples of the same inputs: MS-SSIM of the first with each of the rest, the features' distance of
-        consecutive ones (the paper's section on diversity, with another network than LPIPS's)."""
+        """Of samples of the same inputs, the mean over all pairs: MS-SSIM, the features' distance, LPIPS (the paper's
+        section on diversity)."""
         features = [self.features(images)[0] for images in several]
-        alike = [metrics.ms_ssim(several[0], images) for images in several[1:]]
-        apart = [(a - b).norm(dim=1) for a, b in zip(features[:-1], features[1:], strict=True)]
-        return {"ms_ssim": torch.stack(alike).mean(0), "spread": torch.stack(apart).mean(0)}
+        pairs = list(combinations(several, 2))
+        apart = [(a - b).norm(dim=1) for a, b in combinations(features, 2)]
+        out = {"ms_ssim": [metrics.ms_ssim(a, b) for a, b in pairs], "spread": apart}
+        if self.lpips is not None:
+            out["lpips_spread"] = [self.lpips(a, b) for a, b in pairs]
+        return {name: torch.stack(values).mean(0) for name, values in out.items()}
 
 
 class Seen:
@@ -353,6 +374,7 @@ class _Summary:
         self.reference_count, self.paired = count, reference == "originals"
         self.frechet = metrics.Frechet(metrics.Moments.of(self.reference.stream("features")))
         self.counts = metrics.resamples(len(run.photographs), replicates, run.seed)
+        self.subset = min(SUBSET, len(run.photographs) // 4, count // 4)
 
     def results(self, restorers: Sequence[Restorer], variants: Sequence[str]) -> dict[str, Any]:
         """The whole table: rows of this call, and those that an earlier one left in the folder."""
@@ -367,6 +389,8 @@ class _Summary:
                 if all(store.done(i) for i in range(store.number)):
                     about = json.loads((path / "about.json").read_text())
                     rows.append({"task": variant, "images": path.name, "about": about, **self.row(store)})
+        name = self.run.lpips.name if self.run.lpips else ""
+        lpips = {"lpips": name, "lpips_spread": f"{name} between samples"} if name else {}
         return {
             "settings": json.loads((self.run.output / "settings.json").read_text()),
             "figures": {
@@ -376,6 +400,7 @@ class _Summary:
                 "ssim": "SSIM",
                 "ms_ssim": metrics.ms_ssim_name(self.run.photographs.size),
                 "spread": f"{self.run.features.figures['distance']} between samples",
+                **lpips,
             },
             "notes": self.run.notes,
             "summary_seconds": round(time.perf_counter() - begin, 2),
@@ -385,9 +410,11 @@ class _Summary:
     def row(self, store: Store) -> dict[str, Any]:
         """Every figure of a set with its 95% interval: {"value", "low", "high"}."""
         out: dict[str, Any] = {"restoring_seconds": store.seconds(0), "measuring_seconds": store.seconds(1)}
-        out |= {"frechet": self._frechet(store), "kernel": self._kernel(store)}
+        out["frechet"] = self._frechet(store)
+        if self.subset > 1:
+            out["kernel"] = self._kernel(store)
         out["score"] = _figure(metrics.inception_scores(store.stream("logits"), self.counts))
-        for name in ("accuracy", "distance", "psnr", "ssim", "ms_ssim", "spread"):
+        for name in ("accuracy", "distance", "psnr", "ssim", "lpips", "ms_ssim", "spread", "lpips_spread"):
             numbers = store.column(name)
             if len(numbers):
                 statistic = np.median if name == "psnr" else np.mean
@@ -406,13 +433,13 @@ class _Summary:
         return figure | {"low": max(0.0, figure["low"])}
 
     def _kernel(self, store: Store) -> dict[str, float]:
-        """The mean over random subsets, as KID's authors do; its interval from how subsets of m of n scatter.
+        """The mean over random subsets, as KID's authors do; its interval is 1.96 standard deviations over the
+        subsets, scaled from their m pictures to all n, and no bootstrap. It needs subsets of 2 pictures at least.
 
         A result and its own original are never in subsets that are compared: a pair would count as similarity.
         """
         rng = np.random.default_rng(self.run.seed)
-        number, other = len(self.run.photographs), self.reference_count
-        size = min(SUBSET, number // 4, other // 4)
+        number, other, size = len(self.run.photographs), self.reference_count, self.subset
         values = []
         for _ in range(SUBSETS):
             drawn = rng.permutation(number)

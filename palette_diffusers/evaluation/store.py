@@ -1,8 +1,10 @@
 """What was computed, batch by batch, on disk: a kill loses one batch, and memory does not grow with the images."""
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,26 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..files import write_text
+
+
+def fingerprint(*parts: Path | str | Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of files (what they hold, not where they are), texts and weights; the first 16 digits.
+
+    >>> fingerprint("a", {"weight": torch.zeros(2)}) == fingerprint("a", {"weight": torch.ones(2)})
+    False
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Path):
+            with part.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        elif isinstance(part, str):
+            digest.update(hashlib.sha256(part.encode()).digest())
+        else:
+            for name, tensor in part.items():
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 class Store:
@@ -73,6 +95,23 @@ class Store:
             with safe_open(self.path(index), "pt") as file:
                 total += json.loads(file.metadata()["seconds"])[which]
         return round(total, 2)
+
+
+def keep_row(folder: Path, about: dict[str, Any]) -> None:
+    """`keep_facts` of a row, after its batches are removed where another restorer of its name made them: told by
+    "content".
+
+    Raises:
+        ValueError: the same restorer, asked for otherwise.
+    """
+    path = folder / "about.json"
+    if path.is_file() and json.loads(path.read_text()).get("content") != about.get("content"):
+        what = f"{folder.name} of {folder.parent.name}"
+        print(f"{what} is not what it was: its figures are made anew (NAME=... keeps both)", file=sys.stderr)
+        for batch in folder.glob("batch-*.safetensors"):
+            batch.unlink()
+        path.unlink()  # last: a kill before leaves the difference to be seen
+    keep_facts(path, about)
 
 
 def keep_facts(path: Path, facts: dict[str, Any]) -> None:
