@@ -135,6 +135,8 @@ def test_a_pipeline_of_one_step_is_the_generator(data, tmp_path):
         ("higher", ["higher", "lower"], "does not"),
         ("same", ["same", "lower"], "does not"),
         ("no higher", ["same", "lower"], "holds"),
+        ("same", ["same", "unclear"], "undecided"),
+        ("no higher", ["lower", "unclear"], "undecided"),
     ],
 )
 def test_verdicts(expected, found, said):
@@ -149,7 +151,28 @@ def test_seeds_that_disagree_decide_nothing():
     rows = {("t", "a 0"): row(1), ("t", "b 0"): row(3), ("t", "a 1"): row(5), ("t", "b 1"): row(3)}
     assert verdicts.outcomes(comparison, rows, [0]) == {"t": "lower"}
     assert verdicts.outcomes(comparison, rows, [1]) == {"t": "higher"}
-    assert verdicts.outcomes(comparison, rows, [0, 1]) == {"t": "same"}
+    assert verdicts.outcomes(comparison, rows, [0, 1]) == {"t": "unclear"}
+
+
+def test_overlapping_intervals_alone_are_not_sameness():
+    def outcome(value):
+        rows = {("t", "a 0"): {"spread": {"value": value, "low": 1, "high": 9}}, ("t", "b 0"): {"spread": other}}
+        return verdicts.outcomes(verdicts.Comparison("", "a", "b", "spread", "same", ("t",)), rows, [0])["t"]
+
+    other = {"value": 5.0, "low": 2, "high": 8}
+    assert [outcome(value) for value in (4.4, 4.6, 5.4, 5.6)] == ["unclear", "same", "same", "unclear"]
+
+
+@pytest.mark.parametrize(
+    ("evaluations", "distance", "said"),
+    [(4, 7.1, "lower"), (8, 6.0, "same"), (16, 6.0, "higher"), (4, 7.2, "unclear")],
+)
+def test_a_solver_that_is_as_good_is_told_by_its_evaluations(evaluations, distance, said):
+    points = [(verdicts.PAPER, 8, 7.0), (verdicts.PAPER, 1000, 7.01), ("UniPC, even in time", evaluations, distance)]
+    found = verdicts.decide_steps([{"task": "t", "solver": s, "evaluations": n, "distance": d} for s, n, d in points])
+    assert found["outcomes"] == {"t": said}
+    assert found["verdict"] == {"lower": "holds", "higher": "does not"}.get(said, "undecided")
+    assert found["evaluations"]["t"]["paper"] == [8, 7.0]
 
 
 def test_the_page_shows_the_results():

@@ -61,10 +61,12 @@ def _verdicts(results: dict[str, Any]) -> str:
 def _trained(results: dict[str, Any]) -> str:
     lines = [
         [f"{t['run']} {t['seed']}", f"{t['steps']:,}", f"{t['samples']:,}", f"{t['seconds'] / 60:.0f}",
-         f"{t['parameters'] / 1e6:.2f}M"]
+         f"{t['parameters'] / 1e6:.2f}M", f"{t['worst_loss']:.2f}",
+         f"{t['judge']:.2f}, {t['fooled']:.0%}" if "judge" in t else ""]
         for t in results["trained"]
     ]  # fmt: skip
-    return _table(["run, seed", "steps", "samples", "minutes", "parameters"], lines)
+    head = ["run, seed", "steps", "samples", "minutes", "parameters", "highest loss / median", "discriminator, fooled"]
+    return _table(head, lines)
 
 
 def _stages(results: dict[str, Any]) -> str:
@@ -83,7 +85,11 @@ def _stages(results: dict[str, Any]) -> str:
 def _steps(results: dict[str, Any]) -> str:
     from benchmarks.solvers import table
 
-    return table(results["rows"]) + "\n"
+    lines = []
+    for task, numbers in results["verdicts"][0]["evaluations"].items():
+        lines.append([task, *(", ".join(map(str, numbers[who] or ["none"])) for who in ("paper", "other"))])
+    head = ["task", "the paper's sampler at its best: evaluations, distance", "as good with the fewest evaluations"]
+    return _table(head, lines) + table(results["rows"]) + "\n"
 
 
 def markdown(results: dict[str, Any]) -> str:

@@ -65,7 +65,7 @@ def steps(args: argparse.Namespace, count: int) -> dict[str, Any]:
     tasks = list(dict.fromkeys(variant.partition(":")[0] for variant in VARIANTS))
     points = [(n, k, task) for task in tasks for n in (PAPER, *FAST) for k in solvers.SOLVERS[n].steps]
     rows = solvers.extend(CURVE, args.data, points, count)
-    rows = [row for row in rows if row["count"] == count and row["start"] is None]
+    rows = [row for row in rows if row["count"] == count and row["start"] is None and not row.get("model")]
     return {
         "claim": "e",
         "text": STEPS_CLAIM,
