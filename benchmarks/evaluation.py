@@ -14,6 +14,7 @@ import torch
 
 from palette_diffusers import PalettePipeline
 from palette_diffusers.evaluation import Photographs, load_features, metrics
+from palette_diffusers.evaluation.features import FeatureNetwork
 from palette_diffusers.evaluation.inputs import Batch, degrade
 from palette_diffusers.evaluation.restorers import from_pipeline
 from palette_diffusers.evaluation.store import Store
@@ -41,6 +42,24 @@ def peak_of_streaming(count: int, folder: Path, rows: int = 500) -> float:
         store.write(index, {"features": torch.randn(rows, 224)})
     metrics.Frechet(metrics.Moments.of(store.stream("features")))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def figures_of(
+    network: FeatureNetwork, images: torch.Tensor, originals: torch.Tensor, labels: list[int], batch: int
+) -> dict[str, float]:
+    """The network's figures of pictures (N, 3, H, W)."""
+    (a, logits), (b, _) = (
+        [torch.cat(parts) for parts in zip(*map(network, x.split(batch)), strict=True)] for x in (images, originals)
+    )
+    middle = len(a) // 2  # a picture and its own original are not compared by the kernel
+    (score,) = metrics.inception_scores([logits])
+    return {
+        "FD-classifier": metrics.frechet_distance(a, b),
+        "KD-classifier": metrics.kernel_distance(a[:middle], b[middle : 2 * middle]),
+        "score-classifier": score,
+        "accuracy": (logits.argmax(1) == torch.tensor(labels)).float().mean().item(),
+        "distance-classifier": (a - b).norm(dim=1).mean().item(),
+    }
 
 
 def main() -> None:
@@ -72,10 +91,13 @@ def main() -> None:
 
     everything = photographs.batch(range(400))
     degraded = torch.cat([degrade("jpeg_restoration", one, i).known for i, one in enumerate(everything.split(1))])
-    for dtype in (torch.float32, torch.bfloat16):
-        half = load_features(CLASSIFIER, dtype=dtype)
-        a, b = (torch.cat([half(part)[0] for part in x.split(args.batch)]) for x in (degraded, everything))
-        print(f"FD-classifier of JPEGs, network in {dtype}: {metrics.frechet_distance(a, b):.4f}")
+    whole, half = (
+        figures_of(load_features(CLASSIFIER, dtype=dtype), degraded, everything, photographs.labels, args.batch)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    for name, value in whole.items():
+        change = (half[name] - value) / abs(value)
+        print(f"{name} of JPEGs, network in float32 and bfloat16: {value:.5g}, {half[name]:.5g} ({change:+.2%})")
     for count in (5_000, 50_000):
         with tempfile.TemporaryDirectory() as folder:
             print(f"{count} images streamed: peak {peak_of_streaming(count, Path(folder)):.0f} MiB")

@@ -439,7 +439,7 @@ def test_bad_input_is_one_line(work, tmp_path):
         ([tmp_path / "empty", "-o", tmp_path / "a"], "holds neither a model_index.json nor results"),
         ([tmp_path / "jpeg", "-o", tmp_path / "a"], "nor results NAME.png, but 1 other pictures (00000.jpg)"),
         (["identity", "--list", lists, "-o", tmp_path / "a"], "1 files of"),
-        (["identity", "--classifier", missing, "-o", tmp_path / "a"], missing),
+        (["identity", "--classifier", missing, "-o", tmp_path / "a"], missing.removesuffix(":f")),
         (["identity", "--manifest", run / "results.json", "--task", "inpainting", "-o", tmp_path / "b"], "no manifest"),
     ):
         out = invoke(work, *arguments)
