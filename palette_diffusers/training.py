@@ -1,5 +1,6 @@
 """The loss and the loop. Images are (B, 3, H, W), RGB, [-1, 1]."""
 
+import copy
 import json
 import math
 import os
@@ -11,7 +12,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,13 @@ from .norms import use_channels_last_norms
 from .report import Tally, draw_batch, draw_samples, write_card, write_report
 from .scheduler import PaletteScheduler, diffuse, training_target
 from .settings import FREE, PRESETS, TrainSettings, parse, preset
+from .sharding import share, share_optimizer, whole
 from .unet import PaletteUNet2DModel
 
 __all__ = ["PRESETS", "TrainSettings", "parse", "preset", "train"]
 
 DAMAGE = (zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError)
-SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+UNSUPPORTED = ("DEEPSPEED", "MEGATRON_LM")
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]
 
 
@@ -350,8 +352,9 @@ def _accelerator(settings: TrainSettings) -> Any:
         project_dir=settings.output,
     )
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
-    if kind in SHARDED:
-        raise ValueError(f"Accelerate is configured for {kind}, expected DDP: split weights can't be saved yet")
+    if kind in UNSUPPORTED or (kind == "FSDP" and not accelerator.is_fsdp2):
+        name = "FSDP 1" if kind == "FSDP" else kind
+        raise ValueError(f"Accelerate is configured for {name}, expected one process, DDP or FSDP with fsdp_version 2")
     parts = accelerator.num_processes * settings.accumulate
     if settings.batch % parts:
         raise ValueError(
@@ -446,16 +449,12 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
         use_channels_last_norms(unet)
     if settings.compile:
         unet.compile_repeated_blocks()
-    trained = [p for p in unet.parameters() if p.requires_grad]
-    optimizer = _optimizer(trained, settings)
-    ema = EMAModel(trained, decay=settings.ema, use_ema_warmup=True, power=0.75)
+    optimizer = _optimizer([p for p in unet.parameters() if p.requires_grad], settings)
     state = last_state(folder) if settings.resume else None
     start, read = 0, torch.zeros(accelerator.num_processes, max(1, settings.workers), 2, dtype=torch.long)
     if state is not None:
         read = _check_state(state, read, accelerator)
         unet.load_state_dict(state["unet"])
-        optimizer.load_state_dict(state["optimizer"])
-        ema.load_state_dict(state["ema"])
         start = state["step"]
     read = read[accelerator.process_index].clone()
     place = dict(
@@ -470,8 +469,16 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
     starts = accelerator.gather(torch.tensor([start], device=accelerator.device)).tolist()
     if len(set(starts)) > 1:
         raise ValueError(f"the processes would go on from steps {starts}: they must see one output folder")
-    raw, teacher = unet, _teacher(settings, accelerator.device)
+    raw, teacher, main = unet, _teacher(settings, accelerator.device), accelerator.is_main_process
+    sharded = accelerator.is_fsdp2
+    spare = copy.deepcopy(unet) if sharded and main else None  # to sample with, and to publish
     unet, optimizer = accelerator.prepare(unet, optimizer)
+    trained = [p for p in unet.parameters() if p.requires_grad]  # shards of them, under FSDP
+    ema = EMAModel(trained, decay=settings.ema, use_ema_warmup=True, power=0.75)
+    if state is not None:
+        optimizer.load_state_dict(share_optimizer(state["optimizer"], trained))
+        ema.load_state_dict(state["ema"])
+        ema.shadow_params = [share(v, p) for v, p in zip(ema.shadow_params, trained, strict=True)]
     if settings.streaming:  # which is divided over the processes already
         loader = (send_to_device(batch, accelerator.device) for batch in loader)
     else:
@@ -479,7 +486,6 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
     if state is not None and accelerator.scaler is not None and state.get("scaler"):
         accelerator.scaler.load_state_dict(state["scaler"])
     ema.to(accelerator.device)
-    main = accelerator.is_main_process
     if main:
         write_text(folder / "settings.json", json.dumps(asdict(settings), indent=2) + "\n")
     accelerator.init_trackers("palette", {k: v for k, v in asdict(settings).items() if k != "unet"})
@@ -489,22 +495,39 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
 
     def save(step: int) -> None:
         everywhere = accelerator.gather(read[None].to(accelerator.device)).cpu() if settings.streaming else None
+        parts: dict[str, Any] = {}
+        if main or sharded:
+            parts = whole(dict(unet=raw.state_dict(), optimizer=optimizer.state_dict(), ema=ema.state_dict()))
         if main:
-            scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-            parts = dict(unet=raw.state_dict(), optimizer=optimizer.state_dict(), ema=ema.state_dict(), scaler=scaler)
+            parts["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
             if settings.streaming:
                 parts["read"] = everywhere
             world = dict(precision=accelerator.mixed_precision, processes=accelerator.num_processes)
             save_state(folder, step, settings.keep, **world, **parts)
 
-    def sheet(step: int) -> None:
+    @contextmanager
+    def averaged() -> Iterator[PaletteUNet2DModel | None]:
+        """The network with the averaged weights; None in processes that only give their shards to it."""
+        if sharded:
+            weights, averages = whole(raw.state_dict()), whole(ema.shadow_params)
+            if spare is not None:
+                spare.load_state_dict(weights)
+                for p, average in zip((p for p in spare.parameters() if p.requires_grad), averages, strict=True):
+                    p.data.copy_(average)
+                spare.eval().to(accelerator.device)
+            yield spare
+            return
         ema.store(trained)
         ema.copy_to(trained)
-        raw.eval()
-        steps = 1 if settings.regression else settings.validate_steps
-        draw_samples(raw, scheduler, dataset, steps, folder / "samples" / f"step-{step:07d}.png")
+        yield raw.eval()
         raw.train()
         ema.restore(trained)
+
+    def sheet(step: int) -> None:
+        with averaged() as network:
+            if network is not None:
+                steps = 1 if settings.regression else settings.validate_steps
+                draw_samples(network, scheduler, dataset, steps, folder / "samples" / f"step-{step:07d}.png")
 
     begin, step = time.monotonic(), start
     batches: Iterator = iter(loader)
@@ -536,7 +559,7 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
                 raise FloatingPointError(f"the loss is not finite at step {step}: the last state is in {folder}")
             norm = accelerator.clip_grad_norm_(trained, settings.clip or math.inf)
             # the same on every process; fp16's scaler expects some that are not finite, and skips those steps
-            if accelerator.scaler is None and not torch.isfinite(torch.as_tensor(norm)):
+            if accelerator.scaler is None and not torch.isfinite(torch.as_tensor(whole(norm))):
                 raise FloatingPointError(f"the gradient is not finite at step {step}: the last state is in {folder}")
             optimizer.step()
             optimizer.zero_grad()
@@ -552,7 +575,7 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
                     print(
                         json.dumps({k: line[k] for k in ("step", "loss", "samples_per_second", "waiting")}), flush=True
                     )
-            if settings.validate_every and step % settings.validate_every == 0 and main:
+            if settings.validate_every and step % settings.validate_every == 0 and (main or sharded):
                 sheet(step)
             if stop or (settings.max_hours and time.monotonic() - begin > settings.max_hours * 3600):
                 accelerator.set_trigger()
@@ -566,9 +589,11 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
         for number, handler in before.items():
             signal.signal(number, handler)
     final = folder / "pipeline"
+    if main or sharded:
+        with averaged() as network:
+            if network is not None:
+                _publish(network, scheduler, default_steps, settings, final, step)
     if main:
-        ema.copy_to(trained)
-        _publish(raw.eval(), scheduler, default_steps, settings, final, step)
         write_report(folder, settings)
         if step < settings.steps:
             again = shlex.join([*sys.argv, *([] if "--resume" in sys.argv else ["--resume"])])

@@ -253,6 +253,9 @@ class PaletteUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
                 module.__class__ = SamplerBlock2D
             elif isinstance(module, Attention):
                 module.gradient_checkpointing = False
+        # what FSDP divides by must be there
+        kinds = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = [name for name in type(self)._no_split_modules if name in kinds]
         self.set_attn_processor(PaletteAttnProcessor())
         self.zero_outputs()
 

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -184,20 +185,25 @@ def _stopped_at(step, chosen):
     assert last_state(Path(chosen.output))["step"] == step
 
 
-def launch(*arguments, processes=1, **more):
+def launch(*arguments, processes=1, script=TRAIN, **more):
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     if processes > 1:
+        name = "two_cpu_processes.yaml" if script == TRAIN else "eight_gpus_fsdp.yaml"
         command += [
             "--config_file",
-            str(TRAIN.parent / "configs" / "two_cpu_processes.yaml"),
+            str(TRAIN.parent / "configs" / name),
             "--main_process_port",
             str(free_port()),  # given 0, two runs at a time may meet at one port, and wait for each other
+            "--num_processes",
+            str(processes),
+            "--mixed_precision",
+            "no",
         ]
     else:
         command += ["--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
             "--dynamo_backend", "no"]  # fmt: skip
     env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    return subprocess.Popen([*command, str(TRAIN), *map(str, arguments)], text=True, stdout=subprocess.PIPE,
+    return subprocess.Popen([*command, str(script), *map(str, arguments)], text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, env=env, start_new_session=True, **more)  # fmt: skip
 
 
@@ -257,6 +263,29 @@ def test_two_processes_equal_one(folder, tmp_path):
             )
 
 
+def test_divided_weights_equal_whole_ones(folder, tmp_path):
+    """gloo and FSDP 2: the same losses and weights, sheets and pipeline; a run goes on divided or not."""
+    sharded, common = Path(__file__).with_name("sharded.py"), dict(validate_every=2)
+    arguments = options(folder, tmp_path / "divided", **common)
+    divided = launch(*arguments, "--validate-steps=2", processes=2, script=sharded)
+    one = launch(*options(folder, tmp_path / "one", **common), "--validate-steps=2")
+    half = launch(*options(folder, tmp_path / "half", steps=2), processes=2, script=sharded)
+    for process in (divided, one, half):
+        finish(process)
+    for n, script in ((1, TRAIN), (2, sharded)):
+        shutil.copytree(tmp_path / "half", tmp_path / f"on {n}")
+        finish(launch(*options(folder, tmp_path / f"on {n}"), "--resume", processes=n, script=script))
+    names = ("one", "divided", "on 1", "on 2")
+    states = {name: last_state(tmp_path / name) for name in names}
+    for name in names[1:]:
+        for key in ("unet", "ema", "optimizer"):
+            torch.testing.assert_close(states[name][key], states["one"][key], atol=2e-4, rtol=1e-3)
+        PalettePipeline.from_pretrained(tmp_path / name / "pipeline")
+    assert [states[name]["processes"] for name in names] == [1, 2, 1, 2]
+    sheets = [np.asarray(Image.open(tmp_path / name / "samples" / "step-0000004.png"), int) for name in names[:2]]
+    assert np.abs(sheets[0] - sheets[1]).max() <= 2
+
+
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys):
     for step in (1, 2, 3):
         save_state(tmp_path, step, keep=2, value=step)
@@ -311,13 +340,13 @@ def test_precision_cannot_change_on_the_way(folder, tmp_path):
         train(settings(folder, tmp_path / "run", precision="", resume=True))
 
 
-@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
-def test_split_weights_are_refused(folder, tmp_path, kind, monkeypatch):
+@pytest.mark.parametrize(("kind", "name"), [("FSDP", "FSDP 1"), ("DEEPSPEED", "DEEPSPEED")])
+def test_other_ways_to_divide_are_refused(folder, tmp_path, kind, name, monkeypatch):
     from accelerate import Accelerator
     from accelerate.utils import DistributedType
 
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType(kind))
-    with pytest.raises(ValueError, match=f"configured for {kind}, expected DDP"):
+    with pytest.raises(ValueError, match=f"configured for {name}, expected one process, DDP or FSDP"):
         train(settings(folder, tmp_path / "run"))
 
 
