@@ -49,11 +49,12 @@ class Optimized:
         return "\n".join([*map(str, self.trials), f"an evaluation takes {self.after:.1f} ms, before {self.before:.1f}"])
 
 
-def optimize(pipe: Any, compile: bool = False, rounds: int = 7) -> Optimized:
+def optimize(pipe: Any, compile: bool = False, int8: bool = False, rounds: int = 7) -> Optimized:
     """Changes the pipeline's network to what computes fastest here, at one picture of the model's size.
 
     Three copies of the weights are in memory meanwhile; afterwards one, and with "winograd" four more of the 3x3
-    convolutions' weights. `compile` also tries `torch.compile`, which takes minutes.
+    convolutions' weights. `compile` also tries `torch.compile`, which takes minutes, and on CUDA its CUDA graphs
+    (not run so far); `int8` also tries 8-bit weights in linear layers, alone and with 8-bit activations, by torchao.
     """
     found = pipe.unet
     size, device = found.config.sample_size, found.device
@@ -67,8 +68,13 @@ def optimize(pipe: Any, compile: bool = False, rounds: int = 7) -> Optimized:
     ways["channels_last"] = lambda network: network.to(memory_format=torch.channels_last)
     if device.type == "cpu":
         ways["winograd"] = _winograd
+    if int8:
+        ways["int8 weights"] = lambda network: _int8(network, "Int8WeightOnlyConfig")
+        ways["int8 weights and activations"] = lambda network: _int8(network, "Int8DynamicActivationInt8WeightConfig")
     if compile:
         ways["torch.compile"] = _compiled
+    if compile and device.type == "cuda":
+        ways["CUDA graphs"] = _graphs
 
     trials, best = [], found
     for name, way in ways.items():
@@ -76,7 +82,7 @@ def optimize(pipe: Any, compile: bool = False, rounds: int = 7) -> Optimized:
             candidate = way(copy.deepcopy(best))
             psnr = _psnr(_picture(pipe, candidate, given), reference)
             before, after = _seconds([best, candidate], given, rounds)
-        except RuntimeError as error:  # no compiler, say
+        except (RuntimeError, ImportError) as error:  # no compiler, say
             trials.append(Trial(name, False, failed=str(error).strip().splitlines()[0][:200]))
             continue
         kept = before / after >= GAIN and psnr >= ALIKE
@@ -95,6 +101,23 @@ def _winograd(network: Any) -> Any:
         raise RuntimeError(f"it is for float32, the network is in {str(network.dtype).removeprefix('torch.')}")
     if not use_winograd(network):
         raise RuntimeError("no 3x3 convolution is wide enough")
+    return network
+
+
+def _int8(network: Any, config: str) -> Any:
+    """Raises:
+    ImportError: torchao is not installed.
+    """
+    from torchao import quantization
+
+    if any(type(x.weight.data) is not torch.Tensor for x in network.modules() if isinstance(x, torch.nn.Linear)):
+        raise RuntimeError("its weights are quantized already")
+    quantization.quantize_(network, getattr(quantization, config)())
+    return network
+
+
+def _graphs(network: Any) -> Any:
+    network.compile(mode="reduce-overhead")
     return network
 
 

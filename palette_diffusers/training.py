@@ -488,7 +488,9 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
     ema.to(accelerator.device)
     if main:
         write_text(folder / "settings.json", json.dumps(asdict(settings), indent=2) + "\n")
-    accelerator.init_trackers("palette", {k: v for k, v in asdict(settings).items() if k != "unet"})
+    accelerator.init_trackers(
+        "palette", {k: v for k, v in asdict(settings).items() if k != "unet"}, {"wandb": {"dir": settings.output}}
+    )
 
     stop: list[int] = []
     before = {number: signal.signal(number, lambda n, _: stop.append(n)) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -1,6 +1,8 @@
 import math
 import os
+import sys
 
+import pytest
 import torch
 from torch._inductor import config
 
@@ -48,6 +50,20 @@ def test_without_a_compiler_that_is_said(pipe):
     last = report.trials[-1]
     assert last.name == "torch.compile" and not last.kept and "not possible here" in str(last)
     assert pipe.unet._compiled_call_impl is None and network.config == pipe.unet.config
+
+
+def test_eight_bits_are_tried_on_request(pipe, monkeypatch):
+    quantization = pytest.importorskip("torchao.quantization", exc_type=ImportError)
+    monkeypatch.setattr("palette_diffusers.optimize.GAIN", 0.0)
+    trials = {trial.name: trial for trial in optimize(pipe, int8=True, rounds=1).trials}
+    assert trials["int8 weights"].kept and 40 < trials["int8 weights"].psnr < math.inf
+    assert "quantized already" in trials["int8 weights and activations"].failed and quantization
+
+
+def test_without_torchao_that_is_said(pipe, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    text = str(optimize(pipe, int8=True, rounds=1))
+    assert text.count("not possible here (import of torchao") == 2 and "int8" not in str(optimize(pipe, rounds=1))
 
 
 def test_what_is_prepared_by_shape_is_bounded(monkeypatch):
