@@ -54,7 +54,9 @@ class ChannelsLastGroupNorm(nn.GroupNorm):
             and not torch.compiler.is_compiling()
             and input.device.type == "cpu"
             and input.dim() == 4
-            and input[0].numel() >= LEAST
+            and input.shape[1:].numel() >= LEAST
+            and input.shape[0] > 0
+            and self.bias is not None
             and input.is_contiguous(memory_format=torch.channels_last)
         )
         if not pays:

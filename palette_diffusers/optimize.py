@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from .machine import best_dtype
 from .tasks import Given
-from .winograd import use_winograd
+from .winograd import WinogradConv2d, use_winograd
 
 ALIKE = 40.0  # PSNR in dB, of a picture from the same seed, against eager float32
 GAIN = 1.03  # times as fast, at least, to be worth a change
@@ -99,6 +99,8 @@ def _winograd(network: Any) -> Any:
     """
     if network.dtype != torch.float32:
         raise RuntimeError(f"it is for float32, the network is in {str(network.dtype).removeprefix('torch.')}")
+    if any(isinstance(layer, WinogradConv2d) for layer in network.modules()):
+        raise RuntimeError("it is in use already")
     if not use_winograd(network):
         raise RuntimeError("no 3x3 convolution is wide enough")
     return network

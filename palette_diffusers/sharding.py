@@ -5,14 +5,17 @@ from typing import Any
 import torch
 
 
-def whole(value: Any) -> Any:
-    """Shards in dicts and lists => the tensors that they are of, on the CPU. Every process has to call it; what is not
-    divided stays as it is."""
+def whole(value: Any, keep: bool = True) -> Any:
+    """Shards in dicts and lists => the tensors that they are of, on the CPU; None in a process that doesn't keep them.
+    Every process has to call it. What is not divided stays as it is."""
     if isinstance(value, dict):
-        return {key: whole(part) for key, part in value.items()}
+        return {key: whole(part, keep) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(whole(part) for part in value)
-    return value.full_tensor().cpu() if hasattr(value, "full_tensor") else value
+        return type(value)(whole(part, keep) for part in value)
+    if not hasattr(value, "full_tensor"):
+        return value
+    full = value.full_tensor()
+    return full.cpu() if keep else None
 
 
 def share(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

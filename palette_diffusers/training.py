@@ -13,7 +13,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -355,6 +355,13 @@ def _accelerator(settings: TrainSettings) -> Any:
     if kind in UNSUPPORTED or (kind == "FSDP" and not accelerator.is_fsdp2):
         name = "FSDP 1" if kind == "FSDP" else kind
         raise ValueError(f"Accelerate is configured for {name}, expected one process, DDP or FSDP with fsdp_version 2")
+    if kind == "FSDP":
+        if settings.channels_last:
+            raise ValueError("channels_last is on, but FSDP divides only weights in the plain layout: leave it out")
+        plugin = accelerator.state.fsdp_plugin
+        if plugin.mixed_precision_policy is not None:  # it would round noise levels and pictures, too
+            exact = replace(plugin.mixed_precision_policy, cast_forward_inputs=False, output_dtype=None)
+            plugin.mixed_precision_policy = exact
     parts = accelerator.num_processes * settings.accumulate
     if settings.batch % parts:
         raise ValueError(
@@ -499,7 +506,7 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
         everywhere = accelerator.gather(read[None].to(accelerator.device)).cpu() if settings.streaming else None
         parts: dict[str, Any] = {}
         if main or sharded:
-            parts = whole(dict(unet=raw.state_dict(), optimizer=optimizer.state_dict(), ema=ema.state_dict()))
+            parts = whole(dict(unet=raw.state_dict(), optimizer=optimizer.state_dict(), ema=ema.state_dict()), main)
         if main:
             parts["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
             if settings.streaming:
@@ -511,13 +518,15 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
     def averaged() -> Iterator[PaletteUNet2DModel | None]:
         """The network with the averaged weights; None in processes that only give their shards to it."""
         if sharded:
-            weights, averages = whole(raw.state_dict()), whole(ema.shadow_params)
+            weights, averages = whole(raw.state_dict(), main), whole(ema.shadow_params, main)
             if spare is not None:
                 spare.load_state_dict(weights)
                 for p, average in zip((p for p in spare.parameters() if p.requires_grad), averages, strict=True):
                     p.data.copy_(average)
                 spare.eval().to(accelerator.device)
             yield spare
+            if spare is not None:
+                spare.cpu()
             return
         ema.store(trained)
         ema.copy_to(trained)

@@ -104,21 +104,31 @@ class WinogradConv2d(nn.Conv2d):
 
     def _pays(self, input: torch.Tensor, weight: torch.Tensor) -> bool:
         return (
-            not torch.is_grad_enabled()
+            _fits(self)  # an adapter makes layers of its base's class, of other shapes
+            and not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
             and input.device.type == "cpu"
             and input.dtype == weight.dtype == torch.float32
             and input.dim() == 4
             and not torch.is_autocast_enabled("cpu")
-            and weight.shape[0] * weight.shape[1] >= WIDE
             and input.shape[0] * input.shape[2] * input.shape[3] >= 16 * LEAST_TILES
         )
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_transformed": None}
+        return super().__getstate__() | {"_transformed": None}
 
     def _get_name(self) -> str:
         return "Conv2d"
+
+
+def _fits(layer: nn.Conv2d) -> bool:
+    """Whether it is 3x3 with stride 1, padding 1 by zeros and one group, and wide enough."""
+    return (
+        (layer.kernel_size, layer.stride, layer.padding, layer.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
+        and layer.groups == 1
+        and layer.padding_mode == "zeros"
+        and layer.weight.shape[0] * layer.weight.shape[1] >= WIDE
+    )
 
 
 def use_winograd(network: nn.Module) -> int:
@@ -126,15 +136,7 @@ def use_winograd(network: nn.Module) -> int:
 
     Their parameters stay the same tensors. Only those with stride 1, padding 1 by zeros and one group are changed.
     """
-    found = [
-        module
-        for module in network.modules()
-        if type(module) is nn.Conv2d
-        and (module.kernel_size, module.stride, module.padding, module.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
-        and module.groups == 1
-        and module.padding_mode == "zeros"
-        and module.weight.shape[0] * module.weight.shape[1] >= WIDE
-    ]
+    found = [module for module in network.modules() if type(module) is nn.Conv2d and _fits(module)]
     for module in found:
         module.__class__ = WinogradConv2d
     return len(found)

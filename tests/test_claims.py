@@ -134,7 +134,7 @@ def test_a_pipeline_of_one_step_is_the_generator(data, tmp_path):
         ("lower", ["lower", "higher"], "does not"),
         ("higher", ["higher", "lower"], "does not"),
         ("same", ["same", "lower"], "does not"),
-        ("no higher", ["same", "lower"], "holds"),
+        ("no higher", ["no higher", "lower"], "holds"),
         ("same", ["same", "unclear"], "undecided"),
         ("no higher", ["lower", "unclear"], "undecided"),
     ],
@@ -155,12 +155,14 @@ def test_seeds_that_disagree_decide_nothing():
 
 
 def test_overlapping_intervals_alone_are_not_sameness():
-    def outcome(value):
+    def outcome(value, expected="same"):
         rows = {("t", "a 0"): {"spread": {"value": value, "low": 1, "high": 9}}, ("t", "b 0"): {"spread": other}}
-        return verdicts.outcomes(verdicts.Comparison("", "a", "b", "spread", "same", ("t",)), rows, [0])["t"]
+        return verdicts.outcomes(verdicts.Comparison("", "a", "b", "spread", expected, ("t",)), rows, [0])["t"]
 
     other = {"value": 5.0, "low": 2, "high": 8}
     assert [outcome(value) for value in (4.4, 4.6, 5.4, 5.6)] == ["unclear", "same", "same", "unclear"]
+    found = [outcome(value, "no higher") for value in (4.4, 5.4, 5.6)]  # being better is no reason for doubt
+    assert found == ["no higher", "no higher", "unclear"]
 
 
 @pytest.mark.parametrize(

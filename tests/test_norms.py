@@ -35,5 +35,6 @@ def test_elsewhere_it_is_torchs():
     assert [type(layer) for layer in network] == [ChannelsLastGroupNorm, nn.GroupNorm] and repr(network) == repr(plain)
     for x in (torch.randn(2, 32, 64, 64), torch.randn(2, 32, 8, 8).contiguous(memory_format=torch.channels_last)):
         assert torch.equal(network(x), plain(x)) and "_GroupNorm" not in type(network[0](x).grad_fn).__name__
+    assert network(torch.randn(0, 32, 64, 64).contiguous(memory_format=torch.channels_last)).shape == (0, 32, 64, 64)
     with torch.no_grad():
         assert network(x.repeat(1, 1, 8, 8)).grad_fn is None

@@ -125,8 +125,6 @@ def test_gradient_checkpointing_covers_attention_and_changes_of_resolution():
 
 
 
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
     x, gamma, condition = inputs()

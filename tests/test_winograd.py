@@ -74,6 +74,28 @@ def test_it_follows_its_weights(layer, used):
         torch.testing.assert_close(copy.deepcopy(layer)(image), plain(image), atol=1e-3, rtol=1e-4)
 
 
+def test_adapters_keep_their_own_convolutions(used):
+    """peft makes an adapter's layers of its base's class: 3x3 to few channels, 1x1 from them."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=128, target_modules=["0"], init_lora_weights=False)
+    adapted = peft.get_peft_model(nn.Sequential(nn.Conv2d(128, 256, 3, padding=1)), config)
+    plain, image = copy.deepcopy(adapted), torch.randn(1, 128, 16, 16)
+    assert use_winograd(adapted) > 0
+    for change in (lambda m: None, lambda m: m.merge_adapter(), lambda m: m.unmerge_adapter()):
+        with torch.no_grad():
+            change(adapted), change(plain)
+            torch.testing.assert_close(adapted(image), plain(image), atol=1e-3, rtol=1e-3)
+    assert len(used) >= 3
+
+
+def test_one_that_was_made_of_it_keeps_its_shape(used):
+    """As peft does when adapters come after."""
+    layer = WinogradConv2d(256, 128, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x := torch.randn(1, 256, 16, 16)), F.conv2d(x, layer.weight, layer.bias))
+    assert not used
+
+
 def test_other_convolutions_stay(used):
     others = [
         nn.Conv2d(128, 128, 1), nn.Conv2d(128, 128, 3), nn.Conv2d(128, 128, 3, padding=1, stride=2),
