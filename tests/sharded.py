@@ -27,6 +27,8 @@ def noted(self, gamma):
 Accelerator()
 plugin = FullyShardedDataParallelPlugin()
 assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+if AcceleratorState().mixed_precision != "no":
+    plugin.set_mixed_precision(AcceleratorState().mixed_precision)  # as Accelerate does where it divides
 for state in (PartialState, AcceleratorState):
     state._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
 sharding.whole = training.whole = counted
