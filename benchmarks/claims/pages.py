@@ -61,7 +61,7 @@ def _verdicts(results: dict[str, Any]) -> str:
 def _trained(results: dict[str, Any]) -> str:
     lines = [
         [f"{t['run']} {t['seed']}", f"{t['steps']:,}", f"{t['samples']:,}", f"{t['seconds'] / 60:.0f}",
-         f"{t['parameters'] / 1e6:.2f}M", f"{t['worst_loss']:.2f}",
+         f"{t['parameters'] / 1e6:.2f}M", f"{t['worst_loss']:.2f}" if "worst_loss" in t else "",
          f"{t['judge']:.2f}, {t['fooled']:.0%}" if "judge" in t else ""]
         for t in results["trained"]
     ]  # fmt: skip
