@@ -139,15 +139,19 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
 
 
 def _bars(panel: Any, results: dict[str, Any]) -> None:
+    """Means over the seeds; from the lowest to the highest end of their intervals."""
     panel.axis("on")
-    rows = results["rows"]
-    runs, tasks = (list(dict.fromkeys(row[key] for row in rows)) for key in ("images", "task"))
+    rows = [row | {"run": row["images"].rpartition(" ")[0]} for row in results["rows"]]
+    runs, tasks = (list(dict.fromkeys(row[key] for row in rows)) for key in ("run", "task"))
     for i, run in enumerate(runs):
-        found = {row["task"]: row["frechet"] for row in rows if row["images"] == run}
-        places = [tasks.index(task) + (i - len(runs) / 2 + 0.5) * 0.8 / len(runs) for task in found]
-        values = [x["value"] for x in found.values()]
-        spans = [[x["value"] - x["low"] for x in found.values()], [x["high"] - x["value"] for x in found.values()]]
-        panel.bar(places, values, 0.8 / len(runs), yerr=spans, label=run, capsize=2)
+        places, values, spans = [], [], []
+        for j, task in enumerate(tasks):
+            found = [row["frechet"] for row in rows if (row["run"], row["task"]) == (run, task)]
+            if found:
+                places.append(j + (i - len(runs) / 2 + 0.5) * 0.8 / len(runs))
+                values.append(mean := sum(x["value"] for x in found) / len(found))
+                spans.append((mean - min(x["low"] for x in found), max(x["high"] for x in found) - mean))
+        panel.bar(places, values, 0.8 / len(runs), yerr=list(zip(*spans, strict=True)), label=run, capsize=2)
     short = [task.replace("jpeg_restoration:", "JPEG ") for task in tasks]
     panel.set_xticks(range(len(tasks)), labels=short, rotation=35, ha="right")
     panel.set(title=f"claim {results['claim']}", ylabel="FD-classifier (lower is better)")
@@ -155,10 +159,14 @@ def _bars(panel: Any, results: dict[str, Any]) -> None:
 
 
 def _curves(panel: Any, rows: list[dict[str, Any]], task: str) -> None:
+    """A line a seed, a colour a run."""
     panel.axis("on")
-    for run in dict.fromkeys((row["run"], row["seed"]) for row in rows):
-        points = [(r["step"], r["frechet"]["value"]) for r in rows if (r["run"], r["seed"]) == run]
-        panel.plot(*zip(*points, strict=True), marker="o", label=f"{run[0]} {run[1]}")
+    names = list(dict.fromkeys(row["run"] for row in rows))
+    for name, seed in dict.fromkeys((row["run"], row["seed"]) for row in rows):
+        points = [(r["step"], r["frechet"]["value"]) for r in rows if (r["run"], r["seed"]) == (name, seed)]
+        first = seed == rows[0]["seed"]
+        style = dict(marker="o", color=f"C{names.index(name)}", label=name if first else None)
+        panel.plot(*zip(*points, strict=True), **style)
     panel.set(title=f"{task}, in training", xlabel="steps", ylabel="FD-classifier")
     panel.legend(fontsize=8)
     panel.grid(alpha=0.3)
