@@ -25,6 +25,7 @@ from diffusers import UNet2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from palette_diffusers import PaletteUNet2DModel
+from palette_diffusers.machine import best_device
 from palette_diffusers.norms import use_channels_last_norms
 from palette_diffusers.winograd import use_winograd
 
@@ -53,7 +54,8 @@ def processor() -> tuple[str, list[str]]:
 def machine() -> dict[str, str]:
     name, flags = processor()
     name = ", ".join([name, *(f for f in ("avx512_bf16", "amx_bf16") if f in flags)])
-    return {"cpu": name, "threads": str(torch.get_num_threads()), "torch": torch.__version__}
+    about = {"cpu": name, "threads": str(torch.get_num_threads()), "torch": torch.__version__}
+    return about | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
 
 def interleaved(calls: dict[str, Callable], rounds: int) -> dict[str, tuple[float, float]]:
@@ -63,6 +65,8 @@ def interleaved(calls: dict[str, Callable], rounds: int) -> dict[str, tuple[floa
         for name, call in calls.items():
             begin = time.perf_counter()
             call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             if i:
                 times[name].append(time.perf_counter() - begin)
     return {name: (statistics.median(values), _spread(values)) for name, values in times.items()}
@@ -141,8 +145,9 @@ def flops(call: Callable) -> int:
     return counter.get_total_flops()
 
 
-def measure(name: str, janspiry: Path | None, guided: Path | None, rounds: int) -> list[dict]:
+def measure(name: str, janspiry: Path | None, guided: Path | None, rounds: int, compiled: bool) -> list[dict]:
     *_, size, batch = NETWORKS[name]
+    device = torch.get_default_device().type
     y, x, eps = torch.randn(3, batch, 3, size, size).unbind()
     gamma = torch.rand(batch).clamp(0.01, 0.99)
 
@@ -157,7 +162,7 @@ def measure(name: str, janspiry: Path | None, guided: Path | None, rounds: int) 
     def training(network: torch.nn.Module, call: Call, half: bool) -> Callable:
         def run() -> None:
             network.train()
-            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            with torch.autocast(device, torch.bfloat16, enabled=half):
                 out = call(y, x, gamma)
             (out.float() - eps).square().mean().backward()
             network.zero_grad()
@@ -187,9 +192,18 @@ def measure(name: str, janspiry: Path | None, guided: Path | None, rounds: int) 
                 call = cast(network, torch.float32)
                 calls["training", "ours", what] = training(network, call, dtype == torch.bfloat16)
         calls["peak", "convolution", what] = convolution(dtype)
-    network = copy.deepcopy(ours).to(memory_format=torch.channels_last)
-    use_winograd(network)
-    calls["forward", "ours", f"float32{LAST}{WINOGRAD}"] = forward(network, cast(network, torch.float32))
+    if device == "cpu":
+        network = copy.deepcopy(ours).to(memory_format=torch.channels_last)
+        use_winograd(network)
+        calls["forward", "ours", f"float32{LAST}{WINOGRAD}"] = forward(network, cast(network, torch.float32))
+    if compiled:
+        torch._dynamo.config.recompile_limit = 256
+        network = copy.deepcopy(ours).to(memory_format=torch.channels_last)
+        network.compile_repeated_blocks()
+        calls["training", "ours", f"bfloat16{LAST}, compiled"] = training(network, cast(network, torch.float32), True)
+        half = copy.deepcopy(ours).to(torch.bfloat16, memory_format=torch.channels_last)
+        half.compile_repeated_blocks()
+        calls["forward", "ours", f"bfloat16{LAST}, compiled"] = forward(half, cast(half, torch.bfloat16))
     work = {what: flops(calls[what, "ours", "float32"]) for what in ("forward", "training")} | {"peak": PEAK_FLOPS}
     seconds = interleaved({"|".join(key): call for key, call in calls.items()}, rounds)
     rows = []
@@ -221,11 +235,14 @@ def main() -> None:
     parser.add_argument("--guided-diffusion", type=Path, default=None, help="checkout of openai/guided-diffusion")
     parser.add_argument("--networks", default=";".join(NETWORKS), help="names with semicolons between")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default=best_device(), help="default: the best there is; only cpu has been run")
+    parser.add_argument("--compile", action="store_true", help="rows of torch.compile too (minutes)")
     parser.add_argument("--output", type=Path, default=None, help="JSON file; the page is written beside it as .md")
     args = parser.parse_args()
+    torch.set_default_device(args.device)
     result: dict[str, Any] = {"machine": machine(), "rows": []}
     for name in args.networks.split(";"):
-        result["rows"] += measure(name, args.janspiry, args.guided_diffusion, args.rounds)
+        result["rows"] += measure(name, args.janspiry, args.guided_diffusion, args.rounds, args.compile)
     print(page(result))
     if args.output:
         args.output.write_text(json.dumps(result, indent=2) + "\n")
