@@ -455,7 +455,7 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
         unet.to(memory_format=torch.channels_last)
         use_channels_last_norms(unet)
     if settings.compile:
-        torch._dynamo.config.recompile_limit = 256  # a kind of block has as many shapes; from 8 on they would stay eager
+        torch._dynamo.config.recompile_limit = 256  # a kind of block has many shapes; beyond 8 they stay eager
         unet.compile_repeated_blocks()
     optimizer = _optimizer([p for p in unet.parameters() if p.requires_grad], settings)
     state = last_state(folder) if settings.resume else None
