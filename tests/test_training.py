@@ -272,18 +272,20 @@ def test_divided_weights_equal_whole_ones(folder, tmp_path):
     half = launch(*options(folder, tmp_path / "half", steps=2), processes=2, script=sharded)
     for process in (divided, one, half):
         finish(process)
-    for n, script in ((1, TRAIN), (2, sharded)):
-        shutil.copytree(tmp_path / "half", tmp_path / f"on {n}")
-        finish(launch(*options(folder, tmp_path / f"on {n}"), "--resume", processes=n, script=script))
-    names = ("one", "divided", "on 1", "on 2")
+    shutil.copytree(tmp_path / "half", tmp_path / "whole")
+    resumed = [
+        launch(*options(folder, tmp_path / "half"), "--resume", processes=2, script=sharded),
+        launch(*options(folder, tmp_path / "whole"), "--resume"),
+    ]
+    for process in resumed:
+        finish(process)
+    names = ("one", "divided", "half", "whole")
     states = {name: last_state(tmp_path / name) for name in names}
     for name in names[1:]:
         for key in ("unet", "ema", "optimizer"):
             torch.testing.assert_close(states[name][key], states["one"][key], atol=2e-4, rtol=1e-3)
         PalettePipeline.from_pretrained(tmp_path / name / "pipeline")
-    assert [states[name]["processes"] for name in names] == [1, 2, 1, 2]
-    out, err = launch(*arguments, "--channels-last", processes=2, script=sharded).communicate(timeout=120)
-    assert "FSDP divides only weights in the plain layout" in err
+    assert [states[name]["processes"] for name in names] == [1, 2, 2, 1]
     sheets = [np.asarray(Image.open(tmp_path / name / "samples" / "step-0000004.png"), int) for name in names[:2]]
     assert np.abs(sheets[0] - sheets[1]).max() <= 2
 
@@ -357,6 +359,16 @@ def test_other_ways_to_divide_are_refused(folder, tmp_path, kind, name, monkeypa
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType(kind))
     with pytest.raises(ValueError, match=f"configured for {name}, expected one process, DDP or FSDP"):
         train(settings(folder, tmp_path / "run"))
+
+
+def test_divided_weights_lie_in_the_plain_layout(folder, tmp_path, monkeypatch):
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedType
+
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    monkeypatch.setattr(Accelerator, "is_fsdp2", True)
+    with pytest.raises(ValueError, match="FSDP divides only weights in the plain layout"):
+        train(settings(folder, tmp_path / "run", channels_last=True))
 
 
 def test_two_trainers_in_one_folder(folder, tmp_path):

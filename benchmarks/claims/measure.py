@@ -42,10 +42,12 @@ def facts(name: str, seed: int, folder: Path, scale: Scale) -> dict[str, Any]:
     every = json.loads((here / "settings.json").read_text())["log_every"] * scale.batch
     log = [line for line in read_log(here / "log.jsonl") if line["step"] <= step]
     late = log[len(log) // 4 :]
-    losses = sorted(line["loss"] for line in late)
-    of_judge = {
-        key: round(statistics.mean(line[key] for line in late), 2) for key in ("judge", "fooled") if key in log[0]
-    }
+    steady = {}
+    if late:  # a run of fewer steps than a line of the log takes has none
+        losses = [line["loss"] for line in late]
+        steady = {"worst_loss": round(max(losses) / statistics.median(losses), 2)}
+        of_judge = [key for key in ("judge", "fooled") if key in late[0]]
+        steady |= {key: round(statistics.mean(line[key] for line in late), 2) for key in of_judge}
     return {
         "run": name,
         "seed": seed,
@@ -53,8 +55,7 @@ def facts(name: str, seed: int, folder: Path, scale: Scale) -> dict[str, Any]:
         "samples": step * scale.batch,
         "seconds": round(sum(every / line["samples_per_second"] for line in log)),
         "parameters": sum(p.numel() for p in unet.parameters()),
-        "worst_loss": round(losses[-1] / statistics.median(losses), 2),
-        **of_judge,
+        **steady,
     }
 
 
