@@ -1,10 +1,11 @@
 """The starter against its goals, from the pictures of a run of `palette evaluate`:
 
-    python benchmarks/goals.py runs/quality --crops PATH/TO/bsds500:40,PATH/TO/imagenet-256-validation
+    python benchmarks/goals.py runs/quality --crops PATH/TO/bsds500:40,PATH/TO/imagenet-256
 
 Chroma is that of CIELAB, its mean over all pixels; steps are differences between neighbours, the mean over RGB, across
 the border that an uncropping began at and between all other neighbours of that direction. `--crops` also restores JPEGs
-of quality 10 from crops of photographs that were held back, NAME:LAST of a folder; its run is kept in `--folder`.
+of quality 10 from crops of photographs that were held back: the last of a folder, FOLDER:LAST, or its validation
+split, FOLDER; its run is kept in `--folder`.
 """
 
 import argparse
@@ -13,7 +14,6 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from quality import CLASSIFIER
 from skimage.color import rgb2lab
@@ -106,10 +106,9 @@ def jpeg_goal(sources: str, run: Path) -> tuple[str, str, str, bool]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a run of palette evaluate with all four tasks")
-    parser.add_argument("--crops", default="", help="folders of photographs, FOLDER:LAST, commas between")
+    parser.add_argument("--crops", default="", help="folders of photographs, FOLDER or FOLDER:LAST, commas between")
     parser.add_argument("--folder", type=Path, default=Path("runs/crops"), help="of the run on crops")
     args = parser.parse_args()
-    torch.manual_seed(0)
     rows = goals(args.run) + ([jpeg_goal(args.crops, args.folder)] if args.crops else [])
     print("| what | measured | goal | met |\n| --- | --- | --- | --- |")
     for what, found, goal, met in rows:

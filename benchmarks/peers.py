@@ -35,7 +35,6 @@ NETWORKS = {
     "64 pixels, 64 wide": (64, (1, 2, 4, 8), 2, 3, 64, 8),
 }
 LAST = ", channels last"
-WINOGRAD = ", Winograd"
 Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -195,9 +194,8 @@ def measure(name: str, janspiry: Path | None, guided: Path | None, rounds: int, 
     if device == "cpu":
         network = copy.deepcopy(ours).to(memory_format=torch.channels_last)
         use_winograd(network)
-        calls["forward", "ours", f"float32{LAST}{WINOGRAD}"] = forward(network, cast(network, torch.float32))
+        calls["forward", "ours", f"float32{LAST}, Winograd"] = forward(network, cast(network, torch.float32))
     if compiled:
-        torch._dynamo.config.recompile_limit = 256
         network = copy.deepcopy(ours).to(memory_format=torch.channels_last)
         network.compile_repeated_blocks()
         calls["training", "ours", f"bfloat16{LAST}, compiled"] = training(network, cast(network, torch.float32), True)

@@ -72,9 +72,9 @@ def optimize(pipe: Any, compile: bool = False, int8: bool = False, rounds: int =
         ways["int8 weights"] = lambda network: _int8(network, "Int8WeightOnlyConfig")
         ways["int8 weights and activations"] = lambda network: _int8(network, "Int8DynamicActivationInt8WeightConfig")
     if compile:
-        ways["torch.compile"] = _compiled
+        ways["torch.compile"] = lambda network: _compiled(network, dynamic=True)
     if compile and device.type == "cuda":
-        ways["CUDA graphs"] = _graphs
+        ways["CUDA graphs"] = lambda network: _compiled(network, mode="reduce-overhead")
 
     trials, best = [], found
     for name, way in ways.items():
@@ -118,12 +118,7 @@ def _int8(network: Any, config: str) -> Any:
     return network
 
 
-def _graphs(network: Any) -> Any:
-    network.compile(mode="reduce-overhead")
-    return network
-
-
-def _compiled(network: Any) -> Any:
+def _compiled(network: Any, **options: Any) -> Any:
     """Raises:
     RuntimeError: inductor finds no C++ compiler.
     """
@@ -131,7 +126,7 @@ def _compiled(network: Any) -> Any:
         from torch._inductor.cpp_builder import get_cpp_compiler
 
         get_cpp_compiler()
-    network.compile(dynamic=True)
+    network.compile(**options)
     return network
 
 

@@ -455,7 +455,6 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
         unet.to(memory_format=torch.channels_last)
         use_channels_last_norms(unet)
     if settings.compile:
-        torch._dynamo.config.recompile_limit = 256  # a kind of block has many shapes; beyond 8 they stay eager
         unet.compile_repeated_blocks()
     optimizer = _optimizer([p for p in unet.parameters() if p.requires_grad], settings)
     state = last_state(folder) if settings.resume else None
@@ -479,6 +478,7 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
         raise ValueError(f"the processes would go on from steps {starts}: they must see one output folder")
     raw, teacher, main = unet, _teacher(settings, accelerator.device), accelerator.is_main_process
     sharded = accelerator.is_fsdp2
+    gives = main or sharded  # what is saved, sampled and published
     spare = copy.deepcopy(unet) if sharded and main else None  # to sample with, and to publish
     unet, optimizer = accelerator.prepare(unet, optimizer)
     trained = [p for p in unet.parameters() if p.requires_grad]  # shards of them, under FSDP
@@ -506,7 +506,7 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
     def save(step: int) -> None:
         everywhere = accelerator.gather(read[None].to(accelerator.device)).cpu() if settings.streaming else None
         parts: dict[str, Any] = {}
-        if main or sharded:
+        if gives:
             parts = whole(dict(unet=raw.state_dict(), optimizer=optimizer.state_dict(), ema=ema.state_dict()), main)
         if main:
             parts["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
@@ -587,7 +587,7 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
                     print(
                         json.dumps({k: line[k] for k in ("step", "loss", "samples_per_second", "waiting")}), flush=True
                     )
-            if settings.validate_every and step % settings.validate_every == 0 and (main or sharded):
+            if settings.validate_every and step % settings.validate_every == 0 and gives:
                 sheet(step)
             if stop or (settings.max_hours and time.monotonic() - begin > settings.max_hours * 3600):
                 accelerator.set_trigger()
@@ -601,7 +601,7 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
         for number, handler in before.items():
             signal.signal(number, handler)
     final = folder / "pipeline"
-    if main or sharded:
+    if gives:
         with averaged() as network:
             if network is not None:
                 _publish(network, scheduler, default_steps, settings, final, step)

@@ -294,6 +294,13 @@ class PaletteUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
                 module.training = False
         return self
 
+    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """As usual. A kind of block is compiled for every shape of it that there is: by torch's own limit, those beyond
+        the eighth would stay eager."""
+        config = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, 256)
+        super().compile_repeated_blocks(*args, **kwargs)
+
     @property
     def size_multiple(self) -> int:
         """Height and width must be multiples of this, in pixels."""

@@ -26,8 +26,11 @@ A = [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8,
 
 def _squared(matrix: list[list[int]]) -> torch.Tensor:
     """Along rows and along columns, as one matrix on both: it has few entries, but one product reads memory once."""
-    one = torch.tensor(matrix, dtype=torch.float32)
+    one = torch.tensor(matrix, dtype=torch.float32, device="cpu")
     return torch.kron(one, one)
+
+
+INTO, BACK = _squared(B), _squared(A)
 
 
 def transform_filter(weight: torch.Tensor) -> torch.Tensor:
@@ -58,7 +61,6 @@ def winograd_conv2d(image: torch.Tensor, transformed: torch.Tensor, bias: torch.
     image = F.pad(image.permute(0, 2, 3, 1), (0, 0, 1, across * 4 + 1 - width, 1, down * 4 + 1 - height))
     tiles = image.unfold(1, 6, 4).unfold(2, 6, 4).permute(4, 5, 0, 1, 2, 3)  # (6, 6, B, down, across, C), a view
     out = image.new_empty(count, down, 4, across, 4, outputs)
-    into, back = _squared(B), _squared(A)
 
     # some rows of tiles of some images at a time, in buffers that are used again
     rows = min(down, max(1, TILES_AT_ONCE // across))
@@ -71,9 +73,9 @@ def winograd_conv2d(image: torch.Tensor, transformed: torch.Tensor, bias: torch.
             part, place = tiles[:, :, i : i + images, r : r + rows], out[i : i + images, r : r + rows]
             n = part.shape[2] * part.shape[3] * across
             data = a[: 36 * n * channels].view(part.shape).copy_(part).view(36, -1)
-            data = torch.mm(into, data, out=b[: 36 * n * channels].view(36, -1)).view(36, n, channels)
+            data = torch.mm(INTO, data, out=b[: 36 * n * channels].view(36, -1)).view(36, n, channels)
             product = torch.bmm(data, transformed, out=c[: 36 * n * outputs].view(36, n, outputs)).view(36, -1)
-            pixels = torch.mm(back, product, out=d[: 16 * n * outputs].view(16, -1))
+            pixels = torch.mm(BACK, product, out=d[: 16 * n * outputs].view(16, -1))
             pixels = pixels.view(4, 4, *part.shape[2:4], across, outputs).permute(2, 3, 0, 4, 1, 5)
             torch.add(pixels, 0 if bias is None else bias, out=place)
     return out.view(count, down * 4, across * 4, outputs).permute(0, 3, 1, 2)[:, :, :height, :width]

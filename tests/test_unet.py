@@ -124,7 +124,6 @@ def test_gradient_checkpointing_covers_attention_and_changes_of_resolution():
     assert max(map(len, kept.values())) <= 2
 
 
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
     x, gamma, condition = inputs()

@@ -196,6 +196,8 @@ def from_command(command: str, name: str) -> Restorer:
     """A command that reads NAME.png from the folder {inputs} (and {masks}, white = generate) and writes NAME.png
     into {outputs}; it is run once a batch. It is taken for another one when a file that it names has changed.
     """
+    words = shlex.split(command)
+    place = re.compile(r"(?<!\$){(inputs|masks|outputs)}")  # but not a shell's ${inputs}
 
     def restore(batch: Batch) -> torch.Tensor:
         with tempfile.TemporaryDirectory() as folder:
@@ -205,21 +207,15 @@ def from_command(command: str, name: str) -> Restorer:
             if batch.given.mask is not None:
                 write_pictures(places["masks"], batch.names, batch.given.mask.expand(-1, 3, -1, -1) * 2 - 1)
             outputs.mkdir()
-            words = [
-                re.sub(
-                    r"(?<!\$){(inputs|masks|outputs)}", lambda found: str(places[found[1]]), word
-                )  # not a shell's ${}
-                for word in shlex.split(command)
-            ]
-            done = subprocess.run(words, capture_output=True, text=True)
+            filled = [place.sub(lambda found: str(places[found[1]]), word) for word in words]
+            done = subprocess.run(filled, capture_output=True, text=True)
             if done.returncode:
                 last = (done.stderr.strip() or "no message").splitlines()[-1]
-                raise ValueError(f"{words[0]} ended with code {done.returncode} on {batch.names[0]} and on: {last}")
+                raise ValueError(f"{filled[0]} ended with code {done.returncode} on {batch.names[0]} and on: {last}")
             check_names(outputs, batch.names)
             size = batch.given.known.shape[-2:]
             return read_pictures(outputs, batch.names, (size[0], size[1]))
 
-    words = shlex.split(command)
     files = [Path(word) for word in words if Path(word).is_file()]
     told = " ".join(Path(word).name if Path(word).is_absolute() else word for word in words)
     return Restorer(name, restore, about={"command": told}, content=lambda variant: fingerprint(told, *files))
