@@ -92,8 +92,11 @@ def steps(page, number):
     field = page.get_by_label("number input for Steps")
     if not field.is_visible():
         page.get_by_role("button", name="Advanced").click()
+        field.wait_for()
+        page.wait_for_timeout(500)  # what is typed while Gradio is still filling a panel just opened is put back
     field.fill(str(number))
     field.press("Tab")
+    assert field.input_value() == str(number)
 
 
 @pytest.fixture
