@@ -28,11 +28,11 @@ from .scheduler import PaletteScheduler, diffuse, training_target
 from .settings import FREE, PRESETS, TrainSettings, parse, preset
 from .sharding import share, share_optimizer, whole
 from .unet import PaletteUNet2DModel
+from .zero import configure, gradient_norm, load_optimizer_state, optimizer_state, precision_of
 
 __all__ = ["PRESETS", "TrainSettings", "parse", "preset", "train"]
 
 DAMAGE = (zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError)
-UNSUPPORTED = ("DEEPSPEED", "MEGATRON_LM")
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]
 
 
@@ -187,9 +187,10 @@ def _check_state(state: dict, read: torch.Tensor, accelerator: Any) -> torch.Ten
     Raises:
         ValueError: the state was trained in another precision, or its stream was divided over other readers.
     """
-    precision = state.get("precision", accelerator.mixed_precision)
-    if precision != accelerator.mixed_precision:
-        raise ValueError(f"the run was trained with precision {precision}, now it is {accelerator.mixed_precision}")
+    now = precision_of(accelerator)
+    precision = state.get("precision", now)
+    if precision != now:
+        raise ValueError(f"the run was trained with precision {precision}, now it is {now}")
     before = state.get("read", read)
     if before.shape != read.shape:
         (p, w), (processes, workers) = before.shape[:2], read.shape[:2]
@@ -352,9 +353,11 @@ def _accelerator(settings: TrainSettings) -> Any:
         project_dir=settings.output,
     )
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
-    if kind in UNSUPPORTED or (kind == "FSDP" and not accelerator.is_fsdp2):
+    if kind == "MEGATRON_LM" or (kind == "FSDP" and not accelerator.is_fsdp2):
         name = "FSDP 1" if kind == "FSDP" else kind
-        raise ValueError(f"Accelerate is configured for {name}, expected one process, DDP or FSDP with fsdp_version 2")
+        raise ValueError(
+            f"Accelerate is configured for {name}, expected one process, DDP, FSDP with fsdp_version 2 or DeepSpeed"
+        )
     if kind == "FSDP":
         if settings.channels_last:
             raise ValueError("channels_last is on, but FSDP divides only weights in the plain layout: leave it out")
@@ -367,6 +370,11 @@ def _accelerator(settings: TrainSettings) -> Any:
         raise ValueError(
             f"batch is {settings.batch}, expected a multiple of {parts}, processes times accumulated parts"
         )
+    if kind == "DEEPSPEED":
+        plugin, micro_batch = accelerator.state.deepspeed_plugin, settings.batch // parts
+        if settings.optimizer == "adamw8bit":
+            raise ValueError("optimizer is adamw8bit, whose states DeepSpeed cannot divide: expected adamw or adam")
+        configure(plugin, accelerator.mixed_precision, micro_batch, settings.accumulate, settings.clip)
     return accelerator
 
 
@@ -477,14 +485,17 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
     if len(set(starts)) > 1:
         raise ValueError(f"the processes would go on from steps {starts}: they must see one output folder")
     raw, teacher, main = unet, _teacher(settings, accelerator.device), accelerator.is_main_process
-    sharded = accelerator.is_fsdp2
+    sharded, zero = accelerator.is_fsdp2, accelerator.distributed_type == "DEEPSPEED"
     gives = main or sharded  # what is saved, sampled and published
     spare = copy.deepcopy(unet) if sharded and main else None  # to sample with, and to publish
     unet, optimizer = accelerator.prepare(unet, optimizer)
     trained = [p for p in unet.parameters() if p.requires_grad]  # shards of them, under FSDP
     ema = EMAModel(trained, decay=settings.ema, use_ema_warmup=True, power=0.75)
     if state is not None:
-        optimizer.load_state_dict(share_optimizer(state["optimizer"], trained))
+        if zero:
+            load_optimizer_state(optimizer, trained, state["optimizer"])
+        else:
+            optimizer.load_state_dict(share_optimizer(state["optimizer"], trained))
         ema.load_state_dict(state["ema"])
         ema.shadow_params = [share(v, p) for v, p in zip(ema.shadow_params, trained, strict=True)]
     if settings.streaming:  # which is divided over the processes already
@@ -506,13 +517,14 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
     def save(step: int) -> None:
         everywhere = accelerator.gather(read[None].to(accelerator.device)).cpu() if settings.streaming else None
         parts: dict[str, Any] = {}
+        stepped = optimizer_state(optimizer, trained, main) if zero else optimizer.state_dict() if gives else {}
         if gives:
-            parts = whole(dict(unet=raw.state_dict(), optimizer=optimizer.state_dict(), ema=ema.state_dict()), main)
+            parts = whole(dict(unet=raw.state_dict(), optimizer=stepped, ema=ema.state_dict()), main)
         if main:
             parts["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
             if settings.streaming:
                 parts["read"] = everywhere
-            world = dict(precision=accelerator.mixed_precision, processes=accelerator.num_processes)
+            world = dict(precision=precision_of(accelerator), processes=accelerator.num_processes)
             save_state(folder, step, settings.keep, **world, **parts)
 
     @contextmanager
@@ -561,15 +573,20 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
                 key = np.random.SeedSequence((settings.seed, 3, number, accelerator.process_index))
                 torch.manual_seed(int(key.generate_state(1)[0]))
                 last = part == settings.accumulate - 1
-                with accelerator.no_sync(unet) if not last else nullcontext():
+                with nullcontext() if last or zero else accelerator.no_sync(unet):
                     with accelerator.autocast():
                         batch = teacher.pairs(batch) if teacher else batch
                         losses = sample_losses(unet, batch, settings)
-                    accelerator.backward((losses * shares[batch["task"]]).mean() / settings.accumulate)
+                    loss = (losses * shares[batch["task"]]).mean()
+                    if zero:
+                        unet.backward(loss)
+                        unet.step()  # clips and steps at the last part only
+                    else:
+                        accelerator.backward(loss / settings.accumulate)
                 tally.add(losses.detach(), batch)
             if not tally.finite():
                 raise FloatingPointError(f"the loss is not finite at step {step}: the last state is in {folder}")
-            norm = accelerator.clip_grad_norm_(trained, settings.clip or math.inf)
+            norm = gradient_norm(unet) if zero else accelerator.clip_grad_norm_(trained, settings.clip or math.inf)
             # the same on every process; fp16's scaler expects some that are not finite, and skips those steps
             if accelerator.scaler is None and not torch.isfinite(torch.as_tensor(whole(norm))):
                 raise FloatingPointError(f"the gradient is not finite at step {step}: the last state is in {folder}")

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import shutil
 import signal
@@ -7,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ import torch
 from conftest import free_port, toy_unet
 from PIL import Image
 
-from palette_diffusers import Given, PalettePipeline, PaletteScheduler, Task, register_task, tasks
+from palette_diffusers import Given, PalettePipeline, PaletteScheduler, Task, register_task, tasks, zero
 from palette_diffusers.data import PaletteDataset, load_images, load_sources, random_crop
 from palette_diffusers.report import read_log
 from palette_diffusers.scheduler import training_target
@@ -188,10 +190,10 @@ def _stopped_at(step, chosen):
 def launch(*arguments, processes=1, script=TRAIN, precision="no", **more):
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     if processes > 1:
-        name = "two_cpu_processes.yaml" if script == TRAIN else "eight_gpus_fsdp.yaml"
+        names = {"sharded.py": "eight_gpus_fsdp.yaml", "zero.py": "eight_gpus_deepspeed.yaml"}
         command += [
             "--config_file",
-            str(TRAIN.parent / "configs" / name),
+            str(TRAIN.parent / "configs" / names.get(script.name, "two_cpu_processes.yaml")),
             "--main_process_port",
             str(free_port()),  # given 0, two runs at a time may meet at one port, and wait for each other
             "--num_processes",
@@ -263,31 +265,34 @@ def test_two_processes_equal_one(folder, tmp_path):
             )
 
 
-def test_divided_weights_equal_whole_ones(folder, tmp_path):
-    """gloo and FSDP 2: the same losses and weights, sheets and pipeline; a run goes on divided or not."""
-    sharded, common = Path(__file__).with_name("sharded.py"), dict(validate_every=2)
-    arguments = options(folder, tmp_path / "divided", **common)
-    divided = launch(*arguments, "--validate-steps=2", processes=2, script=sharded)
-    one = launch(*options(folder, tmp_path / "one", **common), "--validate-steps=2")
-    half = launch(*options(folder, tmp_path / "half", steps=2), processes=2, script=sharded)
-    for process in (divided, one, half):
-        finish(process)
-    shutil.copytree(tmp_path / "half", tmp_path / "whole")
-    resumed = [
-        launch(*options(folder, tmp_path / "half"), "--resume", processes=2, script=sharded),
-        launch(*options(folder, tmp_path / "whole"), "--resume"),
-    ]
-    for process in resumed:
-        finish(process)
-    names = ("one", "divided", "half", "whole")
-    states = {name: last_state(tmp_path / name) for name in names}
-    for name in names[1:]:
-        for key in ("unet", "ema", "optimizer"):
-            torch.testing.assert_close(states[name][key], states["one"][key], atol=2e-4, rtol=1e-3)
-        PalettePipeline.from_pretrained(tmp_path / name / "pipeline")
-    assert [states[name]["processes"] for name in names] == [1, 2, 2, 1]
-    sheets = [np.asarray(Image.open(tmp_path / name / "samples" / "step-0000004.png"), int) for name in names[:2]]
+@pytest.fixture
+def halfway(folder, tmp_path):
+    """A whole run of 4 steps in `whole`, and the same after 2 of them in `divided`, to go on from."""
+    train(settings(folder, tmp_path / "whole", save_every=2, validate_every=2, validate_steps=2))
+    (tmp_path / "divided").mkdir()
+    for name in ("settings.json", "step-0000002.pt"):
+        shutil.copy(tmp_path / "whole" / name, tmp_path / "divided")
+    return tmp_path
+
+
+def alike(folder, atol):
+    states = {name: last_state(folder / name) for name in ("whole", "divided")}
+    for key in ("unet", "ema", "optimizer"):
+        torch.testing.assert_close(states["divided"][key], states["whole"][key], atol=atol, rtol=1e-3)
+    assert [states[name]["processes"] for name in states] == [1, 2]
+    for name in ("unet/diffusion_pytorch_model.safetensors", "unet/config.json", "scheduler/scheduler_config.json"):
+        assert (folder / "divided" / "pipeline" / name).stat().st_size > 100
+    PalettePipeline.from_pretrained(folder / "divided" / "pipeline")
+    sheets = [np.asarray(Image.open(folder / name / "samples" / "step-0000004.png"), int) for name in states]
     assert np.abs(sheets[0] - sheets[1]).max() <= 2
+
+
+def test_divided_weights_equal_whole_ones(folder, halfway):
+    """gloo and FSDP 2: the same weights, sheets and pipeline; a run that was whole goes on divided, and saves whole."""
+    arguments = options(folder, halfway / "divided", validate_every=2)
+    sharded = Path(__file__).with_name("sharded.py")
+    finish(launch(*arguments, "--validate-steps=2", "--resume", processes=2, script=sharded))
+    alike(halfway, 2e-4)
 
 
 def test_divided_weights_leave_noise_levels_in_float32(folder, tmp_path):
@@ -295,6 +300,68 @@ def test_divided_weights_leave_noise_levels_in_float32(folder, tmp_path):
     sharded = Path(__file__).with_name("sharded.py")
     finish(launch(*options(folder, tmp_path / "run", steps=1), processes=2, script=sharded, precision="bf16"))
     assert last_state(tmp_path / "run")["precision"] == "bf16"
+
+
+compiler = pytest.mark.skipif(not shutil.which("c++"), reason="no compiler here, which DeepSpeed needs on a CPU")
+
+
+@compiler
+def test_a_divided_optimizer_equals_a_whole_one(folder, halfway):
+    """gloo and DeepSpeed's ZeRO 2: as above."""
+    pytest.importorskip("deepspeed")
+    arguments, script = options(folder, halfway / "divided", validate_every=2), Path(__file__).with_name("zero.py")
+    finish(launch(*arguments, "--validate-steps=2", "--resume", processes=2, script=script))
+    alike(halfway, 2e-5)
+
+
+@compiler
+def test_a_divided_optimizer_keeps_weights_in_float32(folder, tmp_path):
+    """DeepSpeed's own bf16 would round them, and noise levels; parts of a batch count as in one."""
+    pytest.importorskip("deepspeed")
+    arguments = options(folder, tmp_path / "low", accumulate=2, steps=2)
+    low = launch(*arguments, processes=2, script=Path(__file__).with_name("zero.py"), precision="bf16")
+    train(settings(folder, tmp_path / "exact", accumulate=2, steps=2))
+    finish(low)
+    states = [last_state(tmp_path / name) for name in ("exact", "low")]
+    assert [state["precision"] for state in states] == ["no", "bf16"]
+    assert all(value.dtype == torch.float32 for value in states[1]["unet"].values())
+    losses = [[line["loss"] for line in read_log(tmp_path / name / "log.jsonl")] for name in ("exact", "low")]
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.01)
+    assert any((value != value.bfloat16()).any() for value in states[1]["unet"].values())
+
+
+def configured(**config):
+    return SimpleNamespace(deepspeed_config=config)
+
+
+@pytest.mark.parametrize(
+    ("config", "precision", "message"),
+    [
+        ({"zero_optimization": {"stage": 3}}, "no", "ZeRO stage 3, expected 1 or 2; FSDP 2"),
+        ({}, "bf16", "ZeRO stage 0, expected 1 or 2"),
+        ({"zero_optimization": {"stage": 2}}, "fp16", "precision is fp16 under DeepSpeed, expected bf16 or no"),
+    ],
+)
+def test_what_deepspeed_is_not_used_for(config, precision, message):
+    with pytest.raises(ValueError, match=message):
+        zero.configure(configured(**config), precision, 4, 1, 1.0)
+
+
+def test_deepspeed_computes_in_bfloat16_and_keeps_float32():
+    plugin = configured(zero_optimization={"stage": 1}, bf16={"enabled": True})
+    zero.configure(plugin, "bf16", 4, 2, 0.5)
+    config = plugin.deepspeed_config
+    assert not config["bf16"]["enabled"] and config["torch_autocast"]["dtype"] == "bfloat16"
+    assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (4, 2)
+    assert config["gradient_clipping"] == 0.5
+    state = SimpleNamespace(deepspeed_plugin=plugin)
+    assert zero.precision_of(SimpleNamespace(state=state, mixed_precision="no")) == "bf16"
+
+
+def test_a_gradient_that_is_not_finite_under_deepspeed():
+    """It writes -1 for the norm of one, and goes on."""
+    norms = [zero.gradient_norm(SimpleNamespace(get_global_grad_norm=lambda n=n: n)) for n in (0.5, torch.tensor(-1.0))]
+    assert norms[0] == 0.5 and math.isnan(norms[1])
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys):
@@ -351,13 +418,13 @@ def test_precision_cannot_change_on_the_way(folder, tmp_path):
         train(settings(folder, tmp_path / "run", precision="", resume=True))
 
 
-@pytest.mark.parametrize(("kind", "name"), [("FSDP", "FSDP 1"), ("DEEPSPEED", "DEEPSPEED")])
+@pytest.mark.parametrize(("kind", "name"), [("FSDP", "FSDP 1"), ("MEGATRON_LM", "MEGATRON_LM")])
 def test_other_ways_to_divide_are_refused(folder, tmp_path, kind, name, monkeypatch):
     from accelerate import Accelerator
     from accelerate.utils import DistributedType
 
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType(kind))
-    with pytest.raises(ValueError, match=f"configured for {name}, expected one process, DDP or FSDP"):
+    with pytest.raises(ValueError, match=f"configured for {name}, expected one process, DDP, FSDP with"):
         train(settings(folder, tmp_path / "run"))
 
 
