@@ -337,7 +337,7 @@ def configured(**config):
 @pytest.mark.parametrize(
     ("config", "precision", "message"),
     [
-        ({"zero_optimization": {"stage": 3}}, "no", "ZeRO stage 3, expected 1 or 2; FSDP 2"),
+        ({"zero_optimization": {"stage": 3}}, "no", "ZeRO stage 3, expected 1 or 2; to divide weights: FSDP 2"),
         ({}, "bf16", "ZeRO stage 0, expected 1 or 2"),
         ({"zero_optimization": {"stage": 2}}, "fp16", "precision is fp16 under DeepSpeed, expected bf16 or no"),
     ],
