@@ -27,9 +27,9 @@ browser:  # the tests of the demo drive Debian's Chromium; without it they are s
 	command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
 		apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } || echo "no chromium: browser tests are skipped"
 
-# JOBS=2: two workers; some tests still leave traces for the next in another order
-JOBS ?= 0
-PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+# workers of one thread each: threads of several would wait for each other
+JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test: lint browser
 	$(PYTEST)

@@ -16,6 +16,7 @@ from palette_diffusers.evaluation import Photographs, evaluate, load_features, l
 from palette_diffusers.evaluation.inputs import PROTOCOLS
 from palette_diffusers.evaluation.pages import markdown
 from palette_diffusers.evaluation.restorers import from_pipeline
+from palette_diffusers.speed import build
 
 CLASSIFIER = f"{Path(__file__).with_name('classifier.py')}:load_classifier"
 
@@ -48,7 +49,7 @@ def main() -> None:
 
     pipe = PalettePipeline.from_pretrained(args.model, dtype=torch.bfloat16)
     solver = getattr(diffusers, args.solver) if args.solver else type(pipe.scheduler)
-    pipe.scheduler = solver.from_config(pipe.scheduler.config, **args.config)
+    pipe.scheduler = build(solver, pipe.scheduler.config, **args.config)
     changes = {} if args.start is None else {"start": args.start}
     palette = from_pipeline(pipe, steps=args.steps, about={"config": args.config}, **changes)
     baselines = [load_restorer(name, PalettePipeline.from_pretrained) for name in ("identity", "telea")]

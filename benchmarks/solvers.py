@@ -6,8 +6,8 @@
     python benchmarks/solvers.py --model starter-few-steps --solvers "checkpoint's own" --steps 1,2,4 ...
 
 Quality is the Frechet distance of the small classifier's features (`classifier.py`), lower is better; every solver sees
-the same sources and seeds. A killed run goes on with the same command. --table prints the file as Markdown and
---figure draws it.
+the same sources and seeds, and no `chroma_guidance`. A killed run goes on with the same command. --table prints the
+file as Markdown and --figure draws it.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from palette_diffusers.evaluation.features import FeatureNetwork
 from palette_diffusers.evaluation.inputs import PROTOCOLS, degrade, sampling_seed
 from palette_diffusers.files import write_text
 from palette_diffusers.machine import best_device, best_dtype
+from palette_diffusers.speed import build
 from palette_diffusers.tasks import Given, get_task
 
 CLASSIFIER = f"{Path(__file__).with_name('classifier.py')}:load_classifier"
@@ -67,7 +68,7 @@ class Bench:
 
     def __init__(self, pipe: PalettePipeline, photographs: Photographs, features: FeatureNetwork):
         self.pipe, self.features = pipe, features
-        self.config = dict(pipe.scheduler.config)
+        self.config = dict(pipe.scheduler.config) | {"chroma_guidance": 0.0}
         self.clean = photographs.batch(range(len(photographs)))
         self.reference = features(self.clean)[0]
         self.sources: dict[str, list[Given]] = {}
@@ -81,7 +82,7 @@ class Bench:
 
     def measure(self, solver: Solver, steps: int, task: str, start: float | None = None) -> dict[str, Any]:
         """One point of the curve; `start` is the log-SNR at which sampling starts from the source."""
-        self.pipe.scheduler = solver.kind.from_config(self.config, **solver.config)
+        self.pipe.scheduler = build(solver.kind, self.config, **solver.config)
         rules = copy.copy(get_task(task))
         if start is not None:
             rules.start = start

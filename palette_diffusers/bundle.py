@@ -8,7 +8,7 @@ import ast
 from importlib import resources
 
 PIPELINE = (
-    "color", "masks", "canvas", "coefficients", "hints", "tasks", "scheduler", "sizes", "unet", "checkpoint", "machine",
+    "color", "masks", "canvas", "coefficients", "hints", "tasks", "scheduler", "machine", "sizes", "unet", "checkpoint",
     "speed", "winograd", "optimize", "pipeline",
 )  # fmt: skip
 FILES = {

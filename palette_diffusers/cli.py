@@ -66,6 +66,7 @@ def _one_line(*more: type[Exception]) -> Iterator[None]:
 
 
 def _load(model: str | None, device: str, dtype: str, speed: str | None = None) -> Any:
+    import diffusers
     import torch
 
     from .machine import best_dtype, best_layout, bound_caches, chosen_device
@@ -73,6 +74,7 @@ def _load(model: str | None, device: str, dtype: str, speed: str | None = None) 
     from .portable import is_portable, load_portable
 
     bound_caches()
+    diffusers.utils.logging.disable_progress_bar()  # of loading two parts; a download has its own
     device = chosen_device(device)
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in ("auto", *known):

@@ -20,7 +20,7 @@ from PIL import Image
 from . import canvas
 from .demo_batches import SharedNetwork, Stopped
 from .demo_limits import Failed
-from .machine import accelerator_lost, without_team
+from .machine import accelerator_lost, memory_full, without_team
 from .pipeline import PalettePipeline
 from .speed import build
 
@@ -174,7 +174,7 @@ def friendly(error: Exception) -> Failed:
     logging.getLogger(__name__).error("a job failed", exc_info=error)
     if accelerator_lost(error):
         return Failed(LOST)
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "out of memory" in text or "can't allocate" in text:
+    if memory_full(error):
         return Failed("The server has no memory left for this photo: try a smaller one, or again in a minute.")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return Failed("The server's disk is full: try again later.")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from .canvas import ImageInput, Picture, read
-from .color import chroma, luma, with_luma
+from .color import chroma, fit_to_edges, luma, with_luma
 
 STRENGTH = 100.0  # of a stroke, against the smoothness of one pixel
 DECAY = 1e-3  # of a hint with distance: to a third over 30 pixels of the model's where no edge is
@@ -44,39 +44,13 @@ class Hints:
         """Chroma (B, 3, H, W) => the same, moved to the strokes' where they are, and around them as far as luma
         (B, 1, H, W) has no edge."""
         weight = self.weight.to(color)
-        return color + _continued(self.color.to(color) - color, weight, light)
+        change = self.color.to(color) - color
+        # with a pull to zero, so that a hint stays local
+        return color + fit_to_edges(STRENGTH * weight * change, STRENGTH * weight + DECAY, light, EDGE, 200)
 
     def imposed(self, image: torch.Tensor) -> torch.Tensor:
         """A colorized photograph => the same, its strokes of exactly their chroma."""
         return torch.where(self.weight > 0.5, with_luma(luma(image), self.color), image)
-
-
-def _continued(values: torch.Tensor, weight: torch.Tensor, light: torch.Tensor, rounds: int = 200) -> torch.Tensor:
-    """The smooth field that meets `values` where there is weight and changes where luma does, by conjugate gradients.
-
-    Source: Levin et al. 2004, "Colorization using Optimization"; with a pull to zero, so that a hint stays local.
-    """
-    across, down = (torch.exp(-(light.diff(dim=dim) / EDGE).square() / 2) for dim in (-1, -2))
-    pull = STRENGTH * weight + DECAY
-
-    def system(x: torch.Tensor) -> torch.Tensor:
-        sideways, downward = across * x.diff(dim=-1), down * x.diff(dim=-2)
-        return (
-            pull * x
-            + F.pad(sideways, [1, 0]) - F.pad(sideways, [0, 1])
-            + F.pad(downward, [0, 0, 1, 0]) - F.pad(downward, [0, 0, 0, 1])
-        )  # fmt: skip
-
-    x = torch.zeros_like(values)
-    rest = STRENGTH * weight * values
-    step, before = rest, rest.square().sum((-2, -1), keepdim=True)
-    for _ in range(rounds):
-        image = system(step)
-        length = before / (step * image).sum((-2, -1), keepdim=True).clamp_min(1e-12)
-        x, rest = x + length * step, rest - length * image
-        now = rest.square().sum((-2, -1), keepdim=True)
-        step, before = rest + now / before.clamp_min(1e-12) * step, now
-    return x
 
 
 def read_hints(source: ImageInput, picture: Picture) -> Hints:

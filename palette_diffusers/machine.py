@@ -58,6 +58,17 @@ def without_team() -> None:
         ctypes.CDLL(None).omp_set_num_threads(1)
 
 
+def memory_full(error: BaseException) -> bool:
+    """Whether it says that memory, of this machine or of its accelerator, does not hold what was asked.
+
+    >>> memory_full(RuntimeError("CUDA error: out of memory"))
+    True
+    """
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return any(words in str(error) for words in ("out of memory", "can't allocate", "ALLOC_FAILED"))
+
+
 def accelerator_lost(error: BaseException) -> bool:
     """Whether the accelerator failed or is gone, which this process can't mend: every later call to it raises, too.
     Memory that is full is no such thing.
@@ -65,9 +76,8 @@ def accelerator_lost(error: BaseException) -> bool:
     >>> accelerator_lost(RuntimeError("CUDA error: device-side assert triggered"))
     True
     """
-    text = str(error)
-    failed = type(error).__name__ == "AcceleratorError" or text.startswith(("CUDA error", "HIP error"))
-    return failed and "out of memory" not in text and "ALLOC_FAILED" not in text
+    failed = type(error).__name__ == "AcceleratorError" or str(error).startswith(("CUDA error", "HIP error"))
+    return failed and not memory_full(error)
 
 
 def chosen_device(name: str) -> str:

@@ -23,7 +23,7 @@ from . import canvas, sizes
 from .canvas import ImageInput, Picture
 from .checkpoint import FORMAT, check_folder, fetch, is_local, read_index
 from .coefficients import read_coefficients
-from .color import chroma
+from .color import chroma, even_chroma, luma
 from .hints import Hints, read_hints
 from .masks import border_mask, extend
 from .optimize import Optimized, optimize
@@ -36,6 +36,7 @@ STARTER = Path(__file__).resolve().with_name("starter")
 SHIPPED = {path.name: path for path in (STARTER, STARTER.with_name("starter-few-steps"))}  # a Hub id has a slash
 BATCH = 16  # samples of a batch, at most
 AT_ONCE = 8_000_000  # pixels of variations that are made together
+EVENED = 0.73  # gamma up to which chroma is evened out: log-SNR 1
 REFINE_FROM = 2.5  # log-SNR at which finer levels start from the coarser picture
 SOONER = 1.5  # log-SNR by which the last of few steps may come before that; more would leave grain
 
@@ -235,6 +236,7 @@ class PalettePipeline(DiffusionPipeline):
             sample = sample / gamma.sqrt() if exploding else sample
         extra = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
         kind = self.scheduler.config.prediction_type
+        evened = self.scheduler.config.get("chroma_guidance") if task is not None and task.strategy == "chroma" else 0
         self._num_timesteps = len(timesteps)
         for i, t in enumerate(self.progress_bar(timesteps)):
             scaled = self.scheduler.scale_model_input(sample, t)
@@ -243,6 +245,8 @@ class PalettePipeline(DiffusionPipeline):
             finite = torch.isfinite(output).all()  # a clamp would hide what overflows
             # Euler and Heun carry y / sqrt(gamma): what the network saw is not what they step from
             original = predicted_original(output, scaled, gamma, kind).clamp(-1, 1)
+            if evened and gamma <= EVENED:
+                original = even_chroma(original, luma(given.known), evened)
             if task is not None:
                 original = task.guide(original, given)
                 output = output_for(original, scaled, gamma, kind)

@@ -21,7 +21,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("paper", "logsnr")
 OWN_SETTINGS = {
     "sampling_timesteps", "sampling_beta_start", "sampling_beta_end", "sampling_spacing", "sampling_variance",
-    "logsnr_min", "logsnr_max", "initial_noise", "restart_noise",
+    "logsnr_min", "logsnr_max", "initial_noise", "restart_noise", "chroma_guidance",
 }  # fmt: skip
 VARIANCES = ("fixed_large", "fixed_small", "zero")
 
@@ -172,6 +172,9 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
             0 for a regression, which starts from none.
         restart_noise: the same where sampling starts from an estimate (a source, a coarser picture), so that it
             brings no grain of its own; None is initial_noise.
+        chroma_guidance: for tasks that are given the luma: a factor on the predicted chroma while log-SNR is at most 1,
+            where it is also evened out within regions of like luma (`color.even_chroma`), so that no sky changes its
+            tint midway; 0 leaves it as it is (the paper).
         timestep_spacing, thresholding, dynamic_thresholding_ratio, sample_max_value: not used here, but by a
             solver built from this configuration: steps from the noisiest level on, and y0 clamped to [-1, 1].
 
@@ -209,6 +212,7 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
         logsnr_max: float = 9.0,
         initial_noise: float = 1.0,
         restart_noise: float | None = None,
+        chroma_guidance: float = 0.0,
         timestep_spacing: str = "trailing",
         thresholding: bool = True,
         dynamic_thresholding_ratio: float = 1.0,
@@ -222,6 +226,8 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
         ):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
+        if not chroma_guidance >= 0:
+            raise ValueError(f"chroma_guidance is {chroma_guidance}, expected 0 (none) or above")
         # the library drops defaulted values when another class is built from a configuration, and that solver
         # would then get the library's own betas in silence: only what no solver of it knows counts as defaulted
         defaulted = self.config.get("_use_default_values")

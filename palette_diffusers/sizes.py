@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from .color import luma, with_luma
+from .machine import memory_full
 from .masks import box_mean
 
 MOST_HOLES, PART = 32, 2500  # that are sampled one by one; pixels a side that are sampled together if they are more
@@ -386,7 +387,7 @@ def halving(predict: Predict) -> Predict:
         try:
             return predict(sample, gamma, condition)
         except RuntimeError as error:
-            if not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)):
+            if not memory_full(error):
                 raise
         # outside of the handler, whose traceback would hold the memory
         number, (height, width) = len(sample), sample.shape[-2:]

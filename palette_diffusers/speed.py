@@ -29,12 +29,15 @@ def solver_for(name: str, config: Any) -> tuple[Any, int]:
     return build(getattr(diffusers, solver), config), steps
 
 
-def build(kind: Any, config: Any) -> Any:
-    """A scheduler of this class from another one's configuration."""
+def build(kind: Any, config: Any, **changes: Any) -> Any:
+    """A scheduler of this class from another one's configuration, with changes of it. Our own settings are kept in any
+    class, where `from_config` would drop changed ones that it doesn't know."""
+    settings = dict(config) | changes
+    settings["_use_default_values"] = sorted(set(settings.get("_use_default_values", ())) - set(changes))
     warnings = logging.getLogger("diffusers.configuration_utils")
     level = warnings.level
     warnings.setLevel(logging.ERROR)  # of our own settings, which the library's solver keeps and does not use
     try:
-        return kind.from_config(config)
+        return kind.from_config(settings)
     finally:
         warnings.setLevel(level)

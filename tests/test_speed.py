@@ -105,3 +105,15 @@ def test_large_fills_are_refined_by_what_few_steps_allow(pipe, photo, name, refi
     large = Image.fromarray(photo).resize((6 * size, 6 * size))
     pipe(large, task="inpainting", mask_image=f"{size},{size},{4 * size},{4 * size}")
     assert (len(calls) > pipe.config.default_steps) == refined
+
+
+def test_a_solver_is_built_with_changes_that_only_we_know():
+    import diffusers
+
+    from palette_diffusers.speed import build
+
+    config = PaletteScheduler(sampling_spacing="logsnr").config  # the others are defaults, which the library drops
+    built = build(diffusers.UniPCMultistepScheduler, config, chroma_guidance=1.2, use_karras_sigmas=True)
+    assert built.config["chroma_guidance"] == 1.2 and built.config.use_karras_sigmas
+    assert built.config["sampling_spacing"] == "logsnr" and built.config.num_train_timesteps == 2000
+    assert build(PaletteScheduler, config, initial_noise=0.5).init_noise_sigma == 0.5

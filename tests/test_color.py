@@ -1,0 +1,103 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from palette_diffusers import PalettePipeline, PaletteScheduler
+from palette_diffusers.color import chroma, even_chroma, fit_to_edges, luma
+
+
+def dense(right, pull, light, edge):
+    """The same system, one pixel at a time, solved by factorisation."""
+    height, width = light.shape
+    matrix = torch.diag(torch.full((height * width,), pull, dtype=torch.float64))
+    for y in range(height):
+        for x in range(width):
+            for v, u in ((y + 1, x), (y, x + 1)):
+                if v < height and u < width:
+                    weight = torch.exp(-(((light[v, u] - light[y, x]) / edge) ** 2) / 2)
+                    a, b = y * width + x, v * width + u
+                    matrix[a, a] += weight
+                    matrix[b, b] += weight
+                    matrix[a, b] -= weight
+                    matrix[b, a] -= weight
+    return torch.linalg.solve(matrix, right.flatten()).view(height, width)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_fields_follow_edges_as_the_equations_say(given):
+    generator = torch.Generator().manual_seed(0)
+    right, light = (torch.randn(2, n, 6, 9, generator=generator, dtype=torch.float64) for n in (3, 1))
+    start = right * 3 if given else None
+    found = fit_to_edges(right, 0.05, light * 0.1, 0.08, 120, start)
+    for i in range(2):
+        for c in range(3):
+            exact = dense(right[i, c], 0.05, light[i, 0] * 0.1, 0.08)
+            torch.testing.assert_close(found[i, c], exact, atol=1e-5, rtol=0)
+
+
+def halves():
+    """Two halves, each of one luma with a little texture, and blotches of colour all over; (1, 3, 64, 64)."""
+    generator = torch.Generator().manual_seed(0)
+    light = 0.02 * torch.randn(1, 1, 64, 64, generator=generator)
+    light[..., 32:] += 0.5
+    blotches = F.interpolate(torch.randn(1, 3, 8, 8, generator=generator) * 0.1, (64, 64), mode="bicubic")
+    blotches[:, 0, :, 32:] += 0.2
+    return light, light + chroma(blotches)
+
+
+def test_a_region_has_one_colour_and_two_have_two():
+    light, image = halves()
+    even = even_chroma(image, light)
+    assert torch.allclose(luma(even), light, atol=1e-6)
+    for part in (slice(0, 30), slice(34, 64)):
+        before, after = chroma(image)[..., part], chroma(even)[..., part]
+        assert (after.std((-2, -1)) < 0.5 * before.std((-2, -1))).all()
+        assert torch.allclose(after.mean((-2, -1)), before.mean((-2, -1)), atol=0.02)
+    stronger = chroma(even_chroma(image, light, 1.5))
+    assert torch.allclose(stronger, 1.5 * chroma(even), atol=1e-5)
+
+
+def unevenness(image):
+    """Of chroma, from one pixel to the next."""
+    return chroma(image).diff(dim=-1).abs().mean().item()
+
+
+def predictions(pipe, task, scheduler):
+    """The predicted picture of every step, and its level."""
+    seen = []
+
+    def callback(pipe, i, t, tensors):
+        seen.append((pipe.scheduler.gamma(t).item(), tensors["pred_original_sample"].clone()))
+        return tensors
+
+    pipe.scheduler = scheduler
+    pipe(
+        torch.zeros(3, 32, 32), task=task, generator=torch.Generator().manual_seed(0), num_inference_steps=10,
+        mask_image=torch.ones(1, 32, 32).tril() if task == "inpainting" else None,
+        callback_on_step_end=callback, callback_on_step_end_tensor_inputs=["pred_original_sample"],
+    )  # fmt: skip
+    return seen
+
+
+def test_chroma_guidance_evens_noisy_levels_of_colorization_alone(pipe):
+    plain, guided = (
+        PaletteScheduler(sampling_spacing="logsnr", sampling_variance="zero", chroma_guidance=g) for g in (0, 1)
+    )
+    colors = [predictions(pipe, "colorization", s) for s in (plain, guided)]
+    assert len(colors[1]) == 10 and colors[1][0][0] < 0.75 < colors[1][-1][0]
+    first, last = (unevenness(colors[1][k][1]) / unevenness(colors[0][k][1]) for k in (0, -1))
+    assert first < 0.1 < 0.2 < last
+    holes = [predictions(pipe, "inpainting", s) for s in (plain, guided)]
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(*holes, strict=True))
+
+
+def test_chroma_guidance_is_a_setting_of_the_checkpoint(pipe, tmp_path):
+    with pytest.raises(ValueError, match="chroma_guidance is -1, expected 0"):
+        PaletteScheduler(chroma_guidance=-1)
+    pipe.scheduler = PaletteScheduler(chroma_guidance=1.25)
+    pipe.speed("fast")
+    assert type(pipe.scheduler).__name__ == "UniPCMultistepScheduler"
+    pipe.save_pretrained(tmp_path)
+    assert PalettePipeline.from_pretrained(tmp_path).scheduler.config["chroma_guidance"] == 1.25
+    starter = PalettePipeline.from_pretrained()
+    assert starter.scheduler.config.chroma_guidance > 0
