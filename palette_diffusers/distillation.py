@@ -51,7 +51,9 @@ class Teacher:
         self.pipe, self.levels = pipe, levels
         self.tasks = [get_task(task) for task in tasks]
         self.steps = steps or pipe.config.default_steps
-        pipe.scheduler = PaletteScheduler.from_config(pipe.scheduler.config, sampling_variance="zero")
+        # the student's own sampling will even chroma out
+        settings = dict(sampling_variance="zero", chroma_guidance=0.0)
+        pipe.scheduler = PaletteScheduler.from_config(pipe.scheduler.config, **settings)
         pipe.set_progress_bar_config(disable=True)
         pipe.unet.requires_grad_(False).eval()
 

@@ -66,7 +66,8 @@ def memory_full(error: BaseException) -> bool:
     """
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return any(words in str(error) for words in ("out of memory", "can't allocate", "ALLOC_FAILED"))
+    said = ("out of memory", "can't allocate", "DefaultCPUAllocator", "ALLOC_FAILED")
+    return any(words in str(error) for words in said)
 
 
 def accelerator_lost(error: BaseException) -> bool:

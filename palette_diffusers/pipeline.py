@@ -36,7 +36,7 @@ STARTER = Path(__file__).resolve().with_name("starter")
 SHIPPED = {path.name: path for path in (STARTER, STARTER.with_name("starter-few-steps"))}  # a Hub id has a slash
 BATCH = 16  # samples of a batch, at most
 AT_ONCE = 8_000_000  # pixels of variations that are made together
-EVENED = 0.73  # gamma up to which chroma is evened out: log-SNR 1
+EVENED = 0.7311  # gamma up to which chroma is evened out: log-SNR 1
 REFINE_FROM = 2.5  # log-SNR at which finer levels start from the coarser picture
 SOONER = 1.5  # log-SNR by which the last of few steps may come before that; more would leave grain
 

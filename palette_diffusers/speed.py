@@ -4,10 +4,13 @@ Chosen from a measured curve of quality against evaluations (`benchmarks/solvers
 the best distance on colorization, inpainting and uncropping, at every number of steps.
 """
 
+import inspect
 import logging
 from typing import Any
 
 import diffusers
+
+from .scheduler import PaletteScheduler
 
 SPEEDS = {
     # name: (solver of diffusers, steps)
@@ -33,7 +36,12 @@ def build(kind: Any, config: Any, **changes: Any) -> Any:
     """A scheduler of this class from another one's configuration, with changes of it. Our own settings are kept in any
     class, where `from_config` would drop changed ones that it doesn't know."""
     settings = dict(config) | changes
-    settings["_use_default_values"] = sorted(set(settings.get("_use_default_values", ())) - set(changes))
+    defaults = {name: p.default for name, p in inspect.signature(PaletteScheduler.__init__).parameters.items()}
+    settings["_use_default_values"] = [
+        name
+        for name in settings.get("_use_default_values", ())
+        if name not in changes and settings.get(name) == defaults.get(name)
+    ]
     warnings = logging.getLogger("diffusers.configuration_utils")
     level = warnings.level
     warnings.setLevel(logging.ERROR)  # of our own settings, which the library's solver keeps and does not use

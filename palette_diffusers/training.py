@@ -28,7 +28,7 @@ from .scheduler import PaletteScheduler, diffuse, training_target
 from .settings import FREE, PRESETS, TrainSettings, parse, preset
 from .sharding import share, share_optimizer, whole
 from .unet import PaletteUNet2DModel
-from .zero import configure, gradient_norm, load_optimizer_state, optimizer_state, precision_of
+from .zero import autocast, configure, gradient_norm, load_optimizer_state, optimizer_state, precision_of
 
 __all__ = ["PRESETS", "TrainSettings", "parse", "preset", "train"]
 
@@ -374,6 +374,8 @@ def _accelerator(settings: TrainSettings) -> Any:
         plugin, micro_batch = accelerator.state.deepspeed_plugin, settings.batch // parts
         if settings.optimizer == "adamw8bit":
             raise ValueError("optimizer is adamw8bit, whose states DeepSpeed cannot divide: expected adamw or adam")
+        if settings.channels_last:
+            raise ValueError("channels_last is on, but DeepSpeed lays weights out plainly: leave it out")
         configure(plugin, accelerator.mixed_precision, micro_batch, settings.accumulate, settings.clip)
     return accelerator
 
@@ -574,7 +576,7 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
                 torch.manual_seed(int(key.generate_state(1)[0]))
                 last = part == settings.accumulate - 1
                 with nullcontext() if last or zero else accelerator.no_sync(unet):
-                    with accelerator.autocast():
+                    with autocast(accelerator):
                         batch = teacher.pairs(batch) if teacher else batch
                         losses = sample_losses(unet, batch, settings)
                     loss = (losses * shares[batch["task"]]).mean()

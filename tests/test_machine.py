@@ -22,18 +22,25 @@ def in_a_thread(function):
 OPENMP = sys.platform == "linux" and "OpenMP" in torch.__config__.parallel_info()
 
 
-@pytest.mark.skipif(not OPENMP or torch.get_num_threads() < 2, reason="computes by one thread, or without OpenMP")
-def test_a_thread_without_team_is_the_only_one():
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not OPENMP, reason="computes without OpenMP")
+def test_a_thread_without_team_is_the_only_one(two_threads):
     def alone():
         without_team()
         torch.rand(400, 400) @ torch.rand(400, 400)
         return torch.get_num_threads()
 
-    before = torch.get_num_threads()
     assert in_a_thread(alone) == 1
-    assert in_a_thread(torch.get_num_threads) == before
+    assert in_a_thread(torch.get_num_threads) == 2
     without_team()
-    assert torch.get_num_threads() == before, "the main thread is left as it is"
+    assert torch.get_num_threads() == 2, "the main thread is left as it is"
 
 
 def test_layout():

@@ -117,3 +117,6 @@ def test_a_solver_is_built_with_changes_that_only_we_know():
     assert built.config["chroma_guidance"] == 1.2 and built.config.use_karras_sigmas
     assert built.config["sampling_spacing"] == "logsnr" and built.config.num_train_timesteps == 2000
     assert build(PaletteScheduler, config, initial_noise=0.5).init_noise_sigma == 0.5
+    scheduler = PaletteScheduler(sampling_spacing="logsnr")
+    scheduler.register_to_config(chroma_guidance=1.2)  # of what the library still counts among the defaults
+    assert build(diffusers.UniPCMultistepScheduler, scheduler.config).config["chroma_guidance"] == 1.2

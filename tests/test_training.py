@@ -340,6 +340,10 @@ def configured(**config):
         ({"zero_optimization": {"stage": 3}}, "no", "ZeRO stage 3, expected 1 or 2; to divide weights: FSDP 2"),
         ({}, "bf16", "ZeRO stage 0, expected 1 or 2"),
         ({"zero_optimization": {"stage": 2}}, "fp16", "precision is fp16 under DeepSpeed, expected bf16 or no"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "bf16",
+            "offload the optimizer to cpu, expected none",
+        ),
     ],
 )
 def test_what_deepspeed_is_not_used_for(config, precision, message):
@@ -356,6 +360,25 @@ def test_deepspeed_computes_in_bfloat16_and_keeps_float32():
     assert config["gradient_clipping"] == 0.5
     state = SimpleNamespace(deepspeed_plugin=plugin)
     assert zero.precision_of(SimpleNamespace(state=state, mixed_precision="no")) == "bf16"
+
+
+@pytest.mark.parametrize(("fused", "device"), [(True, "meta"), (False, "cpu")])
+def test_a_divided_optimizers_step_lies_where_torch_wants_it(fused, device):
+    """Fused optimizers of a GPU refuse one on the CPU."""
+    flat, whole = (torch.nn.Parameter(torch.empty(size, device="meta")) for size in (6, (2, 5)))
+    base = torch.optim.AdamW([flat])
+    base.param_groups[0]["fused"] = fused
+    inside, of = SimpleNamespace(start=2, numel=4), SimpleNamespace(start=6, numel=4)
+    whole._hp_mapping = SimpleNamespace(param_group_index=0, hp_fragment_address=inside, lp_fragment_address=of)
+    state = {0: {"step": torch.tensor(7.0), "exp_avg": torch.ones(2, 5)}}
+    zero.load_optimizer_state(SimpleNamespace(optimizer=base), [whole], {"state": state})
+    assert base.state[flat]["step"].device.type == device and base.state[flat]["exp_avg"].shape == (6,)
+
+
+def test_what_a_user_configured_for_lower_precision_gives_way():
+    plugin = configured(zero_optimization={"stage": 2}, torch_autocast={"enabled": True, "dtype": "float16"})
+    zero.configure(plugin, "no", 4, 1, 1.0)
+    assert not plugin.deepspeed_config["torch_autocast"]["enabled"]
 
 
 def test_a_gradient_that_is_not_finite_under_deepspeed():
