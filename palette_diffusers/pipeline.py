@@ -553,6 +553,8 @@ class PalettePipeline(DiffusionPipeline):
                 sample = denoise(given, latents=noise, predict=predict, estimate=begin, start=REFINE_FROM).cpu()
             assert sample is not None
             filled = task.compose(sample.clamp(-1, 1), given)[..., : block.height, : block.width]
+            if predict is not None and denoise is not None and self.unet.config.patch_size == 2:
+                filled = sizes.without_grid(filled, block.crop(hole)).clamp(-1, 1)
             sizes.lay(level, torch.where(block.crop(wanted) > 0, filled, block.crop(level)), block)
 
     def _add_grain(

@@ -181,6 +181,29 @@ def separate(mask: torch.Tensor, grid: int = 128) -> Iterator[torch.Tensor]:
     yield from map(hole, sorted(found[found > 0], key=lambda label: -counts[labels[0, 0] == label].sum().item()))
 
 
+def without_grid(image: torch.Tensor, hole: torch.Tensor, radius: int = 8) -> torch.Tensor:
+    """Takes out of a hole (1, 1, H, W) of an image (B, 3, H, W) what alternates from one pixel to the next over squares
+    of 2 radius + 1 pixels: the pattern that a network of 2x2 patches leaves. Finer than that, detail does not do so."""
+    rows, columns = (torch.ones(n).to(image) for n in image.shape[-2:])
+    rows[1::2], columns[1::2] = -1, -1
+    share = box_mean(hole, radius).clamp_min(1e-3)
+    out = image.clone()
+    for one in out.split(1):  # in place, so that memory is that of one
+        for sign, dims in ((rows[:, None], (-2,)), (columns, (-1,)), (rows[:, None] * columns, (-2, -1))):
+            detail = one
+            for dim in dims:
+                detail = detail - _binomial(detail, dim)
+            one -= hole * sign * (box_mean(sign * detail * hole, radius) / share)
+    return out
+
+
+def _binomial(image: torch.Tensor, dim: int) -> torch.Tensor:
+    """(1, 2, 1) / 4 along a dimension, the border repeated; nothing is left of what alternates."""
+    size = image.shape[dim]
+    before, after = (torch.arange(size).add(step).clamp(0, size - 1).to(image.device) for step in (-1, 1))
+    return (image.index_select(dim, before) + 2 * image + image.index_select(dim, after)) / 4
+
+
 def grain(image: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
     """The standard deviation of a photograph's grain (B, 3, H, W) where `where` (1, 1, H, W) is 1: (B, 1, 1, 1).
 

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -343,3 +344,27 @@ def test_blocks_are_faded_into_each_other(monkeypatch):
     for i, block in enumerate(blocks):
         sizes.lay(out, torch.full((1, 3, block.height, block.width), [0.0, 1.0, -1.0, 0.5][i % 4]), block)
     assert max(out.diff(dim=dim).abs().max() for dim in (-1, -2)) < 2.1 / sizes.LAP
+
+
+def alternating(image):
+    """How strong patterns of two pixels' period are that hold over 16: along rows, columns and both."""
+    height, width = image.shape[-2:]
+    rows, columns = 1 - 2.0 * (torch.arange(height) % 2)[:, None], 1 - 2.0 * (torch.arange(width) % 2)
+    means = [F.avg_pool2d(image * sign, 16).abs().mean().item() for sign in (rows, columns, rows * columns)]
+    return torch.tensor(means)
+
+
+def test_a_grid_of_two_pixels_is_taken_out_and_nothing_else():
+    generator = torch.Generator().manual_seed(0)
+    y, x = torch.meshgrid(torch.arange(96.0), torch.arange(128.0), indexing="ij")
+    plain = (y / 200 + (x > 70) * 0.4 - 0.4 + 0.1 * torch.sin(x / 3)).expand(2, 3, -1, -1)
+    plain = plain + 0.02 * torch.randn(plain.shape, generator=generator)
+    grid = 0.02 * (1 - 2 * (y % 2)) - 0.01 * (1 - 2 * (x % 2)) + 0.015 * (1 - 2 * ((x + y) % 2))
+    hole = torch.zeros(1, 1, 96, 128)
+    hole[..., 10:80, 20:110] = 1
+    found = sizes.without_grid(plain + hole * grid, hole)
+    assert torch.equal((found * (1 - hole)), (plain * (1 - hole)))
+    inside = (..., slice(16, 64), slice(32, 96))
+    before, after, never = (alternating(image[inside]) for image in (plain + grid, found, plain))
+    assert (after < 0.3 * before).all() and (after < 1.5 * never + 1e-3).all()
+    assert (found - plain)[inside].square().mean() < 0.1 * grid[inside[1:]].square().mean()
