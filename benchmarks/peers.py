@@ -5,7 +5,8 @@
 The checkouts are of Janspiry/Palette-Image-to-Image-Diffusion-Models and openai/guided-diffusion; a peer without one is
 left out. diffusers' `UNet2DModel` is always there. Nothing of theirs is in this project. Calls take turns (A/B in one
 process); medians, and half of the range between the quartiles. Forwards are in evaluation mode. The peak is that of a
-3x3 convolution of 256 channels, which takes its turn among them; ours is in channels-last layout where it says so.
+3x3 convolution of 256 channels on a CPU, of a matrix product of 8192 on a GPU, and takes its turn among them; ours is
+in channels-last layout where it says so. float32 takes TF32 on a GPU, everyone's.
 """
 
 import argparse
@@ -33,7 +34,9 @@ from palette_diffusers.winograd import use_winograd
 NETWORKS = {
     "64 pixels, 128 wide": (128, (1, 2, 3, 4), 2, 2, 64, 4),
     "64 pixels, 64 wide": (64, (1, 2, 4, 8), 2, 3, 64, 8),
+    "256 pixels, the paper's": (256, (1, 1, 2, 2, 4, 4), 2, 3, 256, 1),
 }
+USUAL = list(NETWORKS)[:2]
 LAST = ", channels last"
 Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -124,13 +127,19 @@ def networks(name: str, janspiry: Path | None, guided: Path | None) -> dict[str,
 
 
 PEAK_FLOPS = 2 * 256 * 256 * 9 * 16 * 32 * 32
+MATRIX = 8192
+PEAKS = {"cpu": "convolution", "cuda": "matrix product"}
 
 
-def convolution(dtype: torch.dtype) -> Callable:
-    """What a share of peak is counted against: a 3x3 convolution, (16, 256, 32, 32) to as many channels."""
+def peak(dtype: torch.dtype, device: str) -> tuple[Callable, int]:
+    """What a share of peak is counted against, and its FLOPs: a 3x3 convolution, (16, 256, 32, 32) to as many channels;
+    on a GPU, which those would not fill, a product of two square matrices."""
+    if device == "cuda":
+        a, b = torch.randn(2, MATRIX, MATRIX, dtype=dtype).unbind()
+        return (lambda: a @ b), 2 * MATRIX**3
     layer = torch.nn.Conv2d(256, 256, 3, padding=1).to(dtype, memory_format=torch.channels_last)
     x = torch.randn(16, 256, 32, 32, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    return torch.no_grad()(lambda: layer(x))
+    return torch.no_grad()(lambda: layer(x)), PEAK_FLOPS
 
 
 def cast(network: torch.nn.Module, dtype: torch.dtype) -> Call:
@@ -144,8 +153,11 @@ def flops(call: Callable) -> int:
     return counter.get_total_flops()
 
 
-def measure(name: str, janspiry: Path | None, guided: Path | None, rounds: int, compiled: bool) -> list[dict]:
-    *_, size, batch = NETWORKS[name]
+def measure(
+    name: str, janspiry: Path | None, guided: Path | None, rounds: int, compiled: bool, batch: int = 0
+) -> list[dict]:
+    *_, size, usual = NETWORKS[name]
+    batch = batch or usual
     device = torch.get_default_device().type
     y, x, eps = torch.randn(3, batch, 3, size, size).unbind()
     gamma = torch.rand(batch).clamp(0.01, 0.99)
@@ -190,7 +202,7 @@ def measure(name: str, janspiry: Path | None, guided: Path | None, rounds: int, 
                 use_channels_last_norms(network)
                 call = cast(network, torch.float32)
                 calls["training", "ours", what] = training(network, call, dtype == torch.bfloat16)
-        calls["peak", "convolution", what] = convolution(dtype)
+        calls["peak", PEAKS[device], what], most = peak(dtype, device)
     if device == "cpu":
         network = copy.deepcopy(ours).to(memory_format=torch.channels_last)
         use_winograd(network)
@@ -202,16 +214,16 @@ def measure(name: str, janspiry: Path | None, guided: Path | None, rounds: int, 
         half = copy.deepcopy(ours).to(torch.bfloat16, memory_format=torch.channels_last)
         half.compile_repeated_blocks()
         calls["forward", "ours", f"bfloat16{LAST}, compiled"] = forward(half, cast(half, torch.bfloat16))
-    work = {what: flops(calls[what, "ours", "float32"]) for what in ("forward", "training")} | {"peak": PEAK_FLOPS}
+    work = {what: flops(calls[what, "ours", "float32"]) for what in ("forward", "training")} | {"peak": most}
     seconds = interleaved({"|".join(key): call for key, call in calls.items()}, rounds)
     rows = []
     for what, who, dtype in calls:
         median, spread = seconds[f"{what}|{who}|{dtype}"]
-        row = {"network": name, "what": what, "who": who, "dtype": dtype, "seconds": round(median, 4)}
+        row = {"network": name, "batch": batch, "what": what, "who": who, "dtype": dtype, "seconds": round(median, 4)}
         row |= {"spread": round(spread, 4), "GFLOP": round(work[what] / 1e9, 1)}
         row["GFLOP/s"] = round(work[what] / median / 1e9)
-        peak = PEAK_FLOPS / seconds[f"peak|convolution|{dtype.partition(',')[0]}{LAST}"][0]
-        row["share of peak"] = round(work[what] / median / peak, 3)
+        fastest = most / seconds[f"peak|{PEAKS[device]}|{dtype.partition(',')[0]}{LAST}"][0]
+        row["share of peak"] = round(work[what] / median / fastest, 3)
         if janspiry is not None and what != "peak":
             row["times as fast as Janspiry"] = round(seconds[f"{what}|Janspiry|float32"][0] / median, 2)
         rows.append(row)
@@ -231,20 +243,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--janspiry", type=Path, default=None, help="checkout of the public Palette implementation")
     parser.add_argument("--guided-diffusion", type=Path, default=None, help="checkout of openai/guided-diffusion")
-    parser.add_argument("--networks", default=";".join(NETWORKS), help="names with semicolons between")
+    parser.add_argument("--networks", default=";".join(USUAL), help="names with semicolons between")
+    parser.add_argument("--batch", type=int, default=0, help="pictures at a time; default: the network's own for a CPU")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", default=best_device(), help="default: the best there is; only cpu has been run")
+    parser.add_argument("--device", default=best_device(), help="default: the best there is")
     parser.add_argument("--compile", action="store_true", help="rows of torch.compile too (minutes)")
     parser.add_argument("--output", type=Path, default=None, help="JSON file; the page is written beside it as .md")
     args = parser.parse_args()
     torch.set_default_device(args.device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.benchmark = True
     result: dict[str, Any] = {"machine": machine(), "rows": []}
     for name in args.networks.split(";"):
-        result["rows"] += measure(name, args.janspiry, args.guided_diffusion, args.rounds, args.compile)
+        result["rows"] += measure(name, args.janspiry, args.guided_diffusion, args.rounds, args.compile, args.batch)
+        if args.output:
+            args.output.write_text(json.dumps(result, indent=2) + "\n")
+            args.output.with_suffix(".md").write_text(page(result) + "\n")
     print(page(result))
-    if args.output:
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
-        args.output.with_suffix(".md").write_text(page(result) + "\n")
 
 
 if __name__ == "__main__":

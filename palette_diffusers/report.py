@@ -38,11 +38,11 @@ class Tally:
         self._waited += time.perf_counter() - begin
 
     def add(self, losses: torch.Tensor, batch: dict[str, torch.Tensor]) -> None:
-        """losses (B,) of a batch of `PaletteDataset`."""
-        losses = losses.cpu().double()
+        """losses (B,) of a batch of `PaletteDataset`, both in the processor's memory."""
+        losses = losses.double()
         self._bad |= not bool(torch.isfinite(losses).all())
-        logsnr = torch.logit(batch["gamma"].cpu().double())
-        cell = batch["task"].cpu() * (len(BINS) + 1) + torch.bucketize(logsnr, torch.tensor(BINS, dtype=torch.float64))
+        logsnr = torch.logit(batch["gamma"].double())
+        cell = batch["task"] * (len(BINS) + 1) + torch.bucketize(logsnr, torch.tensor(BINS, dtype=torch.float64))
         self._sums[0].index_add_(0, cell, losses)
         self._sums[1].index_add_(0, cell, torch.ones_like(losses))
         self._unused += torch.tensor([float(batch["skipped"].sum()), float(batch["gray"].sum())])

@@ -33,6 +33,7 @@ from .zero import autocast, configure, gradient_norm, load_optimizer_state, opti
 __all__ = ["PRESETS", "TrainSettings", "parse", "preset", "train"]
 
 DAMAGE = (zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError)
+COUNTED = ("gamma", "task", "skipped", "gray")
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]
 
 
@@ -201,6 +202,31 @@ def _check_state(state: dict, read: torch.Tensor, accelerator: Any) -> torch.Ten
     return before
 
 
+class Later:
+    """Numbers of a step. A GPU's are read a step later, since it would stand still while they are waited for; a CPU's
+    at once."""
+
+    def __init__(self, waits: bool):
+        self._waits = waits
+        self._pending: list[tuple[int, dict[str, torch.Tensor], Any]] = []
+
+    def put(self, step: int, **numbers: torch.Tensor) -> None:
+        event = None
+        if self._waits:
+            numbers = {k: torch.empty_like(v, device="cpu", pin_memory=True).copy_(v, True) for k, v in numbers.items()}
+            event = torch.cuda.Event()
+            event.record()
+        self._pending.append((step, numbers, event))
+
+    def take(self, before: int | None = None) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+        """The steps and numbers that have come in; None waits for all of them."""
+        while self._pending and not (self._waits and before is not None and self._pending[0][0] >= before):
+            step, numbers, event = self._pending.pop(0)
+            if event is not None:
+                event.synchronize()
+            yield step, numbers
+
+
 # the parts of a run
 
 
@@ -334,11 +360,12 @@ def _loader(dataset: Any, settings: TrainSettings, start: int, processes: int) -
         drop_last=True,
         persistent_workers=settings.workers > 0,
         prefetch_factor=4 if settings.workers else None,
+        pin_memory=torch.cuda.is_available(),
     )
 
 
 def _accelerator(settings: TrainSettings) -> Any:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DataLoaderConfiguration
     from accelerate.tracking import get_available_trackers
 
     installed = [str(tracker.value) for tracker in get_available_trackers()]
@@ -351,6 +378,7 @@ def _accelerator(settings: TrainSettings) -> Any:
         mixed_precision=settings.precision or None,
         log_with=None if tracker == "none" else tracker,
         project_dir=settings.output,
+        dataloader_config=DataLoaderConfiguration(non_blocking=torch.cuda.is_available()),
     )
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     if kind == "MEGATRON_LM" or (kind == "FSDP" and not accelerator.is_fsdp2):
@@ -457,7 +485,7 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
     from tqdm.auto import tqdm
 
     torch.manual_seed(settings.seed)
-    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.benchmark = True
     unet, scheduler, default_steps = _trainable(settings)
     if settings.checkpointing:
         unet.enable_gradient_checkpointing()
@@ -492,7 +520,7 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
     spare = copy.deepcopy(unet) if sharded and main else None  # to sample with, and to publish
     unet, optimizer = accelerator.prepare(unet, optimizer)
     trained = [p for p in unet.parameters() if p.requires_grad]  # shards of them, under FSDP
-    ema = EMAModel(trained, decay=settings.ema, use_ema_warmup=True, power=0.75)
+    ema = EMAModel(trained, decay=settings.ema, use_ema_warmup=True, power=0.75, foreach=torch.cuda.is_available())
     if state is not None:
         if zero:
             load_optimizer_state(optimizer, trained, state["optimizer"])
@@ -501,7 +529,8 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
         ema.load_state_dict(state["ema"])
         ema.shadow_params = [share(v, p) for v, p in zip(ema.shadow_params, trained, strict=True)]
     if settings.streaming:  # which is divided over the processes already
-        loader = (send_to_device(batch, accelerator.device) for batch in loader)
+        pinned = torch.cuda.is_available()
+        loader = (send_to_device(batch, accelerator.device, non_blocking=pinned) for batch in loader)
     else:
         loader = accelerator.prepare(loader)
     if state is not None and accelerator.scaler is not None and state.get("scaler"):
@@ -558,7 +587,18 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
     begin, step = time.monotonic(), start
     batches: Iterator = iter(loader)
     shares = torch.tensor(_by_task(settings, "loss_weights"), device=accelerator.device)
-    tally = Tally(settings.task_list, folder / "log.jsonl")
+    tally, later = Tally(settings.task_list, folder / "log.jsonl"), Later(accelerator.device.type == "cuda")
+
+    def check(before: int | None = None) -> None:
+        """Counts the losses that have come in, and stops at one, or a gradient, that is not finite."""
+        for at, numbers in later.take(before):
+            if "losses" in numbers:
+                tally.add(numbers.pop("losses"), numbers)
+            if not tally.finite():
+                raise FloatingPointError(f"the loss is not finite at step {at}: the last state is in {folder}")
+            if "norm" in numbers and not torch.isfinite(numbers["norm"]):
+                raise FloatingPointError(f"the gradient is not finite at step {at}: the last state is in {folder}")
+
     unet.train()
     bar = tqdm(total=settings.steps, initial=start, disable=not (main and sys.stderr.isatty()), unit="step")
     try:
@@ -585,18 +625,19 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
                         unet.step()  # clips and steps at the last part only
                     else:
                         accelerator.backward(loss / settings.accumulate)
-                tally.add(losses.detach(), batch)
-            if not tally.finite():
-                raise FloatingPointError(f"the loss is not finite at step {step}: the last state is in {folder}")
+                later.put(step, losses=losses.detach(), **{name: batch[name] for name in COUNTED})
             norm = gradient_norm(unet) if zero else accelerator.clip_grad_norm_(trained, settings.clip or math.inf)
             # the same on every process; fp16's scaler expects some that are not finite, and skips those steps
-            if accelerator.scaler is None and not torch.isfinite(torch.as_tensor(whole(norm))):
-                raise FloatingPointError(f"the gradient is not finite at step {step}: the last state is in {folder}")
+            if accelerator.scaler is None:
+                later.put(step, norm=torch.as_tensor(whole(norm)))
+            check(before=step)
             optimizer.step()
             optimizer.zero_grad()
             ema.step(trained)
             step += 1
             bar.update()
+            if step % settings.log_every == 0 or step % settings.save_every == 0:
+                check()
             if step % settings.log_every == 0:
                 line = tally.line(accelerator, step)
                 bar.set_postfix({k: line[k] for k in ("loss", "samples_per_second", "waiting")})
@@ -608,12 +649,16 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
                     )
             if settings.validate_every and step % settings.validate_every == 0 and gives:
                 sheet(step)
-            if stop or (settings.max_hours and time.monotonic() - begin > settings.max_hours * 3600):
-                accelerator.set_trigger()
-            if accelerator.check_trigger():
+            over = bool(stop) or (settings.max_hours > 0 and time.monotonic() - begin > settings.max_hours * 3600)
+            if accelerator.num_processes > 1:  # all stop when one does
+                if over:
+                    accelerator.set_trigger()
+                over = accelerator.check_trigger()
+            if over:
                 break
             if step % settings.save_every == 0:
                 save(step)
+        check()
         save(step)
     finally:
         bar.close()
