@@ -207,6 +207,8 @@ class PalettePipeline(DiffusionPipeline):
             raise ValueError(f"latents are {tuple(latents.shape)}, expected {tuple(given.condition.shape)}")
         timesteps, sample = self.scheduler.timesteps, latents.to(condition.device, torch.float32)
         first = 0
+        # small photographs are crisper than large ones: at the network's own size, a source gets all of the noise
+        enlarged = estimate is not None or max(condition.shape[-2:]) > self.unet.config.sample_size
         if estimate is not None:
             first = self._first_step(start)
             if first == len(timesteps) and self.scheduler.order == 1 and self._first_step(start - SOONER) < first:
@@ -230,7 +232,7 @@ class PalettePipeline(DiffusionPipeline):
             if hasattr(self.scheduler, "set_begin_index"):
                 self.scheduler.set_begin_index(first)
             exploding = variance_exploding(self.scheduler)
-            calm = self.scheduler.config.get("restart_noise")
+            calm = self.scheduler.config.get("restart_noise") if enlarged else None
             noise = sample if exploding else sample * (self.scheduler.init_noise_sigma if calm is None else calm)
             sample = diffuse(estimate, noise, gamma)
             sample = sample / gamma.sqrt() if exploding else sample

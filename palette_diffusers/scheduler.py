@@ -170,8 +170,8 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
             leaves no residual noise when steps are few; "zero" is deterministic (DDIM, Song et al. 2021).
         initial_noise: factor on the noise that sampling starts from. Below 1, samples are calmer and less diverse;
             0 for a regression, which starts from none.
-        restart_noise: the same where sampling starts from an estimate (a source, a coarser picture), so that it
-            brings no grain of its own; None is initial_noise.
+        restart_noise: the same where sampling starts from a coarser picture, or from a source above the network's own
+            size, so that it brings no grain of its own; None is initial_noise.
         chroma_guidance: for tasks that are given the luma: a factor on the predicted chroma while log-SNR is at most 1,
             where it is also evened out within regions of like luma (`color.even_chroma`), so that no sky changes its
             tint midway; 0 leaves it as it is (the paper).

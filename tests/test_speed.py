@@ -67,7 +67,7 @@ def test_order_of_convergence(solver, order, steps):
 def test_strength_is_the_share_of_steps_that_are_taken(photo, seeded):
     pipe = PalettePipeline(toy_unet(), PaletteScheduler(sampling_spacing="logsnr", restart_noise=0.5), default_steps=10)
     pipe.set_progress_bar_config(disable=True)
-    source = torch.rand(1, 3, 16, 16) * 2 - 1
+    source = torch.rand(1, 3, 64, 64) * 2 - 1  # larger than the network's own size, where `restart_noise` holds
     given, seen = Given(known=source, condition=source), []
 
     def predict(y, gamma, condition):
@@ -79,17 +79,22 @@ def test_strength_is_the_share_of_steps_that_are_taken(photo, seeded):
         pipe.denoise(given, seeded(), predict=predict, strength=strength)
         assert len(seen) == taken
     y, gamma = seen[0]
-    noise = torch.randn(1, 3, 16, 16, generator=seeded())
+    noise = torch.randn(1, 3, 64, 64, generator=seeded())
     torch.testing.assert_close(y, diffuse(source, noise * 0.5, gamma))
+    seen.clear()
+    small = source[..., :32, :32]
+    pipe.denoise(Given(known=small, condition=small), seeded(), predict=predict, strength=0.3)
+    y, gamma = seen[0]
+    torch.testing.assert_close(y, diffuse(small, torch.randn(1, 3, 32, 32, generator=seeded()), gamma))
     with pytest.raises(ValueError, match="strength is 0"):
         pipe(photo, strength=0)
 
 
 def test_a_hole_starts_from_its_smooth_fill(pipe, seeded):
     pipe.scheduler = PaletteScheduler(sampling_spacing="logsnr", restart_noise=0.0)
-    known, mask = torch.full((1, 3, 16, 16), 0.5), torch.zeros(1, 1, 16, 16)
+    known, mask = torch.full((1, 3, 64, 64), 0.5), torch.zeros(1, 1, 64, 64)
     mask[..., 4:12, 4:12] = 1
-    given, seen = Given(known * (1 - mask), torch.randn(1, 3, 16, 16), mask), []
+    given, seen = Given(known * (1 - mask), torch.randn(1, 3, 64, 64), mask), []
     pipe.denoise(given, seeded(), 8, predict=lambda y, g, x: seen.append((y, g)) or y * 0, strength=0.5)
     y, gamma = seen[0]
     torch.testing.assert_close(y / gamma.sqrt(), known)
