@@ -21,6 +21,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("paper", "logsnr")
 OWN_SETTINGS = {
     "sampling_timesteps", "sampling_beta_start", "sampling_beta_end", "sampling_spacing", "sampling_variance",
+    "sampling_order",
     "logsnr_min", "logsnr_max", "initial_noise", "restart_noise", "chroma_guidance",
 }  # fmt: skip
 VARIANCES = ("fixed_large", "fixed_small", "zero")
@@ -168,6 +169,7 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
             steps evenly in log-SNR between `logsnr_min` and `logsnr_max`, inside the trained range (few steps).
         sampling_variance: "fixed_large", 1 - alpha_t, is the paper's; "fixed_small", the posterior variance,
             leaves no residual noise when steps are few; "zero" is deterministic (DDIM, Song et al. 2021).
+        sampling_order: of "zero"; 2 takes the step before into account (DPM-Solver++ 2M, Lu et al. 2022), 1 does not.
         initial_noise: factor on the noise that sampling starts from. Below 1, samples are calmer and less diverse;
             0 for a regression, which starts from none.
         restart_noise: the same where sampling starts from a coarser picture, or from a source above the network's own
@@ -208,6 +210,7 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
         clip_sample_range: float = 1.0,
         sampling_spacing: str = "paper",
         sampling_variance: str = "fixed_large",
+        sampling_order: int = 1,
         logsnr_min: float = -9.0,
         logsnr_max: float = 9.0,
         initial_noise: float = 1.0,
@@ -226,6 +229,9 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
         ):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
+        if sampling_order not in (1, 2) or (sampling_order == 2 and sampling_variance != "zero"):
+            given = f"sampling_order is {sampling_order} with sampling_variance {sampling_variance!r}"
+            raise ValueError(f'{given}, expected 1, or 2 with "zero"')
         if not chroma_guidance >= 0:
             raise ValueError(f"chroma_guidance is {chroma_guidance}, expected 0 (none) or above")
         # the library drops defaulted values when another class is built from a configuration, and that solver
@@ -244,6 +250,7 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
         self.init_noise_sigma = initial_noise
         self.num_inference_steps: int | None = None
         self._gammas = self.training_gammas
+        self._before: tuple[int, torch.Tensor] | None = None  # the last step, and the y0 that it predicted
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
 
     def __len__(self) -> int:
@@ -288,7 +295,7 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
         else:
             logsnr = np.linspace(config.logsnr_max, config.logsnr_min, steps) if steps > 1 else [config.logsnr_min]
             gammas = np.concatenate([[1.0], 1 / (1 + np.exp(-np.asarray(logsnr)))])
-        self._gammas = gammas
+        self._gammas, self._before = gammas, None
         self.num_inference_steps = steps
         self.timesteps = torch.arange(steps - 1, -1, -1, device=device)
 
@@ -323,8 +330,9 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
         if self.config.clip_sample:
             y0 = y0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
         if self.config.sampling_variance == "zero":
-            eps = (y - gamma**0.5 * y0) / (1 - gamma) ** 0.5
-            mean = gamma_prev**0.5 * y0 + (1 - gamma_prev) ** 0.5 * eps
+            way = self._extrapolated(t, y0) if self.config.sampling_order == 2 else y0
+            eps = (y - gamma**0.5 * way) / (1 - gamma) ** 0.5
+            mean = gamma_prev**0.5 * way + (1 - gamma_prev) ** 0.5 * eps
         else:
             mean = (gamma_prev**0.5 * (1 - alpha) * y0 + alpha**0.5 * (1 - gamma_prev) * y) / (1 - gamma)
         if t > 0 and self.config.sampling_variance != "zero":
@@ -334,3 +342,12 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
             mean = mean + variance**0.5 * randn_tensor(y.shape, generator=generator, device=y.device, dtype=y.dtype)
         mean, y0 = mean.to(sample.dtype), y0.to(sample.dtype)
         return PaletteSchedulerOutput(mean, y0) if return_dict else (mean, y0)
+
+    def _extrapolated(self, t: int, y0: torch.Tensor) -> torch.Tensor:
+        """y0 in the middle of the step, by a straight line in log-SNR through this one and the last; the first step and
+        that to the picture itself take it as it is."""
+        before, self._before = self._before, (t, y0)
+        if t == 0 or before is None or before[0] != t + 1 or before[1].shape != y0.shape:
+            return y0
+        later, now, earlier = (np.log(g) - np.log1p(-g) for g in self._gammas[t : t + 3])
+        return y0 + (y0 - before[1]) * float(0.5 * (later - now) / (now - earlier))

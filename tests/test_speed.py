@@ -52,10 +52,15 @@ def solve(scheduler, steps: int) -> float:
     "solver, order, steps",
     [
         (lambda c: PaletteScheduler.from_config(c, sampling_variance="zero", sampling_spacing="logsnr"), 1, 50),
+        (
+            lambda c: PaletteScheduler.from_config(
+                c, sampling_variance="zero", sampling_spacing="logsnr", sampling_order=2
+            ), 2, 50,
+        ),
         (lambda c: diffusers.UniPCMultistepScheduler.from_config(c), 2, 100),
         (lambda c: diffusers.DPMSolverMultistepScheduler.from_config(c, use_lu_lambdas=True), 2, 50),
     ],
-    ids=["zero variance", "UniPC", "DPM++ 2M"],
+    ids=["zero variance", "zero variance, order 2", "UniPC", "DPM++ 2M"],
 )
 def test_order_of_convergence(solver, order, steps):
     """Twice the steps, an error 2^order times smaller."""
