@@ -115,7 +115,7 @@ def large(rows: list[dict], keep: Callable) -> None:
 
 
 def hard(rows: list[dict], keep: Callable, megapixels: float = 48) -> None:
-    """40 holes of 100x100 pixels that lie apart; 4 variations; UniPC, which remembers what it predicted before."""
+    """40 holes of 100x100 pixels that lie apart; 4 variations; a solver that remembers what it predicted before."""
     with tempfile.TemporaryDirectory() as folder:
         width, height = sides(megapixels)
         photo, mask, out = (str(Path(folder, name)) for name in ("photo.jpg", "mask.png", "out.png"))
@@ -129,7 +129,7 @@ def hard(rows: list[dict], keep: Callable, megapixels: float = 48) -> None:
             "40 holes": ["inpaint", "--mask", mask, "--steps", "2"],
             "a hole of 400x400, 4 variations": ["inpaint", "--mask", box, "--samples", "4"],
             "colorization, 4 variations": ["colorize", "--samples", "4"],
-            "a border of 400, UniPC": ["uncrop", "--right", "400", "--speed", "fast"],
+            "a border of 400, --speed fast": ["uncrop", "--right", "400", "--speed", "fast"],
         }
         for name, (verb, *options) in jobs.items():
             if any(row["what"] == name for row in rows):

@@ -47,7 +47,9 @@ FEW = (2, 4, 8, 16)
 FULL_NOISE = {"initial_noise": 1.0}  # as every solver of the library starts
 SOLVERS = {
     "checkpoint's own": Solver(PaletteScheduler, (1, 2, 3, 4, 6, 8, 12, 16, 32)),
-    "DDIM, even in log-SNR": Solver(PaletteScheduler, (*FEW, 32), {"sampling_variance": "zero", **FULL_NOISE}),
+    "DDIM, even in log-SNR": Solver(
+        PaletteScheduler, (*FEW, 32), {"sampling_variance": "zero", "sampling_order": 1, **FULL_NOISE}
+    ),
     "ancestral, even in log-SNR": Solver(
         PaletteScheduler, (*FEW, 32), {"sampling_variance": "fixed_small", **FULL_NOISE}
     ),

@@ -5,6 +5,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+
 FORMAT = 1  # of what `save_pretrained` writes; raised when an older package could no longer read it
 WEIGHTS = re.compile(r"unet/diffusion_pytorch_model(?:\.(\w+))?(?:-\d+-of-\d+)?\.(safetensors|bin)")
 
@@ -62,6 +65,23 @@ def read_index(index: dict[str, Any], classes: set[str], modules: dict[str, str]
         if isinstance(value, list) and len(value) == 2 and value[1] in modules
     }
     return index | own | {"_class_name": kind}
+
+
+def merge_adapters(network: torch.nn.Module, file: str | Path) -> None:
+    """Adds low-rank adapters, of PEFT's names and with alpha = rank, to the weights of convolutions and linear layers,
+    in place: W + B A (Hu et al. 2021).
+
+    Raises:
+        KeyError: an adapter of a layer that the network does not have.
+    """
+    weights, layers = load_file(file), dict(network.named_modules())
+    with torch.no_grad():
+        for name, down in weights.items():
+            layer, kind, _ = name.rsplit(".", 2)
+            if kind == "lora_A":
+                up = weights[f"{layer}.lora_B.weight"]
+                weight = layers[layer].get_parameter("weight")
+                weight += (up.flatten(1).float() @ down.flatten(1).float()).reshape(weight.shape).to(weight.dtype)
 
 
 def fetch(

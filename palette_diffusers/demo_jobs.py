@@ -13,7 +13,6 @@ from queue import SimpleQueue
 from threading import Event, Thread
 from typing import Any
 
-import diffusers
 import torch
 from PIL import Image
 
@@ -22,7 +21,7 @@ from .demo_batches import SharedNetwork, Stopped
 from .demo_limits import Failed
 from .machine import accelerator_lost, memory_full, without_team
 from .pipeline import PalettePipeline
-from .speed import build
+from .speed import build, named
 
 LOST = "The server's graphics processor failed or is gone: it works again once the server is restarted."
 LARGE = 1_000_000  # pixels, of which what is done beside the network gains from several threads
@@ -93,10 +92,10 @@ def borrowing_gpu(function: Callable[..., Iterator], seconds: Callable[..., floa
 
 def with_solver(pipe: PalettePipeline, name: str | None) -> PalettePipeline:
     """The same network under a scheduler of its own: a scheduler's state belongs to one job."""
-    kind = getattr(diffusers, name) if name else type(pipe.scheduler)
+    config = pipe.scheduler.config
     own = PalettePipeline(
         unet=pipe.unet,
-        scheduler=build(kind, pipe.scheduler.config),
+        scheduler=named(name, config) if name else build(type(pipe.scheduler), config),
         tasks=pipe.config.tasks,
         default_task=pipe.config.default_task,
         default_steps=pipe.config.default_steps,

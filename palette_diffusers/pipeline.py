@@ -21,7 +21,7 @@ from PIL import Image
 
 from . import canvas, sizes
 from .canvas import ImageInput, Picture
-from .checkpoint import FORMAT, check_folder, fetch, is_local, read_index
+from .checkpoint import FORMAT, check_folder, fetch, is_local, merge_adapters, read_index
 from .coefficients import read_coefficients
 from .color import chroma, even_chroma, luma
 from .hints import Hints, read_hints
@@ -33,7 +33,8 @@ from .tasks import Colorization, Given, JPEGRestoration, Task, get_task, network
 from .unet import PaletteUNet2DModel
 
 STARTER = Path(__file__).resolve().with_name("starter")
-SHIPPED = {path.name: path for path in (STARTER, STARTER.with_name("starter-few-steps"))}  # a Hub id has a slash
+STUDENT = STARTER.with_name("starter-few-steps")
+SHIPPED = {path.name: path for path in (STARTER, STUDENT)}  # a Hub id has a slash
 BATCH = 16  # samples of a batch, at most
 AT_ONCE = 8_000_000  # pixels of variations that are made together
 EVENED = 0.7311  # gamma up to which chroma is evened out: log-SNR 1
@@ -99,6 +100,11 @@ class PalettePipeline(DiffusionPipeline):
         if Path(name).resolve() in SHIPPED.values():  # hold half precision only
             kwargs.setdefault("variant", "fp16")
             kwargs.setdefault("dtype", torch.float32)
+        adapters = Path(name, "lora", "pytorch_lora_weights.safetensors")
+        if Path(name).resolve() == STUDENT and "unet" not in kwargs:  # is the starter, with adapters
+            unet = PaletteUNet2DModel.from_pretrained(STARTER, subfolder="unet", variant="fp16", dtype=torch.float32)
+            merge_adapters(unet, adapters)
+            kwargs["unet"] = unet.to(kwargs["dtype"])
         if is_local(name) and "unet" not in kwargs:
             check_folder(Path(name), kwargs.get("variant"))
         return super().from_pretrained(name, **kwargs)

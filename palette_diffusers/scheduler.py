@@ -169,7 +169,8 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
             steps evenly in log-SNR between `logsnr_min` and `logsnr_max`, inside the trained range (few steps).
         sampling_variance: "fixed_large", 1 - alpha_t, is the paper's; "fixed_small", the posterior variance,
             leaves no residual noise when steps are few; "zero" is deterministic (DDIM, Song et al. 2021).
-        sampling_order: of "zero"; 2 takes the step before into account (DPM-Solver++ 2M, Lu et al. 2022), 1 does not.
+        sampling_order: of "zero" (the others have one): 2 takes the step before into account (DPM-Solver++ 2M, Lu et
+            al. 2022), 1 does not.
         initial_noise: factor on the noise that sampling starts from. Below 1, samples are calmer and less diverse;
             0 for a regression, which starts from none.
         restart_noise: the same where sampling starts from a coarser picture, or from a source above the network's own
@@ -229,9 +230,8 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
         ):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
-        if sampling_order not in (1, 2) or (sampling_order == 2 and sampling_variance != "zero"):
-            given = f"sampling_order is {sampling_order} with sampling_variance {sampling_variance!r}"
-            raise ValueError(f'{given}, expected 1, or 2 with "zero"')
+        if sampling_order not in (1, 2):
+            raise ValueError(f"sampling_order is {sampling_order}, expected 1 or 2")
         if not chroma_guidance >= 0:
             raise ValueError(f"chroma_guidance is {chroma_guidance}, expected 0 (none) or above")
         # the library drops defaulted values when another class is built from a configuration, and that solver
@@ -346,7 +346,7 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
     def _extrapolated(self, t: int, y0: torch.Tensor) -> torch.Tensor:
         """y0 in the middle of the step, by a straight line in log-SNR through this one and the last; the first step and
         that to the picture itself take it as it is."""
-        before, self._before = self._before, (t, y0)
+        before, self._before = self._before, (t, y0) if t else None
         if t == 0 or before is None or before[0] != t + 1 or before[1].shape != y0.shape:
             return y0
         later, now, earlier = (np.log(g) - np.log1p(-g) for g in self._gammas[t : t + 3])

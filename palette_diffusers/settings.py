@@ -181,7 +181,7 @@ _DEEP = _STARTER | dict(
 )  # fmt: skip
 # a task whose source says almost all has small losses, and would be learnt last
 _CAP = dict(weight_cap=10.0, loss_weights="colorization=2,uncropping=0.7,jpeg_restoration=3")
-_GPU = _CAP | dict(decay=4_000, precision="bf16", channels_last=True, compile=True, workers=14, validate_every=0)
+_GPU = _CAP | dict(decay=1_700, crop_share=0.15, precision="bf16", channels_last=True, workers=14)
 _TUNE = dict(weight_cap=10.0, init="starter", save_every=100, validate_every=100, log_every=10)
 _DISTILL = dict(loss="huber", init="starter", teacher="starter", **_CAP)
 _V = "v_prediction"
@@ -189,7 +189,7 @@ _V = "v_prediction"
 # preset                  size batch      steps  rate  warmup  ema     prediction network and the rest
 PRESETS: dict[str, tuple] = {
     "starter-64":           (64,   32,    20_000, 8e-4,    150, 0.999,  _V,        _STARTER, _CAP),
-    "starter-64-gpu":       (64,  256,    10_000, 1e-3,    300, 0.9995, _V,        _DEEP, _GPU),
+    "starter-64-gpu":       (64,  256,     4_800, 1e-3,    300, 0.9995, _V,        _DEEP, _GPU),
     "finetune-64":          (64,   16,       300, 2e-4,     20, 0.99,   _V,        _STARTER, _TUNE),
     "distill-64":           (64,   16,     2_000, 3e-4,    100, 0.998,  _V,        _STARTER, _DISTILL),
     "tiny-64":              (64,   32,     6_000, 8e-4,    150, 0.999,  _V,        _TINY, _CAP),

@@ -9,7 +9,7 @@ from PIL import Image
 
 from palette_diffusers import PalettePipeline, PaletteScheduler, Task, canvas, sizes
 from palette_diffusers.color import is_gray, luma
-from palette_diffusers.pipeline import STARTER
+from palette_diffusers.pipeline import STARTER, STUDENT
 from palette_diffusers.scheduler import output_for
 from palette_diffusers.tasks import Given
 
@@ -471,6 +471,23 @@ def test_the_starters_student_ships_and_runs(photo):
     for steps in (1, 2, 4):
         out = pipe(clean, task="inpainting", mask_image=mask, num_inference_steps=steps, output_type="pt").images[0]
         assert torch.equal(out[:, :20], clean[:, :20]) and (out - clean)[:, 20:40, 20:40].abs().mean() < 0.5
+
+
+def test_the_student_is_the_starter_with_adapters(tmp_path):
+    """As PEFT merges them; the two together are at most 32 MiB."""
+    pytest.importorskip("peft")
+    student = PalettePipeline.from_pretrained("starter-few-steps").unet
+    starter = PalettePipeline.from_pretrained().unet
+    before = starter.mid_block.resnets[0].conv1.weight.clone()
+    starter.load_lora_adapter(str(STUDENT / "lora"), prefix=None, use_safetensors=True)
+    starter.fuse_lora()
+    starter.unload_lora()
+    for name, weight in starter.state_dict().items():
+        torch.testing.assert_close(student.state_dict()[name], weight, msg=name, atol=1e-6, rtol=1e-5)
+    assert (student.mid_block.resnets[0].conv1.weight - before).abs().max() > 1e-3
+    assert sum(f.stat().st_size for place in (STARTER, STUDENT) for f in place.rglob("*") if f.is_file()) <= 32 * 2**20
+    half = PalettePipeline.from_pretrained("starter-few-steps", dtype=torch.bfloat16).unet
+    assert half.dtype == torch.bfloat16
 
 
 def test_starter_ships_and_runs(photo, monkeypatch):

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -713,7 +714,9 @@ def test_published_weights_are_the_average(folder, tmp_path):
 
 def test_a_pipeline_with_another_solver_is_tuned_and_keeps_it(folder, tmp_path):
     pipe = PalettePipeline.from_pretrained(train(settings(folder, tmp_path / "run", steps=1)))
-    pipe.speed("fast").save_pretrained(tmp_path / "fast")
+    pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.register_to_config(default_steps=4)
+    pipe.save_pretrained(tmp_path / "fast")
     tuned = PalettePipeline.from_pretrained(
         train(settings(folder, tmp_path / "tuned", init=str(tmp_path / "fast"), steps=1))
     )
