@@ -101,7 +101,7 @@ class PalettePipeline(DiffusionPipeline):
             kwargs.setdefault("variant", "fp16")
             kwargs.setdefault("dtype", torch.float32)
         adapters = Path(name, "lora", "pytorch_lora_weights.safetensors")
-        if Path(name).resolve() == STUDENT and adapters.is_file() and "unet" not in kwargs:  # is the starter, with adapters
+        if Path(name).resolve() == STUDENT and adapters.is_file() and "unet" not in kwargs:
             unet = PaletteUNet2DModel.from_pretrained(STARTER, subfolder="unet", variant="fp16", dtype=torch.float32)
             merge_adapters(unet, adapters)
             kwargs["unet"] = unet.to(kwargs["dtype"])

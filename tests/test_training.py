@@ -23,6 +23,7 @@ from palette_diffusers.report import read_log
 from palette_diffusers.scheduler import training_target
 from palette_diffusers.training import (
     PRESETS,
+    Later,
     TrainSettings,
     capped_weight,
     last_state,
@@ -476,15 +477,39 @@ def test_losses_that_are_not_finite_stop_the_run(folder, tmp_path):
     assert not (tmp_path / "run" / "pipeline").exists()
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing(folder, tmp_path, monkeypatch):
+class AsOnGPU(Later):
+    """Gives the numbers a step later, as where they come from a GPU."""
+
+    def __init__(self, waits):
+        super().__init__(True)
+
+    def put(self, step, **numbers):
+        self._pending.append((step, numbers, None))
+
+
+def test_what_a_gpu_computed_is_counted_once_and_in_order(folder, tmp_path, monkeypatch):
     from palette_diffusers import training
 
+    train(settings(folder, tmp_path / "a", steps=5, log_every=2))
+    monkeypatch.setattr(training, "Later", AsOnGPU)
+    train(settings(folder, tmp_path / "b", steps=5, log_every=2))
+    a, b = (read_log(tmp_path / name / "log.jsonl") for name in "ab")
+    assert [line["step"] for line in b] == [2, 4]
+    assert all(x[key] == y[key] for x, y in zip(a, b, strict=True) for key in ("loss", "tasks", "logsnr", "gray"))
+
+
+@pytest.mark.parametrize("kind", [Later, AsOnGPU])
+def test_a_gradient_that_is_not_finite_changes_nothing(folder, tmp_path, monkeypatch, kind):
+    from palette_diffusers import training
+
+    monkeypatch.setattr(training, "Later", kind)
     train(settings(folder, tmp_path / "run", steps=2))
     before = last_state(tmp_path / "run")
     original = training.sample_losses
     monkeypatch.setattr(training, "sample_losses", lambda *a: original(*a).sqrt() * 0 + original(*a) * 1e38 * 1e38 * 0)
-    with pytest.raises(FloatingPointError):
-        train(settings(folder, tmp_path / "run", steps=4, resume=True, save_every=1))
+    for often in (1, 100):  # found before it is saved, be it by the way or at the end
+        with pytest.raises(FloatingPointError, match="is not finite at step 2: the last state is in"):
+            train(settings(folder, tmp_path / "run", steps=4 if often == 1 else 3, resume=True, save_every=often))
     same(before, last_state(tmp_path / "run"))
 
 
