@@ -329,10 +329,11 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
         y0 = predicted_original(model_output, y, gamma, self.config.prediction_type)
         if self.config.clip_sample:
             y0 = y0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
-        if self.config.sampling_variance == "zero":
-            way = self._extrapolated(t, y0) if self.config.sampling_order == 2 else y0
-            eps = (y - gamma**0.5 * way) / (1 - gamma) ** 0.5
-            mean = gamma_prev**0.5 * way + (1 - gamma_prev) ** 0.5 * eps
+        if self.config.sampling_variance == "zero" and self.config.sampling_order == 2:
+            mean = self._second_order(t, y, y0)
+        elif self.config.sampling_variance == "zero":
+            eps = (y - gamma**0.5 * y0) / (1 - gamma) ** 0.5
+            mean = gamma_prev**0.5 * y0 + (1 - gamma_prev) ** 0.5 * eps
         else:
             mean = (gamma_prev**0.5 * (1 - alpha) * y0 + alpha**0.5 * (1 - gamma_prev) * y) / (1 - gamma)
         if t > 0 and self.config.sampling_variance != "zero":
@@ -343,11 +344,16 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
         mean, y0 = mean.to(sample.dtype), y0.to(sample.dtype)
         return PaletteSchedulerOutput(mean, y0) if return_dict else (mean, y0)
 
-    def _extrapolated(self, t: int, y0: torch.Tensor) -> torch.Tensor:
-        """y0 in the middle of the step, by a straight line in log-SNR through this one and the last; the first step and
-        that to the picture itself take it as it is."""
+    def _second_order(self, t: int, y: torch.Tensor, y0: torch.Tensor) -> torch.Tensor:
+        """The deterministic step with y0 from its middle, by a straight line in log-SNR through this and the last one; the
+        first step, and that to the picture itself, take y0 as it is. One tensor, changed in place: pictures are large."""
         before, self._before = self._before, (t, y0) if t else None
+        gamma, gamma_prev = float(self._gammas[t + 1]), float(self._gammas[t])
+        kept = ((1 - gamma_prev) / (1 - gamma)) ** 0.5
+        share = gamma_prev**0.5 - kept * gamma**0.5
+        mean = y * kept
         if t == 0 or before is None or before[0] != t + 1 or before[1].shape != y0.shape:
-            return y0
+            return mean.add_(y0, alpha=share)
         later, now, earlier = (np.log(g) - np.log1p(-g) for g in self._gammas[t : t + 3])
-        return y0 + (y0 - before[1]) * float(0.5 * (later - now) / (now - earlier))
+        ahead = float(0.5 * (later - now) / (now - earlier))
+        return mean.add_(y0, alpha=share * (1 + ahead)).add_(before[1], alpha=-share * ahead)
