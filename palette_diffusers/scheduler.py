@@ -345,8 +345,9 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
         return PaletteSchedulerOutput(mean, y0) if return_dict else (mean, y0)
 
     def _second_order(self, t: int, y: torch.Tensor, y0: torch.Tensor) -> torch.Tensor:
-        """The deterministic step with y0 from its middle, by a straight line in log-SNR through this and the last one; the
-        first step, and that to the picture itself, take y0 as it is. One tensor, changed in place: pictures are large."""
+        """The deterministic step with y0 from its middle, by a straight line in log-SNR through this and the last one;
+        the first step, and that to the picture itself, take y0 as it is. One tensor, changed in place, as pictures
+        are large."""
         before, self._before = self._before, (t, y0) if t else None
         gamma, gamma_prev = float(self._gammas[t + 1]), float(self._gammas[t])
         kept = ((1 - gamma_prev) / (1 - gamma)) ** 0.5
