@@ -427,7 +427,7 @@ def halving(predict: Predict) -> Predict:
     return halved
 
 
-def tiled(predict: Predict, tile: int, overlap: int, where: torch.Tensor | None = None, batch: int = 32) -> Predict:
+def tiled(predict: Predict, tile: int, overlap: int, where: torch.Tensor | None = None, batch: int = 16) -> Predict:
     """Wraps a noise-predicting callable: tiles overlap, and their estimates are blended at every step.
 
     Tiles start at multiples of 16 pixels, so that a JPEG's 8x8 grid keeps its phase. A picture that fits into
