@@ -25,6 +25,7 @@ from .checkpoint import FORMAT, check_folder, fetch, is_local, merge_adapters, r
 from .coefficients import read_coefficients
 from .color import chroma, even_chroma, luma
 from .hints import Hints, read_hints
+from .machine import give_memory_back
 from .masks import border_mask, extend
 from .optimize import Optimized, optimize
 from .scheduler import PaletteScheduler, diffuse, noise_level, output_for, predicted_original, variance_exploding
@@ -100,11 +101,12 @@ class PalettePipeline(DiffusionPipeline):
         if Path(name).resolve() in SHIPPED.values():  # hold half precision only
             kwargs.setdefault("variant", "fp16")
             kwargs.setdefault("dtype", torch.float32)
-        adapters = Path(name, "lora", "pytorch_lora_weights.safetensors")
-        if Path(name).resolve() == STUDENT and adapters.is_file() and "unet" not in kwargs:
-            unet = PaletteUNet2DModel.from_pretrained(STARTER, subfolder="unet", variant="fp16", dtype=torch.float32)
-            merge_adapters(unet, adapters)
-            kwargs["unet"] = unet.to(kwargs["dtype"])
+        if Path(name).resolve() == STUDENT and "unet" not in kwargs:  # is the starter, with adapters
+            unet = PaletteUNet2DModel.from_pretrained(
+                STARTER, subfolder="unet", variant=kwargs.pop("variant"), dtype=torch.float32
+            )
+            merge_adapters(unet, STUDENT / "lora" / "pytorch_lora_weights.safetensors")
+            kwargs["unet"] = torch.nn.Module.to(unet, kwargs["dtype"])
         if is_local(name) and "unet" not in kwargs:
             check_folder(Path(name), kwargs.get("variant"))
         return super().from_pretrained(name, **kwargs)
@@ -256,8 +258,11 @@ class PalettePipeline(DiffusionPipeline):
             if evened and gamma <= EVENED:
                 original = even_chroma(original, luma(given.known), evened)
             if task is not None:
+                del output  # of a large photograph, each of these counts
                 original = task.guide(original, given)
                 output = output_for(original, scaled, gamma, kind)
+            if callback is None:
+                del original
             sample = self.scheduler.step(output, t, sample, return_dict=True, **extra).prev_sample
             if callback is not None:
                 sample = callback(i, t, {"sample": sample, "pred_original_sample": original}).get("sample", sample)
@@ -508,6 +513,8 @@ class PalettePipeline(DiffusionPipeline):
         grain = sizes.grain(finest, 1 - finest_hole)
         estimate: Any = None
         for coarse, view in zip([None, *views], views, strict=False):
+            if finest.shape[-2:].numel() > AT_ONCE:
+                give_memory_back()
             level, hole, wanted = finest, finest_hole, finest_part
             if view is not views[-1]:
                 level, hole = (x[..., : view.inner[0], : view.inner[1]] for x in view.look_known(image, mask))

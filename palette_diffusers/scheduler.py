@@ -328,7 +328,8 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
         y = sample.float()
         y0 = predicted_original(model_output, y, gamma, self.config.prediction_type)
         if self.config.clip_sample:
-            y0 = y0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+            clamp = y0.clamp if self.config.prediction_type == "sample" else y0.clamp_  # which may be the output itself
+            y0 = clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
         if self.config.sampling_variance == "zero" and self.config.sampling_order == 2:
             mean = self._second_order(t, y, y0)
         elif self.config.sampling_variance == "zero":

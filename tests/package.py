@@ -46,7 +46,7 @@ def attempt(interpreter: str, package: Path, home: Path) -> None:
     where, seconds, torch = json.loads(run(python, "-c", SMOKE, cwd=home).stdout.splitlines()[-1])
     assert "site-packages" in where, where
     assert "colorization" in run(palette, "info", cwd=home).stdout
-    assert "6.4M" in run(palette, "info", "--model", "starter-few-steps", cwd=home).stdout
+    assert "10.1M" in run(palette, "info", "--model", "starter-few-steps", cwd=home).stdout
     run(palette, "publish", "starter", "me/starter", "--dry-run", "tree", cwd=home)
     assert (home / "tree" / "palette_pipeline.py").is_file()
     for extra, *command in (
