@@ -168,7 +168,7 @@ def test_larger_tiles_are_smaller_batches():
 
     x = torch.randn(2, 3, 400, 400)
     sizes.tiled(predict, 128, 16)(x, torch.tensor(0.5), x)
-    assert max(s[0] for s in shapes) == 8 and sum(s[0] for s in shapes) == 2 * 16
+    assert max(s[0] for s in shapes) == 4 and sum(s[0] for s in shapes) == 2 * 16
 
 
 def test_tiles_are_as_large_as_covers_the_hole_with_the_fewest_pixels():
