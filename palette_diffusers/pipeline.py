@@ -39,6 +39,7 @@ SHIPPED = {path.name: path for path in (STARTER, STUDENT)}  # a Hub id has a sla
 BATCH = 16  # samples of a batch, at most
 AT_ONCE = 8_000_000  # pixels of variations that are made together
 EVENED = 0.7311  # gamma up to which chroma is evened out: log-SNR 1
+SHRUNK_EVENED = 0.8808  # the same of photographs that were made smaller, whose regions are larger: log-SNR 2
 REFINE_FROM = 2.5  # log-SNR at which finer levels start from the coarser picture
 SOONER = 1.5  # log-SNR by which the last of few steps may come before that; more would leave grain
 
@@ -182,6 +183,7 @@ class PalettePipeline(DiffusionPipeline):
         start: float = 0.0,
         task: Task | None = None,
         strength: float | None = None,
+        shrunk: Sequence[bool] = (),
     ) -> torch.Tensor:
         """The sampling loop at the working size, without composing: (B, 3, H, W) in float32.
 
@@ -191,7 +193,8 @@ class PalettePipeline(DiffusionPipeline):
         With an `estimate` of the picture, sampling starts from it, noised to the log-SNR `start`: only the
         steps from there on are taken, or the last one where it is noisier by at most 1.5. An `estimate` that no step is
         left for comes back as it is. Else `strength` is the share of the steps that are taken, the last ones, from the
-        source (its hole filled smoothly) instead of noise; None is the task's own start, 1 is noise.
+        source (its hole filled smoothly) instead of noise; None is the task's own start, 1 is noise. `shrunk` says of
+        each sample whether it is of a larger photograph, whose chroma is evened out for longer (`chroma_guidance`).
 
         Raises:
             ValueError: fewer than one step, a strength outside (0, 1]. FloatingPointError: the sample is not finite;
@@ -247,6 +250,8 @@ class PalettePipeline(DiffusionPipeline):
         extra = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
         kind = self.scheduler.config.prediction_type
         evened = self.scheduler.config.get("chroma_guidance") if task is not None and task.strategy == "chroma" else 0
+        until = torch.where(torch.tensor([*shrunk] or [False], device=sample.device), SHRUNK_EVENED, EVENED)
+        until = until.reshape(-1, 1, 1, 1)
         self._num_timesteps = len(timesteps)
         for i, t in enumerate(self.progress_bar(timesteps)):
             scaled = self.scheduler.scale_model_input(sample, t)
@@ -255,8 +260,9 @@ class PalettePipeline(DiffusionPipeline):
             finite = torch.isfinite(output).all()  # a clamp would hide what overflows
             # Euler and Heun carry y / sqrt(gamma): what the network saw is not what they step from
             original = predicted_original(output, scaled, gamma, kind).clamp(-1, 1)
-            if evened and gamma <= EVENED:
-                original = even_chroma(original, luma(given.known), evened)
+            if evened and gamma <= until.max():
+                even = even_chroma(original, luma(given.known), evened)
+                original = torch.where(gamma <= until, even, original)
             if task is not None:
                 del output  # of a large photograph, each of these counts
                 original = task.guide(original, given)
@@ -435,7 +441,8 @@ class PalettePipeline(DiffusionPipeline):
             return [self._mend(images[0], task, every, latents, denoise)]
         seen = [v.look(image).expand(number, -1, -1, -1) for v, image in zip(views, images, strict=True)]
         given = task.prepare(torch.cat(seen), None, every)
-        sample = denoise(given, latents=latents).cpu().clamp(-1, 1)
+        shrunk = [v.inner[0] < v.height for v in views for _ in range(number)]
+        sample = denoise(given, latents=latents, shrunk=shrunk).cpu().clamp(-1, 1)
         if task.strategy == "chroma":
             colors = chroma(task.compose(sample, given)).split(number)
             merged = [sizes.merge_chroma(image, c, v) for image, c, v in zip(images, colors, views, strict=True)]

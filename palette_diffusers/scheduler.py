@@ -175,9 +175,9 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
             0 for a regression, which starts from none.
         restart_noise: the same where sampling starts from a coarser picture, or from a source above the network's own
             size, so that it brings no grain of its own; None is initial_noise.
-        chroma_guidance: for tasks that are given the luma: a factor on the predicted chroma while log-SNR is at most 1,
-            where it is also evened out within regions of like luma (`color.even_chroma`), so that no sky changes its
-            tint midway; 0 leaves it as it is (the paper).
+        chroma_guidance: for tasks that are given the luma: a factor on the predicted chroma while log-SNR is at most 1
+            (2 where a photograph was made smaller), where it is also evened out within regions of like luma
+            (`color.even_chroma`), so that no sky changes its tint midway; 0 leaves it as it is (the paper).
         timestep_spacing, thresholding, dynamic_thresholding_ratio, sample_max_value: not used here, but by a
             solver built from this configuration: steps from the noisiest level on, and y0 clamped to [-1, 1].
 

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 
 from palette_diffusers import PalettePipeline, PaletteScheduler
 from palette_diffusers.color import chroma, even_chroma, fit_to_edges, luma
+from palette_diffusers.tasks import get_task
 
 
 def dense(right, pull, light, edge):
@@ -89,6 +90,22 @@ def test_chroma_guidance_evens_noisy_levels_of_colorization_alone(pipe):
     assert first < 0.1 < 0.2 < last
     holes = [predictions(pipe, "inpainting", s) for s in (plain, guided)]
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(*holes, strict=True))
+
+
+def test_larger_photographs_are_evened_for_longer(pipe, seeded):
+    """Each of a batch as alone; only the levels of log-SNR 1 to 2 tell them apart."""
+    pipe.scheduler = PaletteScheduler(sampling_spacing="logsnr", sampling_variance="zero", chroma_guidance=1)
+    task = get_task("colorization")
+    given = task.prepare(torch.randn(2, 3, 32, 32, generator=seeded()).clamp(-1, 1), None, [])
+    noise = torch.randn(1, 3, 32, 32, generator=seeded(1)).expand(2, -1, -1, -1)
+    options = dict(latents=noise, num_inference_steps=10, task=task)  # steps at log-SNR -1, 1, 3: none between
+    plain = pipe.denoise(given, **options)
+    assert torch.equal(pipe.denoise(given, shrunk=[True, True], **options), plain)
+    options["num_inference_steps"] = 13  # -1.5, 0, 1.5
+    plain, longer = (pipe.denoise(given, shrunk=[s, s], **options) for s in (False, True))
+    mixed = pipe.denoise(given, shrunk=[False, True], **options)
+    assert torch.equal(mixed[0], plain[0]) and torch.equal(mixed[1], longer[1]) and not torch.equal(plain, longer)
+    assert torch.equal(pipe.denoise(given, **options), plain)
 
 
 def test_chroma_guidance_is_a_setting_of_the_checkpoint(pipe, tmp_path):
