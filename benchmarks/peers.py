@@ -17,7 +17,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from diffusers import UNet2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from palette_diffusers import PaletteUNet2DModel
+from palette_diffusers.fused import use_fused_blocks
 from palette_diffusers.machine import best_device
 from palette_diffusers.norms import use_channels_last_norms
 from palette_diffusers.winograd import use_winograd
@@ -147,14 +148,24 @@ def cast(network: torch.nn.Module, dtype: torch.dtype) -> Call:
     return lambda y, x, gamma: network(y.to(dtype), gamma, x.to(dtype)).sample
 
 
-def flops(call: Callable) -> int:
-    with FlopCounterMode(display=False) as counter:
-        call()
+def flops(network: torch.nn.Module, *inputs: torch.Tensor, train: bool) -> int:
+    """Of a forward pass, or with the backward pass; on the meta device, where nothing is computed."""
+    network, inputs = copy.deepcopy(network).to("meta"), tuple(x.to("meta") for x in inputs)
+    with FlopCounterMode(display=False) as counter, torch.device("meta"), torch.set_grad_enabled(train):
+        out = network(*inputs).sample
+        if train:
+            out.square().mean().backward()
     return counter.get_total_flops()
 
 
 def measure(
-    name: str, janspiry: Path | None, guided: Path | None, rounds: int, compiled: bool, batch: int = 0
+    name: str,
+    janspiry: Path | None,
+    guided: Path | None,
+    rounds: int,
+    compiled: bool,
+    batch: int = 0,
+    only: Sequence[str] = (),
 ) -> list[dict]:
     *_, size, usual = NETWORKS[name]
     batch = batch or usual
@@ -207,6 +218,12 @@ def measure(
         network = copy.deepcopy(ours).to(memory_format=torch.channels_last)
         use_winograd(network)
         calls["forward", "ours", f"float32{LAST}, Winograd"] = forward(network, cast(network, torch.float32))
+    if device == "cuda":
+        network = copy.deepcopy(ours).to(memory_format=torch.channels_last)
+        use_fused_blocks(network)
+        calls["training", "ours", f"bfloat16{LAST}, fused"] = training(network, cast(network, torch.float32), True)
+        half = copy.deepcopy(network).to(torch.bfloat16)
+        calls["forward", "ours", f"bfloat16{LAST}, fused"] = forward(half, cast(half, torch.bfloat16))
     if compiled:
         network = copy.deepcopy(ours).to(memory_format=torch.channels_last)
         network.compile_repeated_blocks()
@@ -214,7 +231,9 @@ def measure(
         half = copy.deepcopy(ours).to(torch.bfloat16, memory_format=torch.channels_last)
         half.compile_repeated_blocks()
         calls["forward", "ours", f"bfloat16{LAST}, compiled"] = forward(half, cast(half, torch.bfloat16))
-    work = {what: flops(calls[what, "ours", "float32"]) for what in ("forward", "training")} | {"peak": most}
+    work = {what: flops(ours, y, gamma, x, train=what == "training") for what in ("forward", "training")}
+    work["peak"] = most
+    calls = {key: call for key, call in calls.items() if not only or any(text in "|".join(key) for text in only)}
     seconds = interleaved({"|".join(key): call for key, call in calls.items()}, rounds)
     rows = []
     for what, who, dtype in calls:
@@ -222,10 +241,10 @@ def measure(
         row = {"network": name, "batch": batch, "what": what, "who": who, "dtype": dtype, "seconds": round(median, 4)}
         row |= {"spread": round(spread, 4), "GFLOP": round(work[what] / 1e9, 1)}
         row["GFLOP/s"] = round(work[what] / median / 1e9)
-        fastest = most / seconds[f"peak|{PEAKS[device]}|{dtype.partition(',')[0]}{LAST}"][0]
-        row["share of peak"] = round(work[what] / median / fastest, 3)
-        if janspiry is not None and what != "peak":
-            row["times as fast as Janspiry"] = round(seconds[f"{what}|Janspiry|float32"][0] / median, 2)
+        fastest = seconds.get(f"peak|{PEAKS[device]}|{dtype.partition(',')[0]}{LAST}")
+        row["share of peak"] = round(work[what] / median / (most / fastest[0]), 3) if fastest else ""
+        public = seconds.get(f"{what}|Janspiry|float32")
+        row["times as fast as Janspiry"] = round(public[0] / median, 2) if public else ""
         rows.append(row)
     return rows
 
@@ -246,6 +265,7 @@ def main() -> None:
     parser.add_argument("--networks", default=";".join(USUAL), help="names with semicolons between")
     parser.add_argument("--batch", type=int, default=0, help="pictures at a time; default: the network's own for a CPU")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default="", help="rows with one of these: ours|bfloat16,Janspiry")
     parser.add_argument("--device", default=best_device(), help="default: the best there is")
     parser.add_argument("--compile", action="store_true", help="rows of torch.compile too (minutes)")
     parser.add_argument("--output", type=Path, default=None, help="JSON file; the page is written beside it as .md")
@@ -254,7 +274,9 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.benchmark = True
     result: dict[str, Any] = {"machine": machine(), "rows": []}
     for name in args.networks.split(";"):
-        result["rows"] += measure(name, args.janspiry, args.guided_diffusion, args.rounds, args.compile, args.batch)
+        only = [text for text in args.only.split(",") if text]
+        those = args.janspiry, args.guided_diffusion
+        result["rows"] += measure(name, *those, args.rounds, args.compile, args.batch, only)
         if args.output:
             args.output.write_text(json.dumps(result, indent=2) + "\n")
             args.output.with_suffix(".md").write_text(page(result) + "\n")

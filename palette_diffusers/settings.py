@@ -17,7 +17,8 @@ ADM = "ResnetDownsampleBlock2D", "AttnDownBlock2D", "AttnUpBlock2D", "ResnetUpsa
 # what may differ between a run and its continuation: nothing that changes a sample, a gradient or the network
 FREE = (
     "output", "resume", "steps", "decay", "workers", "save_every", "keep", "log_every", "validate_every",
-    "validate_steps", "max_hours", "tracker", "push_to_hub", "compile", "checkpointing", "channels_last", "dry_run",
+    "validate_steps", "max_hours", "tracker", "push_to_hub", "compile", "checkpointing", "channels_last", "fused",
+    "cuda_graph", "dry_run",
 )  # fmt: skip
 
 
@@ -85,6 +86,8 @@ class TrainSettings:
     checkpointing: bool = _field(False, "recompute activations in the backward pass: less memory, more time")
     channels_last: bool = _field(False, "channels-last memory layout")
     compile: bool = _field(False, "torch.compile the repeated blocks")
+    fused: bool = _field(False, "fewer passes over memory in residual blocks, on a GPU in half precision")
+    cuda_graph: bool = _field(False, "record a step's work once and replay it, on one GPU")
     workers: int = _field(1, "processes that prepare samples, for each training process")
     # the run
     output: str = _field("runs/palette", "folder of the run")
@@ -143,6 +146,8 @@ class TrainSettings:
             )
         if not self.task_list:
             raise ValueError("tasks is empty, expected at least one name")
+        if self.fused and (self.compile or not self.channels_last):
+            raise ValueError("fused is on, expected channels_last with it and compile off")
         if self.lora_rank and not self.init:
             raise ValueError("lora_rank needs a checkpoint to adapt: name it by init")
 
@@ -181,7 +186,8 @@ _DEEP = _STARTER | dict(
 )  # fmt: skip
 # a task whose source says almost all has small losses, and would be learnt last
 _CAP = dict(weight_cap=10.0, loss_weights="colorization=2,uncropping=0.7,jpeg_restoration=3")
-_GPU = _CAP | dict(decay=1_700, crop_share=0.15, precision="bf16", channels_last=True, workers=14)
+_FAST = dict(precision="bf16", channels_last=True, fused=True, cuda_graph=True, workers=14)
+_GPU = _CAP | _FAST | dict(decay=1_700, crop_share=0.15)
 _TUNE = dict(weight_cap=10.0, init="starter", save_every=100, validate_every=100, log_every=10)
 _DISTILL = dict(loss="huber", init="starter", teacher="starter", **_CAP)
 _V = "v_prediction"

@@ -22,7 +22,9 @@ import torch
 import torch.nn.functional as F
 
 from .files import alone, write_text
+from .fused import use_fused_blocks
 from .norms import use_channels_last_norms
+from .replay import Replay
 from .report import Tally, draw_batch, draw_samples, write_card, write_report
 from .scheduler import PaletteScheduler, diffuse, training_target
 from .settings import FREE, PRESETS, TrainSettings, parse, preset
@@ -364,6 +366,18 @@ def _loader(dataset: Any, settings: TrainSettings, start: int, processes: int) -
     )
 
 
+def _check_graph(settings: TrainSettings, accelerator: Any) -> None:
+    """Raises:
+    ValueError: more than one recording can do.
+    """
+    where, processes = accelerator.device.type, accelerator.num_processes
+    if where != "cuda" or processes > 1 or settings.accumulate > 1 or accelerator.mixed_precision == "fp16":
+        raise ValueError(
+            f"cuda_graph is on, expected one process on cuda, accumulate 1 and no fp16: here are {processes} on "
+            f"{where}, accumulate {settings.accumulate} and {accelerator.mixed_precision}"
+        )
+
+
 def _accelerator(settings: TrainSettings) -> Any:
     from accelerate import Accelerator, DataLoaderConfiguration
     from accelerate.tracking import get_available_trackers
@@ -398,6 +412,8 @@ def _accelerator(settings: TrainSettings) -> Any:
         raise ValueError(
             f"batch is {settings.batch}, expected a multiple of {parts}, processes times accumulated parts"
         )
+    if settings.cuda_graph:
+        _check_graph(settings, accelerator)
     if kind == "DEEPSPEED":
         plugin, micro_batch = accelerator.state.deepspeed_plugin, settings.batch // parts
         if settings.optimizer == "adamw8bit":
@@ -486,12 +502,19 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
 
     torch.manual_seed(settings.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.benchmark = True
+    # cuDNN's attention has NaNs in its backward pass on an H100 and H200, for 64 tokens and other odd multiples of 64
+    # with scores far below 0 (pytorch/pytorch#196678); flash attention is as fast
+    torch.backends.cuda.enable_cudnn_sdp(False)
     unet, scheduler, default_steps = _trainable(settings)
+    if settings.cuda_graph and unet.config.dropout:
+        raise ValueError(f"cuda_graph is on, but the network's dropout, {unet.config.dropout}, would be replayed too")
     if settings.checkpointing:
         unet.enable_gradient_checkpointing()
     if settings.channels_last:
         unet.to(memory_format=torch.channels_last)
         use_channels_last_norms(unet)
+    if settings.fused:
+        use_fused_blocks(unet)
     if settings.compile:
         unet.compile_repeated_blocks()
     optimizer = _optimizer([p for p in unet.parameters() if p.requires_grad], settings)
@@ -599,6 +622,20 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
             if "norm" in numbers and not torch.isfinite(numbers["norm"]):
                 raise FloatingPointError(f"the gradient is not finite at step {at}: the last state is in {folder}")
 
+    def work(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Losses of each sample; gradients of their mean are added to the parameters'."""
+        with autocast(accelerator):
+            losses = sample_losses(unet, batch, settings)
+        loss = (losses * shares[batch["task"]]).mean()
+        if zero:
+            unet.backward(loss)
+            unet.step()  # clips and steps at the last part only
+        else:
+            accelerator.backward(loss / settings.accumulate)
+        return losses.detach()
+
+    if settings.cuda_graph:
+        work = Replay(work, trained)
     unet.train()
     bar = tqdm(total=settings.steps, initial=start, disable=not (main and sys.stderr.isatty()), unit="step")
     try:
@@ -616,16 +653,11 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
                 torch.manual_seed(int(key.generate_state(1)[0]))
                 last = part == settings.accumulate - 1
                 with nullcontext() if last or zero else accelerator.no_sync(unet):
-                    with autocast(accelerator):
-                        batch = teacher.pairs(batch) if teacher else batch
-                        losses = sample_losses(unet, batch, settings)
-                    loss = (losses * shares[batch["task"]]).mean()
-                    if zero:
-                        unet.backward(loss)
-                        unet.step()  # clips and steps at the last part only
-                    else:
-                        accelerator.backward(loss / settings.accumulate)
-                later.put(step, losses=losses.detach(), **{name: batch[name] for name in COUNTED})
+                    if teacher:
+                        with autocast(accelerator):
+                            batch = teacher.pairs(batch)
+                    losses = work(batch)
+                later.put(step, losses=losses, **{name: batch[name] for name in COUNTED})
             norm = gradient_norm(unet) if zero else accelerator.clip_grad_norm_(trained, settings.clip or math.inf)
             # the same on every process; fp16's scaler expects some that are not finite, and skips those steps
             if accelerator.scaler is None:

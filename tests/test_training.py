@@ -16,9 +16,11 @@ import pytest
 import torch
 from conftest import free_port, toy_unet
 from PIL import Image
+from test_replay import record_for
 
-from palette_diffusers import Given, PalettePipeline, PaletteScheduler, Task, register_task, tasks, zero
+from palette_diffusers import Given, PalettePipeline, PaletteScheduler, Task, register_task, tasks, training, zero
 from palette_diffusers.data import PaletteDataset, load_images, load_sources, random_crop
+from palette_diffusers.replay import Replay
 from palette_diffusers.report import read_log
 from palette_diffusers.scheduler import training_target
 from palette_diffusers.training import (
@@ -706,6 +708,9 @@ def test_dry_run(folder, tmp_path, capsys):
         (dict(tracker="wandb"), "not installed"),
         (dict(shuffle_buffer=8), "nothing streams"),
         (dict(init="./nowhere"), "nowhere"),
+        (dict(fused=True), "fused is on, expected channels_last with it and compile off"),
+        (dict(fused=True, channels_last=True, compile=True), "compile off"),
+        (dict(cuda_graph=True), "expected one process on cuda, accumulate 1 and no fp16: here are 1 on cpu"),
     ],
 )
 def test_bad_settings(folder, tmp_path, changes, message):
@@ -746,6 +751,35 @@ def test_a_pipeline_with_another_solver_is_tuned_and_keeps_it(folder, tmp_path):
         train(settings(folder, tmp_path / "tuned", init=str(tmp_path / "fast"), steps=1))
     )
     assert type(tuned.scheduler).__name__ == "UniPCMultistepScheduler" and tuned.config.default_steps == 4
+
+
+def test_a_run_by_replayed_steps_is_the_same_run(folder, tmp_path, monkeypatch):
+    """The recording is a stand-in's; a GPU's was run by hand."""
+    right = last_state(Path(train(settings(folder, tmp_path / "run", steps=4))).parent)
+    made = []
+    monkeypatch.setattr(training, "_check_graph", lambda *_: None)
+    monkeypatch.setattr(
+        training, "Replay", lambda work, trained: made.append(Replay(work, trained, record_for(trained))) or made[-1]
+    )
+    found = last_state(Path(train(settings(folder, tmp_path / "replayed", steps=4, cuda_graph=True))).parent)
+    assert len(made) == 1 and made[0]._batch
+    for part in ("unet", "ema", "optimizer"):
+        torch.testing.assert_close(found[part], right[part], atol=0, rtol=0)
+
+
+def test_dropout_is_not_replayed(folder, tmp_path):
+    chosen = settings(folder, tmp_path / "run", cuda_graph=True)
+    with pytest.raises(ValueError, match="the network's dropout, 0.1"):
+        training._run(replace(chosen, unet=chosen.unet | {"dropout": 0.1}), None, tmp_path)
+
+
+def test_fused_blocks_train_alike(folder, tmp_path):
+    ends = []
+    for name, changes in {"plain": {}, "fused": dict(fused=True)}.items():
+        train(settings(folder, tmp_path / name, steps=4, precision="bf16", channels_last=True, **changes))
+        moments = last_state(tmp_path / name)["optimizer"]["state"].values()
+        ends.append(torch.cat([state["exp_avg"].flatten() for state in moments]))
+    assert 0 < (ends[0] - ends[1]).norm() < 0.05 * ends[0].norm()  # other roundings: they were in use
 
 
 def test_learning_rate():

@@ -1,0 +1,66 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from palette_diffusers.replay import Replay
+
+
+def record_for(parameters):
+    """What CUDA does, without a GPU: the same memory is written again at every replay."""
+
+    def record(compute, clear):
+        for _ in range(2):
+            clear()
+            result = compute()
+        tensors = [p.grad for p in parameters]
+
+        def replay():
+            clear()
+            result.copy_(compute())
+            for kept, p in zip(tensors, parameters, strict=True):
+                kept.copy_(p.grad)
+
+        return replay, result
+
+    return record
+
+
+def steps(replayed):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Linear(8, 1))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.1)
+    parameters = list(network.parameters())
+
+    def step(batch):
+        losses = (network(batch["x"]) - batch["y"]).square().flatten()
+        losses.mean().backward()
+        return losses.detach()
+
+    step, out = Replay(step, parameters, record_for(parameters)) if replayed else step, []
+    for _ in range(5):
+        losses = step({"x": torch.randn(6, 4), "y": torch.randn(6, 1)})
+        out.append(losses.clone())
+        nn.utils.clip_grad_norm_(network.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    return torch.stack(out), copy.deepcopy(network.state_dict())
+
+
+def test_replayed_steps_train_as_steps_do():
+    (losses, weights), (right, others) = steps(True), steps(False)
+    assert torch.equal(losses, right) and all(torch.equal(weights[name], others[name]) for name in others)
+
+
+def test_a_batch_of_another_shape_is_an_error():
+    weight = nn.Parameter(torch.ones(3))
+
+    def step(batch):
+        (batch["x"] * weight).sum().backward()
+        return batch["x"].sum()
+
+    replayed = Replay(step, [weight], record_for([weight]))
+    assert replayed({"x": torch.ones(2, 3)}).item() == 6
+    with pytest.raises(ValueError, match=r"x is \(1, 3\), expected \(2, 3\) as in the first batch"):
+        replayed({"x": torch.ones(1, 3)})
