@@ -463,13 +463,16 @@ class PaletteStream(Samples, IterableDataset):
 
 
 class PositionSampler(Sampler[int]):
-    """Positions start, start + 1, ..., stop - 1: the order is the data set's own."""
+    """Positions start, start + 1, ..., stop - 1: the order is the data set's own. Of several loaders that take turns,
+    each has every `turns`-th batch of them, from its own `turn` on."""
 
-    def __init__(self, start: int, stop: int):
-        self.start, self.stop = start, stop
+    def __init__(self, start: int, stop: int, batch: int = 1, turns: int = 1, turn: int = 0):
+        self.start, self.stop, self.batch, self.turns, self.turn = start, stop, batch, turns, turn
 
     def __iter__(self) -> Iterator[int]:
-        return iter(range(self.start, self.stop))
+        for begin in range(self.start + self.turn * self.batch, self.stop, self.turns * self.batch):
+            yield from range(begin, min(begin + self.batch, self.stop))
 
     def __len__(self) -> int:
-        return max(0, self.stop - self.start)
+        begins = range(self.start + self.turn * self.batch, self.stop, self.turns * self.batch)
+        return sum(min(self.batch, self.stop - begin) for begin in begins)

@@ -14,6 +14,8 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ __all__ = ["PRESETS", "TrainSettings", "parse", "preset", "train"]
 
 DAMAGE = (zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError)
 COUNTED = ("gamma", "task", "skipped", "gray")
+WORKERS = 4  # of each loader, where several take turns
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]
 
 
@@ -347,23 +350,54 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def _collate(samples: list[dict[str, torch.Tensor]], without: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    from torch.utils.data import default_collate
+
+    return default_collate([{name: v for name, v in sample.items() if name not in without} for sample in samples])
+
+
+class Loaders:
+    """Several loaders that take turns: what one thread of each copies to pinned memory, one thread alone would not."""
+
+    def __init__(self, loaders: list[Any]):
+        self.loaders = loaders
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        for loader in cycle([iter(loader) for loader in self.loaders]):
+            try:
+                yield next(loader)
+            except StopIteration:
+                return
+
+
 def _loader(dataset: Any, settings: TrainSettings, start: int, processes: int) -> Any:
+    """Batches from step `start` on; `Loaders` where a GPU may be faster than one thread that feeds it."""
     from torch.utils.data import DataLoader
 
     from .data import PositionSampler
 
-    positions = PositionSampler(start * settings.batch, settings.steps * settings.batch)
-    return DataLoader(
-        dataset,
-        batch_size=settings.batch // settings.accumulate // processes,
-        sampler=None if settings.streaming else positions,
-        num_workers=settings.workers,
-        worker_init_fn=_ignore_signals,
-        drop_last=True,
-        persistent_workers=settings.workers > 0,
-        prefetch_factor=4 if settings.workers else None,
-        pin_memory=torch.cuda.is_available(),
-    )
+    pinned = torch.cuda.is_available()
+    turns = max(1, settings.workers // WORKERS) if pinned and processes == 1 and not settings.streaming else 1
+    size = settings.batch // settings.accumulate // processes
+    without = () if settings.teacher else ("known",)  # a fifth of the bytes
+    loaders = []
+    for turn in range(turns):
+        workers = len(range(turn, settings.workers, turns))
+        positions = PositionSampler(start * settings.batch, settings.steps * settings.batch, size, turns, turn)
+        loader = DataLoader(
+            dataset,
+            batch_size=size,
+            sampler=None if settings.streaming else positions,
+            collate_fn=partial(_collate, without=without),
+            num_workers=workers,
+            worker_init_fn=_ignore_signals,
+            drop_last=True,
+            persistent_workers=workers > 0,
+            prefetch_factor=4 if workers else None,
+            pin_memory=pinned,
+        )
+        loaders.append(loader)
+    return loaders[0] if turns == 1 else Loaders(loaders)
 
 
 def _check_graph(settings: TrainSettings, accelerator: Any) -> None:
@@ -551,7 +585,7 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
             optimizer.load_state_dict(share_optimizer(state["optimizer"], trained))
         ema.load_state_dict(state["ema"])
         ema.shadow_params = [share(v, p) for v, p in zip(ema.shadow_params, trained, strict=True)]
-    if settings.streaming:  # which is divided over the processes already
+    if settings.streaming or isinstance(loader, Loaders):  # divided over the processes already, or for one alone
         pinned = torch.cuda.is_available()
         loader = (send_to_device(batch, accelerator.device, non_blocking=pinned) for batch in loader)
     else:

@@ -767,6 +767,22 @@ def test_a_run_by_replayed_steps_is_the_same_run(folder, tmp_path, monkeypatch):
         torch.testing.assert_close(found[part], right[part], atol=0, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:.*pin_memory")
+def test_loaders_that_take_turns_give_the_same_batches(folder, tmp_path, monkeypatch):
+    chosen = settings(folder, tmp_path, steps=8, workers=3, batch=2)
+    dataset = training._dataset(chosen, training.make_scheduler(chosen), False)
+    alone = list(training._loader(dataset, chosen, 1, 1))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(training, "WORKERS", 1)
+    loaders = training._loader(dataset, chosen, 1, 1)
+    assert [loader.num_workers for loader in loaders.loaders] == [1, 1, 1]
+    turns = list(loaders)
+    assert len(turns) == len(alone) == 7 and "known" not in turns[0]
+    for a, b in zip(alone, turns, strict=True):
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert isinstance(training._loader(dataset, chosen, 1, 2), torch.utils.data.DataLoader)  # Accelerate divides that
+
+
 def test_dropout_is_not_replayed(folder, tmp_path):
     chosen = settings(folder, tmp_path / "run", cuda_graph=True)
     with pytest.raises(ValueError, match="the network's dropout, 0.1"):
