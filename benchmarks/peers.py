@@ -29,6 +29,7 @@ from palette_diffusers import PaletteUNet2DModel
 from palette_diffusers.fused import use_fused_blocks
 from palette_diffusers.machine import best_device
 from palette_diffusers.norms import use_channels_last_norms
+from palette_diffusers.replay import record
 from palette_diffusers.winograd import use_winograd
 
 # base width, multipliers, blocks a level, attention from this level on, pixels, batch
@@ -191,6 +192,24 @@ def measure(
 
         return run
 
+    def replayed(network: torch.nn.Module, call: Call) -> Callable:
+        """A training step in half precision, recorded at its first call."""
+        recorded: list[Callable] = []
+
+        def work() -> torch.Tensor:
+            with torch.autocast(device, torch.bfloat16):
+                out = call(y, x, gamma)
+            (out.float() - eps).square().mean().backward()
+            return out.detach()
+
+        def run() -> None:
+            if not recorded:
+                network.train()
+                recorded.append(record(work, network.zero_grad)[0])
+            recorded[0]()
+
+        return run
+
     those = networks(name, janspiry, guided)
     for network, _ in those.values():
         with torch.no_grad():  # the same work whether or not an output was set to zero
@@ -221,7 +240,11 @@ def measure(
     if device == "cuda":
         network = copy.deepcopy(ours).to(memory_format=torch.channels_last)
         use_fused_blocks(network)
-        calls["training", "ours", f"bfloat16{LAST}, fused"] = training(network, cast(network, torch.float32), True)
+        call = cast(network, torch.float32)
+        calls["training", "ours", f"bfloat16{LAST}, fused"] = training(network, call, True)
+        network = copy.deepcopy(network)
+        call = cast(network, torch.float32)
+        calls["training", "ours", f"bfloat16{LAST}, fused, replayed"] = replayed(network, call)
         half = copy.deepcopy(network).to(torch.bfloat16)
         calls["forward", "ours", f"bfloat16{LAST}, fused"] = forward(half, cast(half, torch.bfloat16))
     if compiled:
