@@ -25,6 +25,7 @@ class Tally:
     def __init__(self, tasks: list[str], log: Path):
         self.tasks, self.log = tasks, log
         self._unused = torch.zeros(2, dtype=torch.float32)  # skipped, gray; of all lines
+        self.left_out = 0  # steps, of all lines
         self._reset()
 
     def _reset(self) -> None:
@@ -71,6 +72,7 @@ class Tally:
             "logsnr": mean(0),
             "skipped": int(unused[0]),
             "gray": int(unused[1]),
+            "left_out": self.left_out,
         }
         if accelerator.is_main_process:
             half = self.log.is_file() and self.log.read_bytes()[-1:] not in (b"", b"\n")  # left by a kill

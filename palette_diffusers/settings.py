@@ -18,7 +18,7 @@ ADM = "ResnetDownsampleBlock2D", "AttnDownBlock2D", "AttnUpBlock2D", "ResnetUpsa
 FREE = (
     "output", "resume", "steps", "decay", "workers", "save_every", "keep", "log_every", "validate_every",
     "validate_steps", "max_hours", "tracker", "push_to_hub", "compile", "checkpointing", "channels_last", "fused",
-    "cuda_graph", "dry_run",
+    "cuda_graph", "bad_steps", "dry_run",
 )  # fmt: skip
 
 
@@ -81,6 +81,7 @@ class TrainSettings:
     decay: int = _field(0, "last steps, over which a constant learning rate falls linearly to 0")
     ema: float = _field(0.9999, "highest decay of the weights' moving average, per step")
     clip: float = _field(1.0, "largest norm of the gradient")
+    bad_steps: int = _field(0, "so many steps in a row are left out if their gradient is not finite; one more stops")
     # hardware
     precision: str = _field("", "no, bf16 or fp16; default: as Accelerate is configured", ("", "no", "bf16", "fp16"))
     checkpointing: bool = _field(False, "recompute activations in the backward pass: less memory, more time")
@@ -121,7 +122,7 @@ class TrainSettings:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         for name in (
             "seed", "warmup", "decay", "workers", "validate_every", "lora_rank", "snr_gamma", "weight_cap", "max_hours",
-            "clip", "shuffle_buffer", "teacher_steps",
+            "clip", "shuffle_buffer", "teacher_steps", "bad_steps",
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
@@ -187,7 +188,7 @@ _DEEP = _STARTER | dict(
 # a task whose source says almost all has small losses, and would be learnt last
 _CAP = dict(weight_cap=10.0, loss_weights="colorization=2,uncropping=0.7,jpeg_restoration=3")
 _FAST = dict(precision="bf16", channels_last=True, fused=True, cuda_graph=True, workers=14)
-_GPU = _CAP | _FAST | dict(decay=1_700, crop_share=0.15)
+_GPU = _CAP | _FAST | dict(decay=1_700, crop_share=0.15, bad_steps=3)
 _TUNE = dict(weight_cap=10.0, init="starter", save_every=100, validate_every=100, log_every=10)
 _DISTILL = dict(loss="huber", init="starter", teacher="starter", **_CAP)
 _V = "v_prediction"

@@ -301,6 +301,15 @@ def _optimizer(parameters: list[torch.nn.Parameter], settings: TrainSettings) ->
     return kind(parameters, fused=torch.cuda.is_available(), **options)
 
 
+def _may_step(optimizer: Any, norm: torch.Tensor, sharded: bool) -> bool:
+    """Whether the gradient is finite. A fused optimizer is told, and finds out itself: a GPU is not waited for."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if inner.defaults.get("fused") and not sharded:
+        inner.grad_scale, inner.found_inf = None, (~torch.isfinite(norm)).float()
+        return True
+    return bool(torch.isfinite(norm))
+
+
 def _by_task(settings: TrainSettings, name: str) -> list[float]:
     """A setting's number for each task of the run; a name that is no task is an error."""
     from .tasks import get_task
@@ -454,6 +463,8 @@ def _accelerator(settings: TrainSettings) -> Any:
             raise ValueError("optimizer is adamw8bit, whose states DeepSpeed cannot divide: expected adamw or adam")
         if settings.channels_last:
             raise ValueError("channels_last is on, but DeepSpeed lays weights out plainly: leave it out")
+        if settings.bad_steps:
+            raise ValueError(f"bad_steps is {settings.bad_steps}, expected 0: DeepSpeed steps before it tells the norm")
         configure(plugin, accelerator.mixed_precision, micro_batch, settings.accumulate, settings.clip)
     return accelerator
 
@@ -641,20 +652,25 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
                 steps = 1 if settings.regression else settings.validate_steps
                 draw_samples(network, scheduler, dataset, steps, folder / "samples" / f"step-{step:07d}.png")
 
-    begin, step = time.monotonic(), start
+    begin, step, in_a_row = time.monotonic(), start, 0
     batches: Iterator = iter(loader)
     shares = torch.tensor(_by_task(settings, "loss_weights"), device=accelerator.device)
     tally, later = Tally(settings.task_list, folder / "log.jsonl"), Later(accelerator.device.type == "cuda")
 
     def check(before: int | None = None) -> None:
-        """Counts the losses that have come in, and stops at one, or a gradient, that is not finite."""
+        """Counts the losses that have come in, and stops at one that is not finite, or gradients that are not."""
+        nonlocal in_a_row
         for at, numbers in later.take(before):
             if "losses" in numbers:
                 tally.add(numbers.pop("losses"), numbers)
             if not tally.finite():
                 raise FloatingPointError(f"the loss is not finite at step {at}: the last state is in {folder}")
-            if "norm" in numbers and not torch.isfinite(numbers["norm"]):
-                raise FloatingPointError(f"the gradient is not finite at step {at}: the last state is in {folder}")
+            if "norm" in numbers:
+                good = bool(torch.isfinite(numbers["norm"]))
+                in_a_row = 0 if good else in_a_row + 1
+                tally.left_out += not good
+                if in_a_row > settings.bad_steps:
+                    raise FloatingPointError(f"the gradient is not finite at step {at}: the last state is in {folder}")
 
     def work(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Losses of each sample; gradients of their mean are added to the parameters'."""
@@ -695,9 +711,11 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
             norm = gradient_norm(unet) if zero else accelerator.clip_grad_norm_(trained, settings.clip or math.inf)
             # the same on every process; fp16's scaler expects some that are not finite, and skips those steps
             if accelerator.scaler is None:
-                later.put(step, norm=torch.as_tensor(whole(norm)))
+                norm = torch.as_tensor(whole(norm))
+                later.put(step, norm=norm)
             check(before=step)
-            optimizer.step()
+            if not settings.bad_steps or accelerator.scaler is not None or _may_step(optimizer, norm, sharded):
+                optimizer.step()
             optimizer.zero_grad()
             ema.step(trained)
             step += 1

@@ -515,6 +515,34 @@ def test_a_gradient_that_is_not_finite_changes_nothing(folder, tmp_path, monkeyp
     same(before, last_state(tmp_path / "run"))
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_whose_gradient_is_not_finite_are_left_out(folder, tmp_path, monkeypatch, fused):
+    original, make, calls = training.sample_losses, training._optimizer, []
+
+    def losses(*inputs):
+        """Finite, with gradients that are not from the third step on."""
+        calls.append(1)
+        out = original(*inputs)
+        return out if len(calls) < 3 else out.detach() + (out - out.detach()).abs().sqrt()
+
+    def optimizer(parameters, chosen):
+        options = make(parameters, chosen).defaults
+        return torch.optim.AdamW(parameters, lr=options["lr"], weight_decay=0.0, fused=True)
+
+    if fused:
+        monkeypatch.setattr(training, "_optimizer", optimizer)
+    train(settings(folder, tmp_path / "before", steps=2))
+    monkeypatch.setattr(training, "sample_losses", losses)
+    train(settings(folder, tmp_path / "run", steps=3, bad_steps=1))
+    before, after = last_state(tmp_path / "before"), last_state(tmp_path / "run")
+    assert after["step"] == 3 and read_log(tmp_path / "run" / "log.jsonl")[-1]["left_out"] == 1
+    for part in ("unet", "optimizer"):
+        torch.testing.assert_close(after[part], before[part], atol=0, rtol=0)
+    calls.clear()
+    with pytest.raises(FloatingPointError, match="the gradient is not finite at step 3"):
+        train(settings(folder, tmp_path / "many", steps=4, bad_steps=1))
+
+
 def test_hours_stop_the_run(folder, tmp_path, capsys):
     train(settings(folder, tmp_path / "run", steps=1000, max_hours=1e-9, log_every=1000))
     assert last_state(tmp_path / "run")["step"] == 1
