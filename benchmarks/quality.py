@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--batch", type=int, default=50)
+    parser.add_argument("--samples", type=int, default=1, help="of each of the first 100, for diversity")
     parser.add_argument("--solver", default=None, help="a diffusers scheduler's class; default: the checkpoint's")
     parser.add_argument("--config", type=json.loads, default={}, help="JSON: changes of the scheduler's configuration")
     parser.add_argument("--start", type=float, default=None, help="log-SNR to start from the source at; an experiment")
@@ -56,7 +57,8 @@ def main() -> None:
     photographs = Photographs(args.data, pipe.unet.config.sample_size, args.count)
     features = load_features(CLASSIFIER)
     rows = [*baselines, palette]
-    results = evaluate(rows, photographs, args.tasks.split(","), features, args.folder, batch=args.batch)
+    sizes = {"batch": args.batch, "samples": args.samples}
+    results = evaluate(rows, photographs, args.tasks.split(","), features, args.folder, **sizes)
     if results is not None:
         print(markdown(results), end="")
     if results is not None and args.output:

@@ -89,9 +89,10 @@ def _norm_sums(
     of_normal = rstd * (of_product + away * of_dz)  # of dz times the normalized x
 
     gain = weight if scale is None else weight * (1 + scale)
-    n = height * width * channels // groups
-    a, b = ((gain * t).view(count, groups, -1).sum(2, keepdim=True) / n for t in (of_dz, of_normal))
-    a, b = (t.expand(count, groups, channels // groups).reshape(count, channels) for t in (a, b))
+    size = channels // groups
+    n = height * width * size
+    a, b = ((gain * t).view(count, groups, size).sum(2, keepdim=True) / n for t in (of_dz, of_normal))
+    a, b = (t.expand(count, groups, size).reshape(count, channels) for t in (a, b))
     slope = -rstd * rstd * b
     level = slope * away - rstd * a
     doffset = of_dz * factor + (mean * slope + level) * (height * width)
@@ -197,7 +198,13 @@ def norm_act(
     offset: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """silu(norm(x + offset) (1 + scale) + shift), without silu where `act` is False, in x's precision and channels-last
-    layout; sums are in float32. x is (B, C, H, W), the others (B, C)."""
+    layout; sums are in float32. x is (B, C, H, W), the others (B, C).
+
+    Raises:
+        ValueError: one of `scale` and `shift` without the other.
+    """
+    if (scale is None) != (shift is None):
+        raise ValueError(f"scale is {scale if scale is None else 'given'}, expected it with shift, or neither")
     return _Norm.apply(x, norm.weight, norm.bias, scale, shift, offset, norm.num_groups, norm.eps, act)
 
 
@@ -227,9 +234,11 @@ class FusedResnetBlock2D(ResnetBlock2D):
         plain = (
             _half(input_tensor)
             and all(type(layer) is nn.Conv2d and layer.bias is not None for layer in convolutions)
+            and all(layer.padding_mode == "zeros" for layer in convolutions)
             and isinstance(self.nonlinearity, nn.SiLU)
             and self.output_scale_factor == 1
             and temb is not None
+            and self.time_emb_proj is not None
         )
         if not plain:
             return super().forward(input_tensor, temb, *args, **kwargs)

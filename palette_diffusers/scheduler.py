@@ -105,10 +105,10 @@ def condition_velocity(
 
 
 @cache
-def _linear_logsnr(beta_start: float, beta_end: float, steps: int) -> torch.Tensor:
+def _linear_logsnr(beta_start: float, beta_end: float, steps: int, device: torch.device) -> torch.Tensor:
     """log-SNR of every timestep of a linear schedule, falling: float32 (T,)."""
     gammas = linear_gammas(beta_start, beta_end, steps)[1:]
-    return torch.from_numpy(np.log(gammas) - np.log1p(-gammas)).float()
+    return torch.from_numpy(np.log(gammas) - np.log1p(-gammas)).float().to(device)
 
 
 def timestep_of(gamma: torch.Tensor, beta_start: float, beta_end: float, steps: int) -> torch.Tensor:
@@ -119,7 +119,7 @@ def timestep_of(gamma: torch.Tensor, beta_start: float, beta_end: float, steps: 
     >>> timestep_of(gammas[[1, 500, 1000]], 1e-4, 0.02, 1000)
     tensor([  0., 499., 999.])
     """
-    table = _linear_logsnr(beta_start, beta_end, steps).to(gamma.device)
+    table = _linear_logsnr(beta_start, beta_end, steps, gamma.device)
     logsnr = gamma.log() - torch.log1p(-gamma)
     after = torch.searchsorted(-table, -logsnr).clamp(1, steps - 1)
     high, low = table[after - 1], table[after]

@@ -14,7 +14,8 @@ SMALL_BLOCKS = dict(
 )
 ADM = "ResnetDownsampleBlock2D", "AttnDownBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"
 
-# what may differ between a run and its continuation: nothing that changes a sample, a gradient or the network
+# what may differ between a run and its continuation: nothing that changes a sample or the network, or a gradient by
+# more than rounding; `bad_steps` leaves out what is none
 FREE = (
     "output", "resume", "steps", "decay", "workers", "save_every", "keep", "log_every", "validate_every",
     "validate_steps", "max_hours", "tracker", "push_to_hub", "compile", "checkpointing", "channels_last", "fused",
@@ -148,7 +149,7 @@ class TrainSettings:
         if not self.task_list:
             raise ValueError("tasks is empty, expected at least one name")
         if self.fused and (self.compile or not self.channels_last):
-            raise ValueError("fused is on, expected channels_last with it and compile off")
+            raise ValueError("fused is on, expected channels_last with it and compile off; --no-fused leaves it out")
         if self.lora_rank and not self.init:
             raise ValueError("lora_rank needs a checkpoint to adapt: name it by init")
 

@@ -289,6 +289,17 @@ def _trainable(settings: TrainSettings) -> tuple[PaletteUNet2DModel, PaletteSche
     return unet, scheduler, steps
 
 
+def _lay_out(unet: PaletteUNet2DModel, settings: TrainSettings) -> None:
+    """How the network computes, as the settings say."""
+    if settings.checkpointing:
+        unet.enable_gradient_checkpointing()
+    if settings.channels_last:
+        unet.to(memory_format=torch.channels_last)
+        use_channels_last_norms(unet)
+    if settings.fused:
+        use_fused_blocks(unet)
+
+
 def _optimizer(parameters: list[torch.nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
     options: dict[str, Any] = dict(lr=settings.rate, weight_decay=settings.weight_decay)
     if settings.optimizer == "adamw8bit":
@@ -413,11 +424,12 @@ def _check_graph(settings: TrainSettings, accelerator: Any) -> None:
     """Raises:
     ValueError: more than one recording can do.
     """
-    where, processes = accelerator.device.type, accelerator.num_processes
-    if where != "cuda" or processes > 1 or settings.accumulate > 1 or accelerator.mixed_precision == "fp16":
+    where, kind = accelerator.device.type, str(getattr(accelerator.distributed_type, "value", ""))
+    if where != "cuda" or kind != "NO" or settings.accumulate > 1 or accelerator.mixed_precision == "fp16":
         raise ValueError(
-            f"cuda_graph is on, expected one process on cuda, accumulate 1 and no fp16: here are {processes} on "
-            f"{where}, accumulate {settings.accumulate} and {accelerator.mixed_precision}"
+            f"cuda_graph is on, expected one plain process on cuda, accumulate 1 and no fp16: here are {where}, "
+            f"distribution {kind}, accumulate {settings.accumulate} and precision {accelerator.mixed_precision}; "
+            "--no-cuda-graph leaves it out"
         )
 
 
@@ -485,8 +497,7 @@ def dry_run(settings: TrainSettings) -> None:
     one = {k: v[:1] for k, v in batch.items()}
     with FlopCounterMode(display=False) as counter:
         training_loss(unet, one, settings).backward()
-    if settings.checkpointing:
-        unet.enable_gradient_checkpointing()
+    _lay_out(unet, settings)
     trained = [p for p in unet.parameters() if p.requires_grad]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     unet.to(device).train()
@@ -512,6 +523,7 @@ def dry_run(settings: TrainSettings) -> None:
         f"memory: {memory:.2f} GiB for weights, gradients, optimiser and EMA; activations add to it\n"
         f"data: {images}, tasks {', '.join(settings.task_list)}; a batch in {folder / 'batch.png'}\n"
         f"speed: {speed:.1f} samples a second on one {device}, {hours:.1f} hours to step {settings.steps:,}"
+        + (" (eager: compile and cuda_graph are not tried)" if settings.compile or settings.cuda_graph else "")
     )
 
 
@@ -547,19 +559,13 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
 
     torch.manual_seed(settings.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.benchmark = True
-    # cuDNN's attention has NaNs in its backward pass on an H100 and H200, for 64 tokens and other odd multiples of 64
-    # with scores far below 0 (pytorch/pytorch#196678); flash attention is as fast
+    # cuDNN's attention is known for NaNs in its backward pass on an H100 and H200 (NVIDIA/cudnn-frontend#160 and #1072,
+    # pytorch/pytorch#196678); flash attention takes its place
     torch.backends.cuda.enable_cudnn_sdp(False)
     unet, scheduler, default_steps = _trainable(settings)
     if settings.cuda_graph and unet.config.dropout:
         raise ValueError(f"cuda_graph is on, but the network's dropout, {unet.config.dropout}, would be replayed too")
-    if settings.checkpointing:
-        unet.enable_gradient_checkpointing()
-    if settings.channels_last:
-        unet.to(memory_format=torch.channels_last)
-        use_channels_last_norms(unet)
-    if settings.fused:
-        use_fused_blocks(unet)
+    _lay_out(unet, settings)
     if settings.compile:
         unet.compile_repeated_blocks()
     optimizer = _optimizer([p for p in unet.parameters() if p.requires_grad], settings)

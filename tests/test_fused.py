@@ -103,6 +103,21 @@ def test_adapted_layers_are_left_to_diffusers():
     assert max(errors(run(unet, half=True), right)) < 0.03
 
 
+def test_what_it_takes_and_what_it_leaves_to_diffusers():
+    norm, x = nn.GroupNorm(4, 16), torch.randn(2, 16, 3, 3)
+    with pytest.raises(ValueError, match="expected it with shift, or neither"):
+        norm_act(x, norm, scale=torch.ones(2, 16))
+    empty = torch.zeros(0, 16, 3, 3, requires_grad=True)
+    norm_act(empty, norm).sum().backward()
+    assert empty.grad.shape == empty.shape and not norm.weight.grad.any()
+    block = ResnetBlock2D(in_channels=16, temb_channels=None, groups=4)
+    y, level = x.bfloat16(), torch.randn(2, 16, 1, 1)  # added as it is
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        right = block(y, level)
+        block.__class__ = FusedResnetBlock2D
+        assert torch.equal(block(y, level), right)
+
+
 def test_one_program_serves_all_shapes():
     torch._dynamo.reset()
     frames = []
