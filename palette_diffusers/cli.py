@@ -70,6 +70,7 @@ def _load(model: str | None, device: str, dtype: str, speed: str | None = None) 
     import torch
 
     from .machine import best_dtype, best_layout, bound_caches, chosen_device
+    from .norms import use_channels_last_norms
     from .pipeline import PalettePipeline
     from .portable import is_portable, load_portable
 
@@ -84,6 +85,7 @@ def _load(model: str | None, device: str, dtype: str, speed: str | None = None) 
     else:
         pipe = PalettePipeline.from_pretrained(model, dtype=best_dtype(device) if dtype == "auto" else known[dtype])
         pipe.unet.to(memory_format=best_layout(device))
+        use_channels_last_norms(pipe.unet)
     if speed is not None:
         pipe.speed(speed)
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty())

@@ -1,11 +1,14 @@
-"""Group norm in channels-last layout on a CPU, whose backward pass torch computes several times as slowly as in the
-plain layout: a seventh of a training step in bfloat16."""
+"""Group norm in channels-last layout on a CPU, which torch computes several times as slowly as in the plain layout: its
+backward pass, a seventh of a training step in bfloat16; and in half precision small images whose groups are no whole
+vectors, a quarter of the starter's evaluation."""
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+FEW, VECTOR = 1 << 10, 16  # pixels, and channels a group, below which float32 is faster than half precision
 LEAST = 1 << 16  # numbers an image, below which torch's own is as fast
 
 
@@ -46,22 +49,24 @@ class _GroupNorm(torch.autograd.Function):
 
 
 class ChannelsLastGroupNorm(nn.GroupNorm):
-    """A group norm whose backward pass is faster in channels-last layout on a CPU; everywhere else it is torch's."""
+    """A group norm that is faster in channels-last layout on a CPU; everywhere else it is torch's."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        pays = (
-            torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
+        here = (
+            not torch.compiler.is_compiling()
             and input.device.type == "cpu"
             and input.dim() == 4
-            and input.shape[1:].numel() >= LEAST
             and input.shape[0] > 0
             and self.bias is not None
             and input.is_contiguous(memory_format=torch.channels_last)
         )
-        if not pays:
-            return super().forward(input)
-        return _GroupNorm.apply(input, self.weight, self.bias, self.num_groups, self.eps)
+        if here and torch.is_grad_enabled() and input.shape[1:].numel() >= LEAST:
+            return _GroupNorm.apply(input, self.weight, self.bias, self.num_groups, self.eps)
+        half = input.dtype in (torch.bfloat16, torch.float16) and not torch.is_grad_enabled()
+        if here and half and input.shape[2:].numel() < FEW and self.num_channels // self.num_groups % VECTOR:
+            weight, bias = self.weight.float(), self.bias.float()
+            return F.group_norm(input.float(), self.num_groups, weight, bias, self.eps).to(input.dtype)
+        return super().forward(input)
 
     def _get_name(self) -> str:
         return "GroupNorm"

@@ -28,6 +28,22 @@ def test_gradients_are_those_of_float64(shape, dtype, limit, monkeypatch):
     assert len(calls) == 1 and here.grad.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize(("channels", "faster"), [(24, True), (64, False)])
+def test_small_images_in_half_precision_are_normalized_in_float32(channels, faster):
+    norm = nn.GroupNorm(4, channels)
+    nn.init.uniform_(norm.weight, 0.5, 1.5), nn.init.normal_(norm.bias)
+    exact, plain = copy.deepcopy(norm).bfloat16().double(), copy.deepcopy(norm).bfloat16()
+    norm.bfloat16(), use_channels_last_norms(norm)
+    x = torch.randn(2, channels, 16, 16).bfloat16().contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        out, right = norm(x), exact(x.double())
+        assert (out.double() - right).norm() < 3e-3 * right.norm()
+        wide = nn.functional.group_norm(x.float(), 4, norm.weight.float(), norm.bias.float()).bfloat16()
+        assert torch.equal(out, wide if faster else plain(x))
+    assert out.dtype == torch.bfloat16 and out.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(norm(x), plain(x))  # torch's own where there are gradients
+
+
 def test_elsewhere_it_is_torchs():
     network = nn.Sequential(nn.GroupNorm(4, 32), nn.GroupNorm(4, 32, affine=False))
     plain = copy.deepcopy(network)
