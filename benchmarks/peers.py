@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -182,33 +183,24 @@ def measure(
 
         return run
 
+    def step(network: torch.nn.Module, call: Call, half: bool) -> torch.Tensor:
+        network.train()
+        with torch.autocast(device, torch.bfloat16, enabled=half):
+            out = call(y, x, gamma)
+        (out.float() - eps).square().mean().backward()
+        return out.detach()
+
     def training(network: torch.nn.Module, call: Call, half: bool) -> Callable:
         def run() -> None:
-            network.train()
-            with torch.autocast(device, torch.bfloat16, enabled=half):
-                out = call(y, x, gamma)
-            (out.float() - eps).square().mean().backward()
+            step(network, call, half)
             network.zero_grad()
 
         return run
 
     def replayed(network: torch.nn.Module, call: Call) -> Callable:
         """A training step in half precision, recorded at its first call."""
-        recorded: list[Callable] = []
-
-        def work() -> torch.Tensor:
-            with torch.autocast(device, torch.bfloat16):
-                out = call(y, x, gamma)
-            (out.float() - eps).square().mean().backward()
-            return out.detach()
-
-        def run() -> None:
-            if not recorded:
-                network.train()
-                recorded.append(record(work, network.zero_grad)[0])
-            recorded[0]()
-
-        return run
+        replay = cache(lambda: record(lambda: step(network, call, True), network.zero_grad)[0])
+        return lambda: replay()()
 
     those = networks(name, janspiry, guided)
     for network, _ in those.values():
@@ -267,7 +259,8 @@ def measure(
         fastest = seconds.get(f"peak|{PEAKS[device]}|{dtype.partition(',')[0]}{LAST}")
         row["share of peak"] = round(work[what] / median / (most / fastest[0]), 3) if fastest else ""
         public = seconds.get(f"{what}|Janspiry|float32")
-        row["times as fast as Janspiry"] = round(public[0] / median, 2) if public else ""
+        if public:
+            row["times as fast as Janspiry"] = round(public[0] / median, 2)
         rows.append(row)
     return rows
 

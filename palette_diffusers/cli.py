@@ -69,8 +69,8 @@ def _load(model: str | None, device: str, dtype: str, speed: str | None = None) 
     import diffusers
     import torch
 
-    from .machine import best_dtype, best_layout, bound_caches, chosen_device
-    from .norms import use_channels_last_norms
+    from .machine import best_dtype, bound_caches, chosen_device
+    from .norms import lay_out
     from .pipeline import PalettePipeline
     from .portable import is_portable, load_portable
 
@@ -84,8 +84,7 @@ def _load(model: str | None, device: str, dtype: str, speed: str | None = None) 
         pipe, device = load_portable(model), "cpu"  # type: ignore[arg-type]
     else:
         pipe = PalettePipeline.from_pretrained(model, dtype=best_dtype(device) if dtype == "auto" else known[dtype])
-        pipe.unet.to(memory_format=best_layout(device))
-        use_channels_last_norms(pipe.unet)
+        lay_out(pipe.unet, device)
     if speed is not None:
         pipe.speed(speed)
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty())

@@ -40,8 +40,8 @@ from .demo_handlers import (
 )
 from .demo_jobs import SOLVERS, Step, on_zero_gpu
 from .demo_limits import BodyLimit, Failed, Limits, choice, open_upload, whole
-from .machine import best_dtype, best_layout, bound_arenas, bound_caches, chosen_device
-from .norms import use_channels_last_norms
+from .machine import best_dtype, bound_arenas, bound_caches, chosen_device
+from .norms import lay_out
 from .pipeline import PalettePipeline
 from .tasks import get_task
 
@@ -459,8 +459,7 @@ def load(model: str | None = None, device: str = "auto") -> PalettePipeline:
 
 def _warm(model: str | None, device: str) -> PalettePipeline:
     pipe = PalettePipeline.from_pretrained(model, dtype=best_dtype(device)).to(device)
-    pipe.unet.to(memory_format=best_layout(device))
-    use_channels_last_norms(pipe.unet)
+    lay_out(pipe.unet, device)
     pipe.set_progress_bar_config(disable=True)
     if on_zero_gpu():  # there is none yet
         return pipe

@@ -137,21 +137,13 @@ def _call(function: Callable, x: torch.Tensor, *args: Any) -> Any:
 
 
 class _Norm(torch.autograd.Function):
+    """`_norm` of (B, C, H, W), which takes the same arguments."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor,
-        scale: torch.Tensor | None,
-        shift: torch.Tensor | None,
-        offset: torch.Tensor | None,
-        groups: int,
-        eps: float,
-        act: bool,
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, *given: Any) -> torch.Tensor:
         rows = x.permute(0, 2, 3, 1).contiguous()
-        y, *rest = _call(_norm, rows, weight, bias, scale, shift, offset, groups, eps, act)
+        y, *rest = _call(_norm, rows, *given)
+        weight, bias, scale, _, offset, groups, _, act = given
         ctx.save_for_backward(rows, weight, bias, scale, *rest)
         ctx.settings = groups, act
         ctx.offset = offset is not None

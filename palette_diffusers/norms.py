@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .machine import best_layout
+
 FEW, VECTOR = 1 << 10, 16  # pixels, and channels a group, below which float32 is faster than half precision
 LEAST = 1 << 16  # numbers an image, below which torch's own is as fast
 
@@ -70,6 +72,12 @@ class ChannelsLastGroupNorm(nn.GroupNorm):
 
     def _get_name(self) -> str:
         return "GroupNorm"
+
+
+def lay_out(network: nn.Module, device: str) -> None:
+    """In the layout that computes fastest on this device (`machine.best_layout`), in place."""
+    network.to(memory_format=best_layout(device))
+    use_channels_last_norms(network)
 
 
 def use_channels_last_norms(network: nn.Module) -> None:
