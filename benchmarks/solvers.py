@@ -6,7 +6,8 @@
     python benchmarks/solvers.py --model starter-few-steps --solvers "checkpoint's own" --steps 1,2,4 ...
 
 Quality is the Frechet distance of the small classifier's features (`classifier.py`), lower is better; every solver sees
-the same sources and seeds, and no `chroma_guidance`. A killed run goes on with the same command. --table prints the
+the same sources and seeds, from all of the noise (`slow_noise` 1), without
+`chroma_guidance`. A killed run goes on with the same command. --table prints the
 file as Markdown and --figure draws it.
 """
 
@@ -70,7 +71,7 @@ class Bench:
 
     def __init__(self, pipe: PalettePipeline, photographs: Photographs, features: FeatureNetwork):
         self.pipe, self.features = pipe, features
-        self.config = dict(pipe.scheduler.config) | {"chroma_guidance": 0.0}
+        self.config = dict(pipe.scheduler.config) | {"chroma_guidance": 0.0, "slow_noise": 1.0}
         self.clean = photographs.batch(range(len(photographs)))
         self.reference = features(self.clean)[0]
         self.sources: dict[str, list[Given]] = {}

@@ -28,7 +28,7 @@ from .hints import Hints, read_hints
 from .machine import give_memory_back
 from .masks import border_mask, extend
 from .optimize import Optimized, optimize
-from .scheduler import PaletteScheduler, diffuse, noise_level, output_for, predicted_original, variance_exploding
+from .scheduler import PaletteScheduler, calm, diffuse, noise_level, output_for, predicted_original, variance_exploding
 from .speed import solver_for
 from .tasks import Colorization, Given, JPEGRestoration, Task, get_task, network_condition
 from .unet import PaletteUNet2DModel
@@ -39,6 +39,7 @@ SHIPPED = {path.name: path for path in (STARTER, STUDENT)}  # a Hub id has a sla
 BATCH = 16  # samples of a batch, at most
 AT_ONCE = 8_000_000  # pixels of variations that are made together
 EVENED = 0.7311  # gamma up to which chroma is evened out: log-SNR 1
+CONTRASTED = 4  # steps up to there of which `chroma_contrast` is told; of more, each has less: measured from 2 to 9
 SHRUNK_EVENED = 0.8808  # the same of photographs that were made smaller, whose regions are larger: log-SNR 2
 REFINE_FROM = 2.5  # log-SNR at which finer levels start from the coarser picture
 SOONER = 1.5  # log-SNR by which the last of few steps may come before that; more would leave grain
@@ -170,6 +171,17 @@ class PalettePipeline(DiffusionPipeline):
         order = self.scheduler.order  # a solver of second order takes its steps in pairs
         return min(math.ceil(late[0] / order) * order, len(gammas)) if late else len(gammas)
 
+    def _calm(self, noise: torch.Tensor, task: Task | None) -> torch.Tensor:
+        """The noise that sampling starts from, its slow waves as the scheduler's `slow_noise` says; a tile is too small
+        a part of a photograph to have such."""
+        kept = self.scheduler.config.get("slow_noise", 1)
+        if kept == 1 or (task is not None and task.strategy == "tiles"):
+            return noise
+        if task is None or task.strategy != "chroma":
+            return calm(noise, kept, 2)
+        color = chroma(noise)
+        return noise - color + calm(color, kept, 1)
+
     @torch.no_grad()
     def denoise(
         self,
@@ -235,8 +247,10 @@ class PalettePipeline(DiffusionPipeline):
             first = self._first_step(task.start)
             if first < len(timesteps):  # too few steps for a start from the source are taken from noise
                 estimate = _source(given)
+        settings = self.scheduler.config
+        evened = settings.get("chroma_guidance") if task is not None and task.strategy == "chroma" else 0
         if estimate is None:
-            sample = sample * self.scheduler.init_noise_sigma
+            sample = self._calm(sample, task) * self.scheduler.init_noise_sigma
         else:
             gamma = noise_level(self.scheduler, timesteps[first])
             timesteps = timesteps[first:]
@@ -249,9 +263,10 @@ class PalettePipeline(DiffusionPipeline):
             sample = sample / gamma.sqrt() if exploding else sample
         extra = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
         kind = self.scheduler.config.prediction_type
-        evened = self.scheduler.config.get("chroma_guidance") if task is not None and task.strategy == "chroma" else 0
         until = torch.where(torch.tensor([*shrunk] or [False], device=sample.device), SHRUNK_EVENED, EVENED)
         until = until.reshape(-1, 1, 1, 1)
+        compounded = max(1, self._first_step(math.log(EVENED / (1 - EVENED))) - first)
+        contrast = settings.get("chroma_contrast", 1) ** (compounded / CONTRASTED) ** -0.3
         self._num_timesteps = len(timesteps)
         for i, t in enumerate(self.progress_bar(timesteps)):
             scaled = self.scheduler.scale_model_input(sample, t)
@@ -261,7 +276,7 @@ class PalettePipeline(DiffusionPipeline):
             # Euler and Heun carry y / sqrt(gamma): what the network saw is not what they step from
             original = predicted_original(output, scaled, gamma, kind).clamp(-1, 1)
             if evened and gamma <= until.max():
-                even = even_chroma(original, luma(given.known), evened)
+                even = even_chroma(original, luma(given.known), evened, contrast if gamma <= EVENED else 1)
                 original = torch.where(gamma <= until, even, original)
             if task is not None:
                 del output  # of a large photograph, each of these counts

@@ -23,6 +23,7 @@ OWN_SETTINGS = {
     "sampling_timesteps", "sampling_beta_start", "sampling_beta_end", "sampling_spacing", "sampling_variance",
     "sampling_order",
     "logsnr_min", "logsnr_max", "initial_noise", "restart_noise", "chroma_guidance",
+    "chroma_contrast", "slow_noise",
 }  # fmt: skip
 VARIANCES = ("fixed_large", "fixed_small", "zero")
 
@@ -127,6 +128,20 @@ def timestep_of(gamma: torch.Tensor, beta_start: float, beta_end: float, steps: 
     return torch.where((t - t.round()).abs() < 0.01, t.round(), t)
 
 
+def calm(noise: torch.Tensor, kept: float, cycles: int) -> torch.Tensor:
+    """Noise (B, C, H, W) => the same, its mean and its waves of at most so many cycles a side times `kept`.
+
+    >>> noise = torch.randn(1, 3, 64, 64)
+    >>> bool(calm(noise, 0.5, 1).mean((-2, -1)).allclose(noise.mean((-2, -1)) / 2, atol=1e-6))
+    True
+    """
+    waves = torch.fft.rfft2(noise)
+    slow = torch.zeros_like(waves)
+    for rows in (slice(cycles + 1), slice(-cycles, None)):
+        slow[..., rows, : cycles + 1] = waves[..., rows, : cycles + 1]
+    return noise - (1 - kept) * torch.fft.irfft2(slow, s=noise.shape[-2:])
+
+
 def variance_exploding(scheduler: Any) -> bool:
     """Whether a solver carries y / sqrt(gamma) instead of y, as Euler and Heun do."""
     return float(scheduler.init_noise_sigma) > 1.5
@@ -173,11 +188,19 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
             al. 2022), 1 does not.
         initial_noise: factor on the noise that sampling starts from. Below 1, samples are calmer and less diverse;
             0 for a regression, which starts from none.
-        restart_noise: the same where sampling starts from a coarser picture, or from a source above the network's own
-            size, so that it brings no grain of its own; None is initial_noise.
+        slow_noise: the share that is kept of the first noise's slow waves (`calm`), which large shapes and tints
+            follow, though they know nothing of the picture: of chroma up to one cycle a side in tasks that are given
+            the luma, of all up to two elsewhere, but not in tiles. Below 1, samples are rather what the network takes
+            for likely.
+        restart_noise: as `initial_noise`, where sampling starts from a coarser picture, or from a source above the
+            network's own size, so that it brings no grain of its own; None is `initial_noise`.
         chroma_guidance: for tasks that are given the luma: a factor on the predicted chroma while log-SNR is at most 1
             (2 where a photograph was made smaller), where it is also evened out within regions of like luma
-            (`color.even_chroma`), so that no sky changes its tint midway; 0 leaves it as it is (the paper).
+            (`color.even_chroma`), so that no sky changes its tint midway; 0 leaves it as it is (the paper), whatever
+            `chroma_contrast` says.
+        chroma_contrast: a further factor, while log-SNR is at most 1, on what chroma differs from its mean over the
+            picture: above 1, parts of a picture differ more in colour, and all of it has no more of one tint. It is
+            that of 4 steps at these levels; of n steps, each has it to the power of (4 / n)^0.3.
         timestep_spacing, thresholding, dynamic_thresholding_ratio, sample_max_value: not used here, but by a
             solver built from this configuration: steps from the noisiest level on, and y0 clamped to [-1, 1].
 
@@ -215,8 +238,10 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
         logsnr_min: float = -9.0,
         logsnr_max: float = 9.0,
         initial_noise: float = 1.0,
+        slow_noise: float = 1.0,
         restart_noise: float | None = None,
         chroma_guidance: float = 0.0,
+        chroma_contrast: float = 1.0,
         timestep_spacing: str = "trailing",
         thresholding: bool = True,
         dynamic_thresholding_ratio: float = 1.0,
@@ -234,6 +259,10 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"sampling_order is {sampling_order}, expected 1 or 2")
         if not chroma_guidance >= 0:
             raise ValueError(f"chroma_guidance is {chroma_guidance}, expected 0 (none) or above")
+        if not chroma_contrast >= 0:
+            raise ValueError(f"chroma_contrast is {chroma_contrast}, expected 0 (one tint) or above")
+        if not 0 <= slow_noise <= 1:
+            raise ValueError(f"slow_noise is {slow_noise}, expected 0 (none) to 1 (all)")
         # the library drops defaulted values when another class is built from a configuration, and that solver
         # would then get the library's own betas in silence: only what no solver of it knows counts as defaulted
         defaulted = self.config.get("_use_default_values")

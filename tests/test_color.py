@@ -1,10 +1,18 @@
+from pathlib import Path
+
+import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
+import palette_diffusers
 from palette_diffusers import PalettePipeline, PaletteScheduler
 from palette_diffusers.color import chroma, even_chroma, fit_to_edges, luma
+from palette_diffusers.speed import build
 from palette_diffusers.tasks import get_task
+
+CAT = Path(palette_diffusers.__file__).with_name("photographs") / "cat-gray.jpg"
 
 
 def dense(right, pull, light, edge):
@@ -56,6 +64,9 @@ def test_a_region_has_one_colour_and_two_have_two():
         assert torch.allclose(after.mean((-2, -1)), before.mean((-2, -1)), atol=0.02)
     stronger = chroma(even_chroma(image, light, 1.5))
     assert torch.allclose(stronger, 1.5 * chroma(even), atol=1e-5)
+    contrasted, color = chroma(even_chroma(image, light, contrast=1.5)), chroma(even)
+    mean = color.mean((-2, -1), keepdim=True)
+    assert torch.allclose(contrasted, mean + 1.5 * (color - mean), atol=1e-5)
 
 
 def unevenness(image):
@@ -108,13 +119,45 @@ def test_larger_photographs_are_evened_for_longer(pipe, seeded):
     assert torch.equal(pipe.denoise(given, **options), plain)
 
 
+def test_chroma_contrast_acts_on_guided_colours_alone(pipe):
+    def first(task="colorization", **settings):
+        scheduler = PaletteScheduler(sampling_spacing="logsnr", sampling_variance="zero", **settings)
+        return predictions(pipe, task, scheduler)[0][1]
+
+    assert torch.equal(first(chroma_contrast=2), first())
+    for contrast in (0, 1):
+        found = chroma(first(chroma_guidance=1, chroma_contrast=contrast)).std((-2, -1)).max()
+        assert (found < 1e-5) == (contrast == 0)
+    assert torch.equal(first("inpainting"), first("inpainting", chroma_guidance=1, chroma_contrast=2))
+
+
+@pytest.mark.parametrize("solver", [None, "UniPCMultistepScheduler", "EulerDiscreteScheduler"])
+def test_tints_are_the_networks_rather_than_the_noises(solver):
+    """Of the starter: without noise in the tint, seeds give more like ones, under any solver."""
+    pipe = PalettePipeline.from_pretrained()
+    pipe.set_progress_bar_config(disable=True)
+    own = dict(pipe.scheduler.config)
+    cat = Image.open(CAT).convert("RGB").resize((64, 64))
+
+    def spread(slow_noise):
+        kind = PaletteScheduler if solver is None else getattr(diffusers, solver)
+        pipe.scheduler = build(kind, own, slow_noise=slow_noise)
+        options = dict(num_images_per_input=6, generator=torch.Generator().manual_seed(0), output_type="pt")
+        return chroma(pipe(cat, "colorization", **options).images).mean((-2, -1)).std(0).norm()
+
+    assert spread(0) < 0.7 * spread(1)
+
+
 def test_chroma_guidance_is_a_setting_of_the_checkpoint(pipe, tmp_path):
     with pytest.raises(ValueError, match="chroma_guidance is -1, expected 0"):
         PaletteScheduler(chroma_guidance=-1)
-    pipe.scheduler = PaletteScheduler(chroma_guidance=1.25)
+    with pytest.raises(ValueError, match="chroma_contrast is -1, expected 0"):
+        PaletteScheduler(chroma_contrast=-1)
+    pipe.scheduler = PaletteScheduler(chroma_guidance=1.25, chroma_contrast=1.5)
     pipe.speed("fast")
     assert type(pipe.scheduler).__name__ == "PaletteScheduler" and pipe.scheduler.config.sampling_order == 2
     pipe.save_pretrained(tmp_path)
-    assert PalettePipeline.from_pretrained(tmp_path).scheduler.config["chroma_guidance"] == 1.25
+    config = PalettePipeline.from_pretrained(tmp_path).scheduler.config
+    assert (config["chroma_guidance"], config["chroma_contrast"]) == (1.25, 1.5)
     starter = PalettePipeline.from_pretrained()
     assert starter.scheduler.config.chroma_guidance > 0

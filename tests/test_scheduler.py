@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from palette_diffusers import PaletteScheduler
+from palette_diffusers.color import chroma, luma
 from palette_diffusers.scheduler import (
+    calm,
     condition_velocity,
     diffuse,
     linear_gammas,
@@ -16,6 +18,7 @@ from palette_diffusers.scheduler import (
     timestep_of,
     training_target,
 )
+from palette_diffusers.tasks import get_task
 
 SOLVERS = {
     "DDIMScheduler": {},
@@ -334,3 +337,57 @@ def test_timesteps_are_found_by_their_level():
     found = timestep_of(between[None], 1e-3, 0.05, 200)
     assert found.shape == (1,) and found.item() == pytest.approx(100.25, abs=1e-3)
     assert timestep_of(torch.tensor([1 - 2**-20, 1e-9]), 1e-3, 0.05, 200).tolist() == [0, 199]
+
+
+def waves(size, cycles_down, cycles_across):
+    down, across = (2 * torch.pi * torch.arange(n) / n for n in size)
+    return (cycles_down * down[:, None] + cycles_across * across).cos()
+
+
+@pytest.mark.parametrize("size", [(64, 64), (48, 80), (63, 41)])
+@pytest.mark.parametrize("cycles", [1, 2])
+def test_calm_noise_has_less_of_its_slow_waves_and_all_of_the_others(size, cycles, seeded):
+    noise = torch.randn(2, 3, *size, generator=seeded())
+    calmed = calm(noise, 0.25, cycles)
+    for down, across in ((0, 0), (cycles, 0), (cycles, -1), (0, cycles), (-cycles, cycles)):
+        slow = waves(size, down, across)
+        assert torch.allclose(calm(noise + slow, 0.25, cycles), calmed + 0.25 * slow, atol=1e-5)
+    for down, across in ((cycles + 1, 0), (0, cycles + 1), (-1, cycles + 1)):
+        other = waves(size, down, across)
+        assert torch.allclose(calm(noise + other, 0.25, cycles), calmed + other, atol=1e-5)
+    assert torch.allclose(calm(noise, 1, cycles), noise)
+
+
+def first_samples(pipe, task, mask=None, **settings):
+    """What a sampling from noise starts from, by the network's eyes, with and without the slow waves."""
+    seen = []
+
+    def predict(sample, gamma, condition):
+        seen.append(sample.clone())
+        return pipe._predict(sample, gamma, condition)
+
+    task = get_task(task)
+    given = task.prepare(torch.zeros(1, 3, 32, 32), mask, [torch.Generator()])
+    noise = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for slow_noise in (1, 0):
+        scheduler = PaletteScheduler(slow_noise=slow_noise, sampling_spacing="logsnr", sampling_variance="zero")
+        pipe.scheduler = scheduler
+        pipe.denoise(given, latents=noise, num_inference_steps=2, task=task, predict=predict, **settings)
+    return noise, seen[0], seen[-2]
+
+
+def test_slow_noise_is_of_chroma_where_luma_is_given_of_all_in_holes_and_not_of_tiles(pipe):
+    noise, whole, calmed = first_samples(pipe, "colorization")
+    assert torch.equal(whole, noise)
+    assert torch.allclose(luma(calmed), luma(noise), atol=1e-5)
+    assert torch.allclose(chroma(calmed), calm(chroma(noise), 0, 1), atol=1e-5)
+    noise, whole, calmed = first_samples(pipe, "inpainting", mask=torch.ones(1, 1, 32, 32).tril())
+    assert torch.equal(whole, noise) and torch.allclose(calmed, calm(noise, 0, 2), atol=1e-5)
+    noise, whole, calmed = first_samples(pipe, "jpeg_restoration", strength=1)
+    assert torch.equal(whole, noise) and torch.equal(calmed, noise)
+
+
+def test_slow_noise_is_a_share():
+    for wrong in (-0.1, 1.5):
+        with pytest.raises(ValueError, match=rf"slow_noise is {wrong}, expected 0 \(none\) to 1"):
+            PaletteScheduler(slow_noise=wrong)
