@@ -97,52 +97,62 @@ def our_network(name: str) -> PaletteUNet2DModel:
     )
 
 
-def networks(name: str, janspiry: Path | None, guided: Path | None) -> dict[str, tuple[torch.nn.Module, Call]]:
-    """Each implementation's network, and how it is called with (y, x, gamma)."""
+def networks(name: str, janspiry: Path | None, guided: Path | None) -> dict[str, Callable[[], torch.nn.Module]]:
+    """What builds each implementation's network."""
     width, multipliers, blocks, attention, size, _ = NETWORKS[name]
-    ours, levels = our_network(name), len(multipliers)
-    shared = ("sample_size", "block_out_channels", "down_block_types", "up_block_types", "layers_per_block")
-    theirs = UNet2DModel(
-        **{key: ours.config[key] for key in shared}, in_channels=6, attention_head_dim=64, attn_norm_num_groups=32,
-        resnet_time_scale_shift="scale_shift", downsample_type="resnet", upsample_type="resnet",
-    )  # fmt: skip
-    out: dict[str, tuple[torch.nn.Module, Call]] = {
-        "ours": (ours, lambda y, x, gamma: ours(y, gamma, x).sample),
-        "diffusers": (theirs, lambda y, x, gamma: theirs(torch.cat([x, y], 1), gamma * 1000).sample),
-    }
-    places = [2**i for i in range(attention, levels)]
-    if janspiry is not None:
+    places = [2**i for i in range(attention, len(multipliers))]
+
+    def theirs() -> torch.nn.Module:
+        with torch.device("meta"):
+            config = our_network(name).config
+        shared = ("sample_size", "block_out_channels", "down_block_types", "up_block_types", "layers_per_block")
+        return UNet2DModel(
+            **{key: config[key] for key in shared}, in_channels=6, attention_head_dim=64, attn_norm_num_groups=32,
+            resnet_time_scale_shift="scale_shift", downsample_type="resnet", upsample_type="resnet",
+        )  # fmt: skip
+
+    def palette() -> torch.nn.Module:
         sys.path.insert(0, str(janspiry))
-        palette = importlib.import_module("models.guided_diffusion_modules.unet").UNet(
+        return importlib.import_module("models.guided_diffusion_modules.unet").UNet(
             image_size=size, in_channel=6, inner_channel=width, out_channel=3, res_blocks=blocks, attn_res=places,
             channel_mults=multipliers, num_head_channels=64,
         )  # fmt: skip
-        out["Janspiry"] = (palette, lambda y, x, gamma: palette(torch.cat([x, y], 1), gamma))
-    if guided is not None:
+
+    def adm() -> torch.nn.Module:
         sys.path.insert(0, str(guided))
-        adm = importlib.import_module("guided_diffusion.unet").UNetModel(
+        return importlib.import_module("guided_diffusion.unet").UNetModel(
             image_size=size, in_channels=6, model_channels=width, out_channels=3, num_res_blocks=blocks,
             attention_resolutions=places, channel_mult=multipliers, num_head_channels=64, use_scale_shift_norm=True,
             resblock_updown=True,
         )  # fmt: skip
-        out["guided-diffusion"] = (adm, lambda y, x, gamma: adm(torch.cat([x, y], 1), gamma * 1000))
-    return out
+
+    those = {"ours": lambda: our_network(name), "diffusers": theirs}
+    those |= {"Janspiry": palette} if janspiry else {}
+    return those | ({"guided-diffusion": adm} if guided else {})
+
+
+CALLS: dict[str, Callable[..., torch.Tensor]] = {  # each with (network, y, x, gamma)
+    "ours": lambda network, y, x, gamma: network(y, gamma, x).sample,
+    "diffusers": lambda network, y, x, gamma: network(torch.cat([x, y], 1), gamma * 1000).sample,
+    "Janspiry": lambda network, y, x, gamma: network(torch.cat([x, y], 1), gamma),
+    "guided-diffusion": lambda network, y, x, gamma: network(torch.cat([x, y], 1), gamma * 1000),
+}
 
 
 PEAK_FLOPS = 2 * 256 * 256 * 9 * 16 * 32 * 32
 MATRIX = 8192
-PEAKS = {"cpu": "convolution", "cuda": "matrix product"}
+PEAKS = {"cpu": ("convolution", PEAK_FLOPS), "cuda": ("matrix product", 2 * MATRIX**3)}
 
 
-def peak(dtype: torch.dtype, device: str) -> tuple[Callable, int]:
-    """What a share of peak is counted against, and its FLOPs: a 3x3 convolution, (16, 256, 32, 32) to as many channels;
-    on a GPU, which those would not fill, a product of two square matrices."""
+def peak(dtype: torch.dtype, device: str) -> Callable:
+    """What a share of peak is counted against: a 3x3 convolution, (16, 256, 32, 32) to as many channels; on a GPU,
+    which those would not fill, a product of two square matrices."""
     if device == "cuda":
         a, b = torch.randn(2, MATRIX, MATRIX, dtype=dtype).unbind()
-        return (lambda: a @ b), 2 * MATRIX**3
+        return lambda: a @ b
     layer = torch.nn.Conv2d(256, 256, 3, padding=1).to(dtype, memory_format=torch.channels_last)
     x = torch.randn(16, 256, 32, 32, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    return torch.no_grad()(lambda: layer(x)), PEAK_FLOPS
+    return torch.no_grad()(lambda: layer(x))
 
 
 def cast(network: torch.nn.Module, dtype: torch.dtype) -> Call:
@@ -150,11 +160,10 @@ def cast(network: torch.nn.Module, dtype: torch.dtype) -> Call:
     return lambda y, x, gamma: network(y.to(dtype), gamma, x.to(dtype)).sample
 
 
-def flops(network: torch.nn.Module, *inputs: torch.Tensor, train: bool) -> int:
-    """Of a forward pass, or with the backward pass; on the meta device, where nothing is computed."""
-    network, inputs = copy.deepcopy(network).to("meta"), tuple(x.to("meta") for x in inputs)
+def flops(name: str, *inputs: torch.Tensor, train: bool) -> int:
+    """Of our forward pass, or with the backward pass; on the meta device, where nothing is computed."""
     with FlopCounterMode(display=False) as counter, torch.device("meta"), torch.set_grad_enabled(train):
-        out = network(*inputs).sample
+        out = our_network(name)(*(x.to("meta") for x in inputs)).sample
         if train:
             out.square().mean().backward()
     return counter.get_total_flops()
@@ -202,67 +211,68 @@ def measure(
         replay = cache(lambda: record(lambda: step(network, call, True), network.zero_grad)[0])
         return lambda: replay()()
 
-    those = networks(name, janspiry, guided)
-    for network, _ in those.values():
+    builders = networks(name, janspiry, guided)
+
+    @cache
+    def plain(who: str) -> tuple[torch.nn.Module, Call]:
+        network = builders[who]()
         with torch.no_grad():  # the same work whether or not an output was set to zero
             for p in network.parameters():
                 if not p.any():
                     p.normal_(0, 0.01)
-    calls: dict[tuple[str, str, str], Callable] = {}
-    for who, (network, call) in those.items():
-        calls["forward", who, "float32"] = forward(network, call)
-        calls["training", who, "float32"] = training(network, call, False)
-    ours = those["ours"][0]
-    calls["training", "ours", "bfloat16"] = training(*those["ours"], True)
-    for dtype in (torch.float32, torch.bfloat16):
-        for layout in (torch.contiguous_format, torch.channels_last):
-            what = str(dtype).removeprefix("torch.") + (LAST if layout == torch.channels_last else "")
-            network = copy.deepcopy(ours).to(dtype, memory_format=layout)
-            calls["forward", "ours", what] = forward(network, cast(network, dtype))
-            if layout == torch.channels_last:
-                network = copy.deepcopy(ours).to(memory_format=layout)
-                use_channels_last_norms(network)
-                call = cast(network, torch.float32)
-                calls["training", "ours", what] = training(network, call, dtype == torch.bfloat16)
-        calls["peak", PEAKS[device], what], most = peak(dtype, device)
+        return network, lambda y, x, gamma: CALLS[who](network, y, x, gamma)
+
+    def ours(
+        prepare: Callable | None = None, dtype: torch.dtype = torch.float32, layout: Any = torch.channels_last
+    ) -> tuple[torch.nn.Module, Call]:
+        network = copy.deepcopy(plain("ours")[0]).to(dtype, memory_format=layout)
+        if prepare is not None:
+            prepare(network)
+        return network, cast(network, dtype)
+
+    half, single = torch.bfloat16, torch.float32
+    rows: dict[tuple[str, str, str], Callable[[], Callable]] = {}  # what makes the call: only a row's own networks are
+    for who in builders:
+        rows["forward", who, "float32"] = lambda who=who: forward(*plain(who))
+        rows["training", who, "float32"] = lambda who=who: training(*plain(who), False)
+    rows["training", "ours", "bfloat16"] = lambda: training(*plain("ours"), True)
+    for dtype in (single, half):
+        what = str(dtype).removeprefix("torch.")
+        rows["forward", "ours", what] = lambda d=dtype: forward(*ours(dtype=d, layout=torch.contiguous_format))
+        rows["forward", "ours", what + LAST] = lambda d=dtype: forward(*ours(dtype=d))
+        rows["training", "ours", what + LAST] = lambda d=dtype: training(*ours(use_channels_last_norms), d == half)
+        rows["peak", PEAKS[device][0], what + LAST] = lambda d=dtype: peak(d, device)
     if device == "cpu":
-        network = copy.deepcopy(ours).to(memory_format=torch.channels_last)
-        use_winograd(network)
-        calls["forward", "ours", f"float32{LAST}, Winograd"] = forward(network, cast(network, torch.float32))
+        rows["forward", "ours", f"float32{LAST}, Winograd"] = lambda: forward(*ours(use_winograd))
     if device == "cuda":
-        network = copy.deepcopy(ours).to(memory_format=torch.channels_last)
-        use_fused_blocks(network)
-        call = cast(network, torch.float32)
-        calls["training", "ours", f"bfloat16{LAST}, fused"] = training(network, call, True)
-        network = copy.deepcopy(network)
-        call = cast(network, torch.float32)
-        calls["training", "ours", f"bfloat16{LAST}, fused, replayed"] = replayed(network, call)
-        half = copy.deepcopy(network).to(torch.bfloat16)
-        calls["forward", "ours", f"bfloat16{LAST}, fused"] = forward(half, cast(half, torch.bfloat16))
+        rows["training", "ours", f"bfloat16{LAST}, fused"] = lambda: training(*ours(use_fused_blocks), True)
+        rows["training", "ours", f"bfloat16{LAST}, fused, replayed"] = lambda: replayed(*ours(use_fused_blocks))
+        rows["forward", "ours", f"bfloat16{LAST}, fused"] = lambda: forward(*ours(use_fused_blocks, half))
     if compiled:
-        network = copy.deepcopy(ours).to(memory_format=torch.channels_last)
-        network.compile_repeated_blocks()
-        calls["training", "ours", f"bfloat16{LAST}, compiled"] = training(network, cast(network, torch.float32), True)
-        half = copy.deepcopy(ours).to(torch.bfloat16, memory_format=torch.channels_last)
-        half.compile_repeated_blocks()
-        calls["forward", "ours", f"bfloat16{LAST}, compiled"] = forward(half, cast(half, torch.bfloat16))
-    work = {what: flops(ours, y, gamma, x, train=what == "training") for what in ("forward", "training")}
-    work["peak"] = most
-    calls = {key: call for key, call in calls.items() if not only or any(text in "|".join(key) for text in only)}
-    seconds = interleaved({"|".join(key): call for key, call in calls.items()}, rounds)
-    rows = []
-    for what, who, dtype in calls:
-        median, spread = seconds[f"{what}|{who}|{dtype}"]
-        row = {"network": name, "batch": batch, "what": what, "who": who, "dtype": dtype, "seconds": round(median, 4)}
-        row |= {"spread": round(spread, 4), "GFLOP": round(work[what] / 1e9, 1)}
-        row["GFLOP/s"] = round(work[what] / median / 1e9)
-        fastest = seconds.get(f"peak|{PEAKS[device]}|{dtype.partition(',')[0]}{LAST}")
-        row["share of peak"] = round(work[what] / median / (most / fastest[0]), 3) if fastest else ""
-        public = seconds.get(f"{what}|Janspiry|float32")
-        if public:
-            row["times as fast as Janspiry"] = round(public[0] / median, 2)
-        rows.append(row)
-    return rows
+        regional = type(plain("ours")[0]).compile_repeated_blocks
+        rows["training", "ours", f"bfloat16{LAST}, compiled"] = lambda: training(*ours(regional), True)
+        rows["forward", "ours", f"bfloat16{LAST}, compiled"] = lambda: forward(*ours(regional, half))
+    work = {what: flops(name, y, gamma, x, train=what == "training") for what in ("forward", "training")}
+    work["peak"] = PEAKS[device][1]
+    made = {key: row for key, row in rows.items() if not only or any(text in "|".join(key) for text in only)}
+    seconds = interleaved({"|".join(key): row() for key, row in made.items()}, rounds)
+    return [_row(key, seconds, name, batch, device, work) for key in made]
+
+
+def _row(
+    key: tuple[str, str, str], seconds: dict[str, tuple[float, float]], name: str, batch: int, device: str, work: dict
+) -> dict:
+    what, who, dtype = key
+    median, spread = seconds["|".join(key)]
+    row = {"network": name, "batch": batch, "what": what, "who": who, "dtype": dtype, "seconds": round(median, 4)}
+    row |= {"spread": round(spread, 4), "GFLOP": round(work[what] / 1e9, 1)}
+    row["GFLOP/s"] = round(work[what] / median / 1e9)
+    fastest = seconds.get(f"peak|{PEAKS[device][0]}|{dtype.partition(',')[0]}{LAST}")
+    row["share of peak"] = round(work[what] / median / (work["peak"] / fastest[0]), 3) if fastest else ""
+    public = seconds.get(f"{what}|Janspiry|float32")
+    if public:
+        row["times as fast as Janspiry"] = round(public[0] / median, 2)
+    return row
 
 
 def page(result: dict) -> str:
