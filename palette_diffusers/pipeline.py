@@ -39,8 +39,9 @@ SHIPPED = {path.name: path for path in (STARTER, STUDENT)}  # a Hub id has a sla
 BATCH = 16  # samples of a batch, at most
 AT_ONCE = 8_000_000  # pixels of variations that are made together
 EVENED = 0.7311  # gamma up to which chroma is evened out: log-SNR 1
-CONTRASTED = 4  # steps up to there of which `chroma_contrast` is told; of more, each has less: measured from 2 to 9
 SHRUNK_EVENED = 0.8808  # the same of photographs that were made smaller, whose regions are larger: log-SNR 2
+SHRUNK_CONTRAST = 0.5  # the share of the contrast above 1 that those get
+CONTRASTED = 4  # steps up to there of which `chroma_contrast` is told; of more, each has less: measured from 2 to 9
 REFINE_FROM = 2.5  # log-SNR at which finer levels start from the coarser picture
 SOONER = 1.5  # log-SNR by which the last of few steps may come before that; more would leave grain
 
@@ -263,10 +264,11 @@ class PalettePipeline(DiffusionPipeline):
             sample = sample / gamma.sqrt() if exploding else sample
         extra = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
         kind = self.scheduler.config.prediction_type
-        until = torch.where(torch.tensor([*shrunk] or [False], device=sample.device), SHRUNK_EVENED, EVENED)
-        until = until.reshape(-1, 1, 1, 1)
+        smaller = torch.tensor([*shrunk] or [False], device=sample.device).reshape(-1, 1, 1, 1)
+        until = torch.where(smaller, SHRUNK_EVENED, EVENED)
         compounded = max(1, self._first_step(math.log(EVENED / (1 - EVENED))) - first)
-        contrast = settings.get("chroma_contrast", 1) ** (compounded / CONTRASTED) ** -0.3
+        above = settings.get("chroma_contrast", 1) - 1
+        contrast = (1 + torch.where(smaller, SHRUNK_CONTRAST, 1.0) * above) ** (compounded / CONTRASTED) ** -0.3
         self._num_timesteps = len(timesteps)
         for i, t in enumerate(self.progress_bar(timesteps)):
             scaled = self.scheduler.scale_model_input(sample, t)
@@ -276,7 +278,7 @@ class PalettePipeline(DiffusionPipeline):
             # Euler and Heun carry y / sqrt(gamma): what the network saw is not what they step from
             original = predicted_original(output, scaled, gamma, kind).clamp(-1, 1)
             if evened and gamma <= until.max():
-                even = even_chroma(original, luma(given.known), evened, contrast if gamma <= EVENED else 1)
+                even = even_chroma(original, luma(given.known), evened, contrast if gamma <= EVENED else None)
                 original = torch.where(gamma <= until, even, original)
             if task is not None:
                 del output  # of a large photograph, each of these counts

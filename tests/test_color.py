@@ -64,7 +64,7 @@ def test_a_region_has_one_colour_and_two_have_two():
         assert torch.allclose(after.mean((-2, -1)), before.mean((-2, -1)), atol=0.02)
     stronger = chroma(even_chroma(image, light, 1.5))
     assert torch.allclose(stronger, 1.5 * chroma(even), atol=1e-5)
-    contrasted, color = chroma(even_chroma(image, light, contrast=1.5)), chroma(even)
+    contrasted, color = chroma(even_chroma(image, light, contrast=torch.full((1, 1, 1, 1), 1.5))), chroma(even)
     mean = color.mean((-2, -1), keepdim=True)
     assert torch.allclose(contrasted, mean + 1.5 * (color - mean), atol=1e-5)
 
@@ -117,6 +117,29 @@ def test_larger_photographs_are_evened_for_longer(pipe, seeded):
     mixed = pipe.denoise(given, shrunk=[False, True], **options)
     assert torch.equal(mixed[0], plain[0]) and torch.equal(mixed[1], longer[1]) and not torch.equal(plain, longer)
     assert torch.equal(pipe.denoise(given, **options), plain)
+
+
+def test_photographs_above_the_networks_size_get_half_of_the_contrast(pipe, seeded):
+    task = get_task("colorization")
+    given = task.prepare(0.05 * torch.randn(1, 3, 32, 32, generator=seeded()), None, [])
+    noise = 0.05 * torch.randn(1, 3, 32, 32, generator=seeded(1))
+
+    def first(contrast, **options):  # log-SNR -1.5: what was predicted, of which contrast is taken in every case
+        seen = []
+        settings = dict(chroma_guidance=1, chroma_contrast=contrast)
+        pipe.scheduler = PaletteScheduler(sampling_spacing="logsnr", sampling_variance="zero", **settings)
+
+        def callback(i, t, tensors):
+            seen.append(chroma(tensors["pred_original_sample"]))
+            return tensors
+
+        pipe.denoise(given, latents=noise, num_inference_steps=9, task=task, callback=callback, **options)
+        return (seen[0] - seen[0].mean((-2, -1), keepdim=True)).norm()
+
+    plain, small, large = first(1), first(1.5), first(1.5, shrunk=[True])
+    power = (5 / 4) ** -0.3  # of five steps up to log-SNR 1
+    assert small / plain == pytest.approx(1.5**power, rel=0.02)
+    assert large / plain == pytest.approx(1.25**power, rel=0.02)
 
 
 def test_chroma_contrast_acts_on_guided_colours_alone(pipe):
