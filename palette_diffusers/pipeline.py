@@ -266,9 +266,11 @@ class PalettePipeline(DiffusionPipeline):
         kind = self.scheduler.config.prediction_type
         smaller = torch.tensor([*shrunk] or [False], device=sample.device).reshape(-1, 1, 1, 1)
         until = torch.where(smaller, SHRUNK_EVENED, EVENED)
-        compounded = max(1, self._first_step(math.log(EVENED / (1 - EVENED))) - first)
-        above = settings.get("chroma_contrast", 1) - 1
-        contrast = (1 + torch.where(smaller, SHRUNK_CONTRAST, 1.0) * above) ** (compounded / CONTRASTED) ** -0.3
+        contrast = None
+        if evened and settings.get("chroma_contrast", 1) != 1:
+            compounded = max(1, self._first_step(math.log(EVENED / (1 - EVENED))) - first)
+            stronger = 1 + torch.where(smaller, SHRUNK_CONTRAST, 1.0) * (settings.chroma_contrast - 1)
+            contrast = stronger ** (compounded / CONTRASTED) ** -0.3
         self._num_timesteps = len(timesteps)
         for i, t in enumerate(self.progress_bar(timesteps)):
             scaled = self.scheduler.scale_model_input(sample, t)
