@@ -249,7 +249,7 @@ def measure(
         rows["training", "ours", f"bfloat16{LAST}, fused, replayed"] = lambda: replayed(*ours(use_fused_blocks))
         rows["forward", "ours", f"bfloat16{LAST}, fused"] = lambda: forward(*ours(use_fused_blocks, half))
     if compiled:
-        regional = type(plain("ours")[0]).compile_repeated_blocks
+        regional = PaletteUNet2DModel.compile_repeated_blocks
         rows["training", "ours", f"bfloat16{LAST}, compiled"] = lambda: training(*ours(regional), True)
         rows["forward", "ours", f"bfloat16{LAST}, compiled"] = lambda: forward(*ours(regional, half))
     work = {what: flops(name, y, gamma, x, train=what == "training") for what in ("forward", "training")}

@@ -6,9 +6,8 @@
     python benchmarks/solvers.py --model starter-few-steps --solvers "checkpoint's own" --steps 1,2,4 ...
 
 Quality is the Frechet distance of the small classifier's features (`classifier.py`), lower is better; every solver sees
-the same sources and seeds, from all of the noise (`slow_noise` 1), without
-`chroma_guidance`. A killed run goes on with the same command. --table prints the
-file as Markdown and --figure draws it.
+the same sources and seeds, from all of the noise (`slow_noise` 1) and without `chroma_guidance`. A killed run goes on
+with the same command. --table prints the file as Markdown and --figure draws it.
 """
 
 import argparse

@@ -1,18 +1,14 @@
-from pathlib import Path
-
 import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import palette_diffusers
 from palette_diffusers import PalettePipeline, PaletteScheduler
 from palette_diffusers.color import chroma, even_chroma, fit_to_edges, luma
+from palette_diffusers.demo_examples import PHOTOGRAPHS
 from palette_diffusers.speed import build
 from palette_diffusers.tasks import get_task
-
-CAT = Path(palette_diffusers.__file__).with_name("photographs") / "cat-gray.jpg"
 
 
 def dense(right, pull, light, edge):
@@ -124,7 +120,7 @@ def test_photographs_above_the_networks_size_get_less_of_the_contrast(pipe, seed
     given = task.prepare(0.05 * torch.randn(1, 3, 32, 32, generator=seeded()), None, [])
     noise = 0.05 * torch.randn(1, 3, 32, 32, generator=seeded(1))
 
-    def first(contrast, **options):  # log-SNR -1.5: what was predicted, of which contrast is taken in every case
+    def first(contrast, **options):  # of the first step, before contrast feeds back
         seen = []
         settings = dict(chroma_guidance=1, chroma_contrast=contrast)
         pipe.scheduler = PaletteScheduler(sampling_spacing="logsnr", sampling_variance="zero", **settings)
@@ -160,7 +156,7 @@ def test_tints_are_the_networks_rather_than_the_noises(solver):
     pipe = PalettePipeline.from_pretrained()
     pipe.set_progress_bar_config(disable=True)
     own = dict(pipe.scheduler.config)
-    cat = Image.open(CAT).convert("RGB").resize((64, 64))
+    cat = Image.open(PHOTOGRAPHS / "cat-gray.jpg").convert("RGB").resize((64, 64))
 
     def spread(slow_noise):
         kind = PaletteScheduler if solver is None else getattr(diffusers, solver)
