@@ -7,9 +7,11 @@ Chelsea, a cup of coffee, a rocket.
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from hints import strokes
 from PIL import Image, ImageDraw
 
 from palette_diffusers import PalettePipeline, canvas
@@ -68,27 +70,32 @@ def main() -> None:
     for name, photo in photographs().items():
         hole, mask = with_hole(photo)
         gray = photo.convert("L")
+        colors = strokes(name, photo.size)
+        painted = gray.convert("RGB")
+        painted.paste(colors, mask=colors)
         jpeg = args.output / f"{name}-quality-10.jpg"
         photo.save(jpeg, quality=10)
-        jobs = {
+        jobs: dict[str, tuple[Any, dict[str, Any], Image.Image]] = {
             "colorization": (gray, {}, gray.convert("RGB")),
+            "colorization with strokes": (gray, {"hints": colors}, painted),
             "inpainting": (hole, {"mask_image": mask}, hole),
             "uncropping": (photo, {"right": 0.25}, photo),
             "jpeg_restoration": (jpeg, {}, Image.open(jpeg).convert("RGB")),
         }
-        for task, (image, options, shown) in jobs.items():
+        for job, (image, options, shown) in jobs.items():
+            task = job.split()[0]
             begin = time.time()
             generator = torch.Generator().manual_seed(0)
             result = pipe(image, task=task, num_inference_steps=args.steps, generator=generator, **options).images[0]
-            path = args.output / f"{name}-{task}.png"
+            path = args.output / f"{name}-{job.replace(' ', '-')}.png"
             canvas.save(result, path)
             print(f"{path}  {result.width}x{result.height}  {time.time() - begin:.1f} s", flush=True)
-            pairs.setdefault(task, []).extend([shown, result.convert("RGB")])
+            pairs.setdefault(job, []).extend([shown, result.convert("RGB")])
             if task == "inpainting":
                 kept = np.asarray(mask) == 0
                 assert np.array_equal(np.asarray(result)[kept], np.asarray(hole)[kept]), "known pixels changed"
-    for task, row in pairs.items():
-        rows.append((f"{task}: input, result", row))
+    for job, row in pairs.items():
+        rows.append((f"{job}: input, result", row))
     canvas.save(sheet(rows), args.output / "contact-sheet.png")
     print(args.output / "contact-sheet.png")
 

@@ -12,19 +12,47 @@ from skimage import data
 
 from palette_diffusers import PalettePipeline, canvas
 
-STROKES = {
-    "#c83c32": [(0.44, 0.87, 0.57, 0.9), (0.25, 0.55, 0.27, 0.65), (0.75, 0.5, 0.74, 0.6)],
-    "#96602c": [(0.08, 0.35, 0.12, 0.8), (0.85, 0.2, 0.9, 0.7), (0.3, 0.1, 0.42, 0.03)],
-    "#a05a1e": [(0.42, 0.35, 0.52, 0.36)],
-}
+Lines = list[tuple[float, float, float, float]]
+# of each photograph, by colour: lines from (x, y) to (x, y), in shares of its width and height
+STROKES: dict[str, dict[str, Lines]] = {
+    "astronaut": {
+        "#d2552d": [(0.3, 0.62, 0.42, 0.75), (0.6, 0.7, 0.66, 0.62), (0.25, 0.85, 0.3, 0.97)],
+        "#d9a184": [(0.42, 0.2, 0.5, 0.22), (0.44, 0.28, 0.47, 0.28)],
+        "#6e5132": [(0.4, 0.08, 0.5, 0.06)],
+        "#9c3a40": [(0.06, 0.3, 0.08, 0.5)],
+        "#262d52": [(0.03, 0.05, 0.05, 0.12)],
+        "#b9b0a4": [(0.6, 0.08, 0.62, 0.35), (0.2, 0.1, 0.26, 0.3), (0.88, 0.08, 0.92, 0.4)],
+    },
+    "chelsea": {
+        "#a5774f": [(0.3, 0.2, 0.42, 0.1), (0.2, 0.55, 0.3, 0.6), (0.62, 0.5, 0.68, 0.62)],
+        "#989a62": [(0.36, 0.42, 0.38, 0.42), (0.68, 0.42, 0.7, 0.42)],
+        "#b5604a": [(0.57, 0.82, 0.59, 0.82)],
+        "#bfa9a5": [(0.85, 0.2, 0.95, 0.25), (0.85, 0.6, 0.95, 0.7), (0.03, 0.2, 0.05, 0.3)],
+    },
+    "coffee": {
+        "#b4392a": [(0.44, 0.87, 0.57, 0.9), (0.25, 0.55, 0.27, 0.65), (0.75, 0.5, 0.74, 0.6)],
+        "#96602c": [
+            (0.05, 0.35, 0.08, 0.8), (0.85, 0.2, 0.9, 0.7), (0.3, 0.1, 0.42, 0.03), (0.75, 0.05, 0.95, 0.08),
+            (0.05, 0.93, 0.35, 0.97), (0.75, 0.93, 0.95, 0.9),
+        ],
+        "#a05a1e": [(0.42, 0.35, 0.52, 0.36)],
+    },
+    "rocket": {
+        "#243a6e": [(0.2, 0.1, 0.4, 0.12), (0.6, 0.1, 0.85, 0.12), (0.33, 0.6, 0.42, 0.6), (0.6, 0.6, 0.68, 0.6)],
+        "#2a2c3a": [(0.3, 0.88, 0.38, 0.88), (0.65, 0.88, 0.8, 0.88)],
+        "#d8d0c0": [(0.5, 0.45, 0.5, 0.8)],
+    },
+}  # fmt: skip
 
 
-def strokes(size: tuple[int, int]) -> Image.Image:
+def strokes(name: str, size: tuple[int, int]) -> Image.Image:
+    """Those of a photograph, drawn on a transparent picture."""
     image = Image.new("RGBA", size)
     draw = ImageDraw.Draw(image)
-    for color, lines in STROKES.items():
+    for color, lines in STROKES[name].items():
         for x, y, x2, y2 in lines:
-            draw.line([x * size[0], y * size[1], x2 * size[0], y2 * size[1]], fill=color, width=size[0] // 60)
+            ends = (x * size[0], y * size[1], x2 * size[0], y2 * size[1])
+            draw.line(ends, fill=color, width=max(3, size[0] // 60))
     return image
 
 
@@ -33,7 +61,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("hints.jpg"))
     args = parser.parse_args()
     photo = Image.fromarray(data.coffee()).convert("L")
-    hints = strokes(photo.size)
+    hints = strokes("coffee", photo.size)
     pipe = PalettePipeline.from_pretrained()
     free, held = (pipe(photo, hints=h, generator=torch.Generator().manual_seed(0)).images[0] for h in (None, hints))
     shown = photo.convert("RGB")

@@ -51,8 +51,8 @@ class Teacher:
         self.pipe, self.levels = pipe, levels
         self.tasks = [get_task(task) for task in tasks]
         self.steps = steps or pipe.config.default_steps
-        # the student's own sampling will even chroma out, and it learns all of the noise
-        settings = dict(sampling_variance="zero", chroma_guidance=0.0, slow_noise=1.0)
+        # the student's own sampling will even chroma out
+        settings = dict(sampling_variance="zero", chroma_guidance=0.0)
         pipe.scheduler = PaletteScheduler.from_config(pipe.scheduler.config, **settings)
         pipe.set_progress_bar_config(disable=True)
         pipe.unet.requires_grad_(False).eval()
