@@ -21,7 +21,7 @@ from starlette.routing import Route
 
 from . import __version__, canvas, sizes
 from .demo_batches import Stopped
-from .demo_examples import EXAMPLES, GROW, PHOTOGRAPHS, RIGHT, Examples, mask_of
+from .demo_examples import EXAMPLES, GROW, PHOTOGRAPHS, RIGHT, Examples, beside_of
 from .demo_files import deleting, own_folder
 from .demo_handlers import (
     ASPECTS,
@@ -54,7 +54,11 @@ TASKS = {
 }
 AT_THE_END = (10**7, 10**7)  # seconds; while the server runs, files are deleted by demo_files.py
 FRAME = 0.15  # seconds between two previews
-EDITOR = 1024  # pixels of the longer side while a mask is painted
+EDITOR = 1024  # pixels of the longer side while a mask or colours are painted
+# of things that many photographs show; only a stroke's chroma counts
+PAINTS: list[str | tuple[str, float]] = [
+    "#d9a184", "#7a4f2c", "#5b86c4", "#5f7f3a", "#a8322a", "#d2662d", "#d8b84a", "#c9ad7f", "#243a6e", "#808080",
+]  # fmt: skip
 OWN = next(iter(ASPECTS))
 # on a phone the result stands below the button
 SHOW_RESULT = "() => { if (innerWidth < 768) document.querySelector('#status').scrollIntoView({behavior: 'smooth'}) }"
@@ -119,27 +123,35 @@ class Page:
 
     def _inputs(self) -> None:
         photo: dict[str, Any] = dict(type="filepath", image_mode=None, sources=["upload", "clipboard"], format="png")
+        editor: dict[str, Any] = dict(type="pil", format="png", sources=(), transforms=(), layers=False, height=460)
         self.photo = gr.Image(label="Your photo", elem_id="photo", height=300, **photo)
         self.facts = gr.Markdown("", elem_id="facts")
         self.run: dict[str, gr.Button] = {}
         self.tries: dict[str, Any] = {}
         with gr.Tabs():
             with gr.Tab("Colorize"):
-                gr.Markdown("Colour for a black-and-white photo.")
-                self._finish("Colorize")
+                gr.Markdown("Colour for a black-and-white photo. You know what colour something has? Tell it.")
+                with gr.Accordion("Paint colours", open=False, elem_id="paint"):
+                    gr.Markdown("A short stroke on each thing is enough: its colour goes as far as the thing does.")
+                    self.strokes = gr.ImageEditor(
+                        label="Paint here", elem_id="strokes",
+                        brush=gr.Brush(colors=PAINTS, default_color=PAINTS[0], default_size=14), **editor,
+                    )  # fmt: skip
+                    with gr.Accordion("Upload strokes instead (transparent elsewhere)", open=False):
+                        self.hints = gr.Image(label="Strokes", height=200, **photo)
+                self._finish("Colorize", beside=self.hints)
             with gr.Tab("Inpaint"):
                 gr.Markdown("Paint over what should go.")
                 self.editor = gr.ImageEditor(
-                    label="Paint here", elem_id="editor", type="pil", format="png", sources=(), transforms=(),
-                    brush=gr.Brush(colors=[("#ff2d78", 0.6)], color_mode="fixed", default_size=32), layers=False,
-                    height=460,
+                    label="Paint here", elem_id="editor",
+                    brush=gr.Brush(colors=[("#ff2d78", 0.6)], color_mode="fixed", default_size=32), **editor,
                 )  # fmt: skip
                 with gr.Row():
                     self.invert = gr.Checkbox(label="Keep only what is painted")
                     self.grow = gr.Slider(0, 64, GROW, step=1, label="Grow the mask (pixels)")
                 with gr.Accordion("Upload a mask instead", open=False):
                     self.mask = gr.Image(label="Mask: white = fill in", height=200, **photo)
-                self._finish("Inpaint", mask=self.mask)
+                self._finish("Inpaint", beside=self.mask)
             with gr.Tab("Uncrop"):
                 gr.Markdown("More picture beyond the border.")
                 self.aspect = gr.Radio(list(ASPECTS), value=OWN, label="Shape")
@@ -180,12 +192,16 @@ class Page:
             f"Files are deleted after {limits.keep_seconds / 60:g} minutes."
         )
 
-    def _finish(self, tab: str, mask: gr.Image | None = None) -> None:
-        """The button of a tab, and photographs to try it on; those of a mask have it beside them."""
+    def _finish(self, tab: str, beside: gr.Image | None = None) -> None:
+        """The button of a tab, and photographs to try it on, with what belongs beside them: a mask, or strokes."""
         self.run[tab] = gr.Button(tab, variant="primary")
-        photos = [PHOTOGRAPHS / name for name in EXAMPLES[TASKS[tab]]]
-        rows = [[str(photo)] if mask is None else [str(photo), str(mask_of(photo))] for photo in photos]
-        inputs = [self.photo] if mask is None else [self.photo, mask]
+        rows: list[list[str | None]] = []
+        for name in EXAMPLES[TASKS[tab]]:
+            second = beside_of(PHOTOGRAPHS / name)
+            rows.append([str(PHOTOGRAPHS / name)])
+            if beside is not None:
+                rows[-1].append(str(second) if second else None)
+        inputs = [self.photo] if beside is None else [self.photo, beside]
         self.tries[tab] = gr.Examples(rows, inputs, label="Or try one of these")
 
     def _outputs(self) -> None:
@@ -215,11 +231,11 @@ class Page:
         self.blocks.load(None, js=FIT_TABS)
         handlers = self.handlers
         private: dict[str, Any] = dict(api_visibility="private")
-        handlers.read_layers = self.editor.preprocess
+        handlers.read_mask, handlers.read_strokes = self.editor.preprocess, self.strokes.preprocess
         settings = [self.seed, self.anew, self.samples, self.steps, self.solver, self.speed]
         sides = [self.left, self.right, self.top, self.bottom]
         jobs: dict[str, tuple[Callable, list]] = {
-            "Colorize": (self._colorize, []),
+            "Colorize": (self._colorize, [self.strokes, self.hints]),
             "Inpaint": (self._inpaint, [self.editor, self.mask, self.invert, self.grow]),
             "Uncrop": (self._uncrop, sides),
             "Restore": (self._restore, []),
@@ -242,7 +258,7 @@ class Page:
         chosen = self.photo.change(
             self._photo,
             self.photo,
-            [self.facts, self.quality, self.editor, self.aspect],
+            [self.facts, self.quality, self.editor, self.strokes, self.aspect],
             preprocess=False,
             show_progress="hidden",
             **private,
@@ -250,15 +266,19 @@ class Page:
         chosen.failure(lambda: None, None, self.photo, queue=False, show_progress="hidden", **private)
         self.aspect.input(self._aspect, [self.photo, self.aspect], sides, preprocess=False, **private)
         gr.on([side.input for side in sides], lambda: OWN, None, self.aspect, queue=False, **private)
-        gr.on([self.photo.upload, self.photo.clear], lambda: None, None, self.mask, queue=False, **private)
+        gr.on(
+            [self.photo.upload, self.photo.clear], lambda: (None, None), None, [self.mask, self.hints], queue=False,
+            **private,
+        )  # fmt: skip
         gr.on([self.steps.input, self.solver.input], None, None, self.speed, js=f"() => '{STANDARD}'", **private)
         self.gallery.select(
             self._pick, [self.full, self.pairs], [self.slider, self.download], queue=False, show_progress="hidden",
             **private,
         )  # fmt: skip
         self.go_on.click(
-            lambda path: (path, None), self.download, [self.photo, self.mask], show_progress="hidden", **private
-        )
+            lambda path: (path, None, None), self.download, [self.photo, self.mask, self.hints],
+            show_progress="hidden", **private,
+        )  # fmt: skip
 
     def _shown(self) -> list:
         return [
@@ -266,10 +286,10 @@ class Page:
             self.full, self.pairs, self.seed,
         ]  # fmt: skip
 
-    def _photo(self, payload: Any) -> tuple[str, str, Any, str]:
-        """A photo was chosen => its facts, its JPEG quality, and a copy of it to paint on."""
+    def _photo(self, payload: Any) -> tuple[str, str, Any, Any, str]:
+        """A photo was chosen => its facts, its JPEG quality, and copies of it to paint on: for colours a gray one."""
         if not payload:
-            return "", "Choose a photo", None, OWN
+            return "", "Choose a photo", None, None, OWN
         image = open_upload(payload, self.limits)
         quality = canvas.jpeg_quality(image)
         picture = self.handlers.photo(payload)
@@ -277,7 +297,8 @@ class Page:
         small = smaller(canvas.to_pil(picture.image), EDITOR)
         facts = f"{width}x{height}" + ("" if quality is None else f", JPEG of quality {quality}")
         found = f"{image.format}, no JPEG" if quality is None else f"{quality} of 100"
-        return facts, found, {"background": small, "layers": [], "composite": None}, OWN
+        empty: dict[str, Any] = {"layers": [], "composite": None}
+        return facts, found, empty | {"background": small}, empty | {"background": small.convert("L")}, OWN
 
     def _aspect(self, payload: Any, name: Any) -> list:
         aspect = choice("shape", name, ASPECTS)
@@ -297,8 +318,10 @@ class Page:
     # the five tabs
 
     def _colorize(self, request: gr.Request, *values: Any) -> Iterator[dict]:
-        *settings, payload = values
-        yield from self._mend("colorization", settings, payload, request)
+        *settings, payload, brush, upload = values
+        picture = self.handlers.photo(payload)
+        options = self.handlers.hints(picture, brush, upload)
+        yield from self._mend("colorization", settings, payload, request, picture, **options)
 
     def _restore(self, request: gr.Request, *values: Any) -> Iterator[dict]:
         *settings, payload = values
@@ -420,7 +443,9 @@ class Page:
     def _endpoints(self) -> None:
         handlers, default = self.handlers, self.default_steps
         with gr.Row(visible=False):
-            image, mask = (gr.Image(label=x, type="filepath", image_mode=None) for x in ("image", "mask"))
+            image, mask, hints = (
+                gr.Image(label=x, type="filepath", image_mode=None) for x in ("image", "mask", "hints")
+            )
             sides = [gr.Number(0, label=side, precision=None) for side in ("left", "right", "top", "bottom")]
             seed, steps = gr.Number(0, label="seed"), gr.Number(default, label="steps")
             speed = gr.Radio(list(SPEED_NAMES), value=STANDARD, label="speed")
@@ -429,6 +454,7 @@ class Page:
         tail = [seed, steps, speed]
         for function, inputs in (
             (handlers.colorize, [image, *tail]),
+            (handlers.colorize_with_hints, [image, hints, *tail]),
             (handlers.inpaint, [image, mask, *tail]),
             (handlers.uncrop, [image, *sides, *tail]),
             (handlers.restore_jpeg, [image, *tail]),

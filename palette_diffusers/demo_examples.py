@@ -17,8 +17,10 @@ RIGHT = 25  # percent that an example is extended by
 GROW = 4  # pixels that a mask is
 
 
-def mask_of(photo: Path) -> Path:
-    return photo.with_name(f"{photo.stem}-mask.png")
+def beside_of(photo: Path) -> Path | None:
+    """What belongs to an example: its mask, or its strokes of colour."""
+    each = (photo.with_name(f"{photo.stem}-{kind}.png") for kind in ("mask", "strokes"))
+    return next((path for path in each if path.is_file()), None)
 
 
 class Examples:
@@ -39,8 +41,11 @@ class Examples:
         payload = {"path": str(photo)}
         picture = self.handlers.photo(payload)
         options: dict[str, Any] = {}
+        beside = beside_of(photo)
         if task == "inpainting":
-            options["mask_image"] = self.handlers.mask(picture, None, {"path": str(mask_of(photo))}, False, GROW)
+            options["mask_image"] = self.handlers.mask(picture, None, {"path": str(beside)}, False, GROW)
+        if task == "colorization" and beside is not None:
+            options = self.handlers.hints(picture, None, {"path": str(beside)})
         if task == "uncropping":
             options = dict(self.handlers.sides(picture, 0, RIGHT, 0, 0))
         for moment in self.handlers.moments(task, payload, picture, self.settings, session, **options):

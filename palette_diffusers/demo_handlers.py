@@ -5,7 +5,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,9 @@ class Handlers:
         # ZeroGPU runs each job in a process of its own
         self.shared = None if on_zero_gpu() else SharedNetwork(pipe, limits.max_pixels)
         self.steps = borrowing_gpu(self._steps, gpu_seconds)
-        self.read_layers: Callable[[EditorData], Any] = lambda data: None
+        # of the page's two editors
+        self.read_mask: Callable[[EditorData], Any] = lambda data: None
+        self.read_strokes: Callable[[EditorData], Any] = lambda data: None
 
     def photo(self, payload: Any, what: str = "photo") -> canvas.Picture:
         """What Gradio received => the picture, or a message for the visitor."""
@@ -127,24 +129,43 @@ class Handlers:
         """What was painted and what was uploaded, together: (1, 1, H, W)."""
         height, width = picture.size
         mask = torch.zeros(1, 1, height, width)
-        for layer in self._layers(brush):
+        for layer in self._layers(brush, self.read_mask):
             painted = layer.convert("RGBA").getchannel("A").resize((width, height), Image.Resampling.BILINEAR)
             mask[torch.from_numpy(np.asarray(painted) > 40)[None, None]] = 1
         if upload is not None:
-            uploaded = self.photo(upload, "mask")
-            if uploaded.size != picture.size:
-                h, w = uploaded.size
-                raise gr.Error(f"The mask is {w}x{h}, the photo {width}x{height}: they must have the same size.")
+            uploaded = self._beside(picture, upload, "mask")
             mask = torch.maximum(mask, (uploaded.image.mean(1, keepdim=True) > 0).float())
         if not mask.any():
             raise gr.Error("Paint over what should go, or upload a mask (white = fill in).")
         return masks.grow(1 - mask if invert is True else mask, whole("grow", pixels, 0, 64))
 
-    def _layers(self, brush: Any) -> list[Image.Image]:
+    def hints(self, picture: canvas.Picture, brush: Any, upload: Any) -> dict[str, Any]:
+        """What was painted over what was uploaded => the pipeline's `hints`, nothing where there is no stroke."""
+        height, width = picture.size
+        strokes = Image.new("RGBA", (width, height))
+        if upload is not None:
+            uploaded = self._beside(picture, upload, "picture of strokes")
+            if uploaded.alpha is None:
+                raise gr.Error("The picture of strokes has no transparency: only the strokes must be opaque.")
+            strokes = canvas.to_pil(uploaded.image, replace(uploaded, deep=False, info={}))
+        for layer in self._layers(brush, self.read_strokes):
+            strokes.alpha_composite(layer.convert("RGBA").resize((width, height), Image.Resampling.BILINEAR))
+        opaque = strokes.getchannel("A").point(lambda value: value > 127)
+        return {"hints": strokes} if upload is not None or opaque.getbbox() else {}
+
+    def _beside(self, picture: canvas.Picture, upload: Any, what: str) -> canvas.Picture:
+        """What was uploaded for a photo, and must have its size."""
+        uploaded = self.photo(upload, what)
+        if uploaded.size != picture.size:
+            (h, w), (height, width) = uploaded.size, picture.size
+            raise gr.Error(f"The {what} is {w}x{h}, the photo {width}x{height}: they must have the same size.")
+        return uploaded
+
+    def _layers(self, brush: Any, read: Callable[[EditorData], Any]) -> list[Image.Image]:
         if not isinstance(brush, dict):
             return []
         try:
-            value = self.read_layers(EditorData(**brush)) or {}
+            value = read(EditorData(**brush)) or {}
         except (ValueError, OSError, Image.DecompressionBombError):
             raise gr.Error("What was painted can't be read: paint it again.") from None
         return [layer for layer in value.get("layers", ()) if isinstance(layer, Image.Image)]
@@ -234,6 +255,22 @@ class Handlers:
             speed: Standard, or Fast, Balanced or Best, which choose solver and steps themselves.
         """
         yield from self._answer("colorization", image, seed, steps, speed, request)
+
+    def colorize_with_hints(
+        self, image: Any, hints: Any, seed: Any, steps: Any, speed: Any, request: gr.Request
+    ) -> Iterator[Any]:
+        """Colours a grayscale photograph, told what colours things have; its own luma is kept.
+
+        Args:
+            image: the photograph.
+            hints: a transparent picture of the same size with strokes of colour, which spread up to edges.
+            seed: the same seed makes the same picture.
+            steps: network evaluations; more take longer.
+            speed: Standard, or Fast, Balanced or Best, which choose solver and steps themselves.
+        """
+        picture = self.photo(image)
+        options = self.hints(picture, None, hints)
+        yield from self._answer("colorization", image, seed, steps, speed, request, picture, **options)
 
     def inpaint(self, image: Any, mask: Any, seed: Any, steps: Any, speed: Any, request: gr.Request) -> Iterator[Any]:
         """Fills a hole in a photograph; every other pixel is kept bit for bit.

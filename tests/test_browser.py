@@ -132,6 +132,35 @@ def test_a_mask_drawn_by_mouse_and_every_pixel_outside_it_kept(open_page, upload
     assert abs(rows.mean() / height - 0.5) < 0.1 and abs(columns.mean() / width - 0.5) < 0.1
 
 
+def test_a_stroke_painted_by_mouse_colours_the_thing_beneath(open_page, photo, tmp_path):
+    Image.fromarray(photo).convert("L").save(tmp_path / "gray.png")
+    page = open_page()
+    choose(page, tmp_path / "gray.png")
+    page.get_by_role("button", name="Paint colours").click()
+    canvas = page.locator("#strokes canvas").first
+    canvas.wait_for()
+    canvas.scroll_into_view_if_needed()
+    page.wait_for_timeout(1000)
+    box = canvas.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x - 30, y)
+    page.mouse.down()
+    page.mouse.move(x + 30, y, steps=8)
+    page.mouse.up()
+    shot(page, "colorize-painted")
+    run(page, "Colorize")
+    page.locator("#result img").first.wait_for()
+    shot(page, "colorize-told")
+    result = pixels(download(page)[0])
+    height, width, _ = result.shape
+    middle = result[height // 2 - 3 : height // 2 + 3, width // 2 - 10 : width // 2 + 10].astype(float)
+    # the first paint is skin: its chroma, exactly
+    light = middle @ [0.299, 0.587, 0.114]
+    expected = np.array([0xD9, 0xA1, 0x84]) @ np.array([0.299, 0.587, 0.114])
+    assert abs((middle[..., 0] - light).mean() - (0xD9 - expected)) < 6
+    assert abs((middle[..., 2] - light).mean() - (0x84 - expected)) < 6
+
+
 def test_the_prediction_streams_and_stop_stops(open_page, upload):
     page = open_page()
     choose(page, upload)

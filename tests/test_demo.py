@@ -111,6 +111,26 @@ def test_every_task_as_an_endpoint(client, file, photo, tmp_path):
     assert np.array_equal(first, pixels(client.predict(image, seed=1, steps=4, api_name="/restore_jpeg")))
 
 
+def test_hints_as_an_endpoint(client, file, photo, tmp_path):
+    strokes = np.zeros((*photo.shape[:2], 4), np.uint8)
+    strokes[60:80, 60:100] = 200, 40, 40, 255
+    Image.fromarray(strokes).save(tmp_path / "strokes.png")
+    free = pixels(client.predict(handle_file(file), seed=1, api_name="/colorize"))
+    hints = handle_file(tmp_path / "strokes.png")
+    told = client.predict(handle_file(file), hints, seed=1, api_name="/colorize_with_hints")
+    change = pixels(told).astype(int) - free
+    assert (change[60:80, 60:100, 0] - change[60:80, 60:100, 2]).mean() > 30, "the stroke is red"
+    assert np.abs(change @ [0.299, 0.587, 0.114]).max() < 1.5, "and luma what it was"
+    for wrong, message in (
+        (Image.new("RGBA", (10, 20)), "picture of strokes is 10x20, the photo 200x150"),
+        (Image.new("RGB", (200, 150)), "picture of strokes has no transparency"),
+        (Image.new("RGBA", (200, 150)), "no stroke is opaque"),
+    ):
+        wrong.save(tmp_path / "wrong.png")
+        with pytest.raises(Exception, match=message):
+            client.predict(handle_file(file), handle_file(tmp_path / "wrong.png"), api_name="/colorize_with_hints")
+
+
 def test_visitors_who_were_away_longest_are_forgotten(running, client, file):
     """Gradio keeps a copy of the page for each visitor, and would for 10,000."""
     first = pixels(client.predict(handle_file(file), seed=1, steps=2, api_name="/colorize"))
@@ -123,7 +143,7 @@ def test_visitors_who_were_away_longest_are_forgotten(running, client, file):
 
 def test_the_endpoints_are_documented(client):
     endpoints = client.view_api(return_format="dict")["named_endpoints"]
-    assert set(endpoints) == {"/colorize", "/inpaint", "/uncrop", "/restore_jpeg", "/health"}
+    assert set(endpoints) == {"/colorize", "/colorize_with_hints", "/inpaint", "/uncrop", "/restore_jpeg", "/health"}
     names = [p["parameter_name"] for p in endpoints["/uncrop"]["parameters"]]
     assert names == ["image", "left", "right", "top", "bottom", "seed", "steps", "speed"]
     assert "luma" in endpoints["/colorize"]["description"]
@@ -485,7 +505,7 @@ def test_brush_upload_invert_and_grow_make_one_mask(pipe, photo):
     picture = handlers.photo(data_url(encoded(Image.fromarray(photo))))
     layer = Image.new("RGBA", (100, 75))  # painted on a copy of half the size
     layer.paste((255, 0, 120, 150), (10, 10, 20, 20))
-    handlers.read_layers = lambda data: {"layers": [layer]}
+    handlers.read_mask = lambda data: {"layers": [layer]}
     mask = handlers.mask(picture, {"background": None, "layers": []}, None, False, 0)
     assert mask.shape == (1, 1, 150, 200) and mask[..., 20:40, 20:40].all() and mask.sum() < 25 * 25
     grown = handlers.mask(picture, {"background": None, "layers": []}, None, False, 3)
@@ -496,11 +516,31 @@ def test_brush_upload_invert_and_grow_make_one_mask(pipe, photo):
     both = handlers.mask(picture, {"background": None}, data_url(encoded(hole)), False, 0)
     assert both.sum() == mask.sum() + 1
     for nothing in (None, {}, {"background": None, "layers": [], "composite": None}):
-        handlers.read_layers = lambda data: {"layers": []}
+        handlers.read_mask = lambda data: {"layers": []}
         with pytest.raises(gr.Error, match="Paint over"):
             handlers.mask(picture, nothing, None, False, 0)
     with pytest.raises(gr.Error, match="mask is 100x75, the photo 200x150"):
         handlers.mask(picture, None, data_url(encoded(Image.new("L", (100, 75), 255))), False, 0)
+
+
+def test_strokes_are_painted_over_what_was_uploaded(pipe, photo):
+    handlers = Handlers(pipe, Limits())
+    picture = handlers.photo(data_url(encoded(Image.fromarray(photo))))
+    nothing, brush = (None, {"background": None}, {"background": None, "layers": []}), {"background": None}
+    for none in nothing:
+        assert handlers.hints(picture, none, None) == {}
+    layer = Image.new("RGBA", (100, 75))  # the editor's copy is smaller
+    layer.paste((255, 0, 0, 255), (10, 10, 20, 20))
+    handlers.read_strokes = lambda data: {"layers": [layer]}
+    painted = np.asarray(handlers.hints(picture, brush, None)["hints"])
+    assert painted.shape == (150, 200, 4) and (painted[22:38, 22:38] == (255, 0, 0, 255)).all()
+    assert (painted[..., 3] > 0).sum() < 25 * 25
+    upload = Image.new("RGBA", (200, 150))
+    upload.paste((0, 0, 255, 255), (30, 30, 60, 60))
+    both = np.asarray(handlers.hints(picture, brush, data_url(encoded(upload)))["hints"])
+    assert (both[22:38, 22:38, 0] == 255).all() and (both[45:59, 45:59] == (0, 0, 255, 255)).all()
+    handlers.read_strokes = lambda data: {"layers": [Image.new("RGBA", (100, 75))]}
+    assert handlers.hints(picture, brush, None) == {}, "an empty layer is no stroke"
 
 
 def test_a_thousand_strokes_are_one_mask(pipe, photo):

@@ -8,7 +8,7 @@ from PIL import Image
 gr = pytest.importorskip("gradio")
 
 from palette_diffusers import demo  # noqa: E402
-from palette_diffusers.demo_examples import EXAMPLES, PHOTOGRAPHS, Examples, mask_of  # noqa: E402
+from palette_diffusers.demo_examples import EXAMPLES, PHOTOGRAPHS, Examples, beside_of  # noqa: E402
 from palette_diffusers.demo_handlers import Handlers, Result  # noqa: E402
 from palette_diffusers.demo_jobs import Step  # noqa: E402
 from palette_diffusers.demo_limits import Limits  # noqa: E402
@@ -33,7 +33,13 @@ def test_an_example_is_what_the_pipeline_makes(pipe):
     photo = PHOTOGRAPHS / "cat.jpg"
     *_, made = examples.moments("inpainting", 1, "a")
     hole = np.asarray(made.after) != np.asarray(made.before)
-    assert 0.001 < hole.mean() < 0.5 and mask_of(photo).is_file()
+    assert 0.001 < hole.mean() < 0.5 and beside_of(photo).name == "cat-mask.png"
+    *_, made = examples.moments("colorization", 1, "a")
+    photo = PHOTOGRAPHS / "cat-gray.jpg"
+    hints = {"hints": PHOTOGRAPHS / "cat-gray-strokes.png", "generator": seeded(), "num_inference_steps": 2}
+    told = pipe(photo, task="colorization", **hints).images[0]
+    assert np.abs(np.asarray(made.after).astype(int) - np.asarray(told)).max() <= 1
+    assert beside_of(PHOTOGRAPHS / "astronaut-gray.jpg") is None
     *_, made = examples.moments("uncropping", 1, "a")
     given = PHOTOGRAPHS / "coffee.jpg"
     right = made.after.width - Image.open(given).width
