@@ -265,6 +265,10 @@ def _folder(work: _Work, mask: str | None) -> None:
         raise typer.Exit(1)
 
 
+Texture = Annotated[bool | None, typer.Option(
+    help="fills get the texture of their surroundings, where these have one; default: yes")]  # fmt: skip
+
+
 @app.command()
 def colorize(
     source: Source, output: Output = None, steps: Steps = None, seed: Seed = 0, samples: Samples = 1,
@@ -289,10 +293,15 @@ def inpaint(
     output: Output = None, steps: Steps = None, seed: Seed = 0, samples: Samples = 1,
     model: Model = None, device: Device = "auto", dtype: DType = "auto", max_megapixels: Limit = 50,
     recursive: Recursive = False, overwrite: Overwrite = False, no_exif: NoExif = False, plan: PlanOnly = False,
-    speed: Speed = None,
+    speed: Speed = None, texture: Texture = None,
 ) -> None:  # fmt: skip
     """Fill a hole; every other pixel is kept bit for bit."""
-    _run(task="inpainting", **locals())
+    asked = locals()
+    _run(task="inpainting", options=_textured(asked.pop("texture")), **asked)
+
+
+def _textured(wanted: bool | None) -> dict[str, bool]:
+    return {} if wanted is None else {"texture": wanted}
 
 
 def _amount(value: str) -> int | float:
@@ -324,12 +333,13 @@ def uncrop(
     output: Output = None, steps: Steps = None, seed: Seed = 0, samples: Samples = 1,
     model: Model = None, device: Device = "auto", dtype: DType = "auto", max_megapixels: Limit = 50,
     recursive: Recursive = False, overwrite: Overwrite = False, no_exif: NoExif = False, plan: PlanOnly = False,
-    speed: Speed = None,
+    speed: Speed = None, texture: Texture = None,
 ) -> None:  # fmt: skip
     """Extend a photograph beyond its border; the given pixels are kept bit for bit."""
     asked = locals()
-    options = {side: _amount(asked.pop(side)) for side in ("left", "right", "top", "bottom")}
-    _run(task="uncropping", **asked | {"options": options | {"aspect": _aspect(asked.pop("aspect"))}})
+    options: dict[str, Any] = {side: _amount(asked.pop(side)) for side in ("left", "right", "top", "bottom")}
+    options |= {"aspect": _aspect(asked.pop("aspect"))} | _textured(asked.pop("texture"))
+    _run(task="uncropping", options=options, **asked)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 Images are (B, 3, H, W), RGB, [-1, 1]; masks (1, 1, H, W), 1 = generate.
 """
 
+import copy
 import inspect
 import math
 import os
@@ -19,7 +20,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from . import canvas, sizes, texture
+from . import canvas, sizes
 from .canvas import ImageInput, Picture
 from .checkpoint import FORMAT, check_folder, fetch, is_local, merge_adapters, read_index
 from .coefficients import read_coefficients
@@ -31,6 +32,7 @@ from .optimize import Optimized, optimize
 from .scheduler import PaletteScheduler, calm, diffuse, noise_level, output_for, predicted_original, variance_exploding
 from .speed import solver_for
 from .tasks import Colorization, Given, JPEGRestoration, Task, get_task, network_condition
+from .texture import add_texture, patch_size
 from .unet import PaletteUNet2DModel
 
 STARTER = Path(__file__).resolve().with_name("starter")
@@ -306,6 +308,7 @@ class PalettePipeline(DiffusionPipeline):
         bottom: int | float = 0,
         aspect: float | None = None,
         consistent: bool | None = None,
+        texture: bool | None = None,
         hints: ImageInput | Sequence[ImageInput] | None = None,
         num_images_per_input: int = 1,
         num_inference_steps: int | None = None,
@@ -332,6 +335,9 @@ class PalettePipeline(DiffusionPipeline):
             consistent: for JPEG restoration: whether the result is one that JPEG would store as the file's very
                 coefficients, which also takes bands out of skies (`coefficients.Coefficients`). None does so where the
                 picture comes from a file that has them, True refuses one that has not.
+            texture: for inpainting and uncropping: whether a hole in a photograph above the model's size, which comes
+                out soft, gets the texture of its surroundings, where these have one (`texture.add_texture`). None is
+                the task's own, True.
             hints: for colorization: coloured strokes on a transparent picture of the same size; theirs is the chroma
                 there, and around them up to the photograph's edges. For several images, one each (None for none).
             num_images_per_input: variations of each picture.
@@ -360,6 +366,8 @@ class PalettePipeline(DiffusionPipeline):
         masks = self._one_each(mask_image, "masks", len(pictures), shared=mask_image is None)
         if consistent and not any(one.name == "jpeg_restoration" for one in tasks):
             raise ValueError(f"consistent belongs to 'jpeg_restoration', the task is {tasks[0].name!r}")
+        if texture is not None and not any(one.strategy == "hole" for one in tasks):
+            raise ValueError(f"texture belongs to tasks that fill a hole, the task is {tasks[0].name!r}")
         sides = dict(left=left, right=right, top=top, bottom=bottom)
         grown = aspect is not None or any(sides.values())
         if grown and not any(one.name == "uncropping" for one in tasks):
@@ -388,6 +396,9 @@ class PalettePipeline(DiffusionPipeline):
             chosen = tasks[group[0]]
             if type(chosen) is JPEGRestoration:
                 chosen = _consistent(chosen, pictures[group[0]], consistent)
+            if texture is not None:
+                chosen = copy.copy(chosen)
+                chosen.texture = texture
             together = [generators[i] for i in group]
             pixels = num_images_per_input * sum(math.prod(pictures[i].size) for i in group)
             if latents is None and num_images_per_input > 1 and pixels > AT_ONCE:  # one variation at a time
@@ -554,8 +565,9 @@ class PalettePipeline(DiffusionPipeline):
         if min(views[-1].inner) > native:  # what was brought up is as smooth as the model's own size
             missing = (grain.square() - sizes.grain(finest, finest_part).square()).clamp_min(0)
             self._add_grain(finest, finest_part, missing, generators)
-            patch = texture.patch_size(min(views[-1].inner), native)
-            self._add_texture(finest, finest_part, finest_hole, patch, generators)
+            if task.texture:
+                patch = patch_size(min(views[-1].inner), native)
+                self._add_texture(finest, finest_part, finest_hole, patch, generators)
 
     def _fill_level(
         self,
@@ -617,7 +629,7 @@ class PalettePipeline(DiffusionPipeline):
                 return once[..., top : top + size[0], left : left + size[1]]
             return sizes.noise_at(seeds, top, left, size, channels=1)
 
-        texture.add_texture(image, part, hole, patch, noise)
+        add_texture(image, part, hole, patch, noise)
 
     def _add_grain(
         self, image: torch.Tensor, hole: torch.Tensor, variance: torch.Tensor, generators: list[torch.Generator]

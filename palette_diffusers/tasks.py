@@ -71,7 +71,8 @@ class Task:
     name: as users write it. takes_mask: whether a mask is needed. strategy: how photographs of any size
     are met (`sizes.py`). start: the log-SNR at which sampling starts from the source, where that is already
     close to the picture; None starts from noise. keeps_gray: whether gray input stays gray; a task whose gray
-    sources have coloured targets says False.
+    sources have coloured targets says False. texture: whether a hole of a photograph above the model's size gets the
+    texture of its surroundings (`texture.py`).
     """
 
     name = ""
@@ -79,6 +80,7 @@ class Task:
     strategy = "whole"
     start: float | None = None
     keeps_gray = True
+    texture = True
 
     def degrade(self, clean: torch.Tensor, generator: torch.Generator | None = None) -> Given:
         """One clean image (1, 3, H, W) => its source, as in training and evaluation."""

@@ -22,7 +22,7 @@ CALM = 0.2  # the quantile of their power that counts
 GATE = (0.25, 0.6)  # its share of the mean power: at most the first is no texture, from the second on all of it is
 WAVES = 1.4  # a patch; longer ones are the model's
 REACH = 5  # patches that the surroundings reach
-ROWS = 40  # of half patches that are worked on together
+ROWS = 480  # pixels that are worked on together, about
 AT_ONCE = 2_000_000  # numbers
 
 
@@ -51,8 +51,9 @@ def add_texture(
     """
     height, width = part.shape[-2:]
     half = patch // 2
-    for top in range(0, height, ROWS * half):
-        end = min(height, top + ROWS * half)
+    rows = ROWS // half * half
+    for top in range(0, height, rows):
+        end = min(height, top + rows)
         columns = torch.nonzero(part[0, 0, top:end].amax(0)).flatten()
         if not len(columns):
             continue

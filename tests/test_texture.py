@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from palette_diffusers import texture
 from palette_diffusers.color import luma
 from palette_diffusers.sizes import noise_at, resize
@@ -122,7 +123,7 @@ def test_each_variation_has_its_own_and_is_the_same_alone():
     def made(some):
         out = filled.repeat(len(some), 1, 1, 1)
         texture.add_texture(
-            out, hole, hole, 24, lambda t, l, s: some[..., t + 24 :, l + 24 :][..., : s[0], : s[1]]
+            out, hole, hole, 24, lambda top, left, s: some[..., top + 24 :, left + 24 :][..., : s[0], : s[1]]
         )
         return out
 
@@ -143,3 +144,18 @@ def test_a_large_photograph_s_noise_is_by_position(pipe, monkeypatch):
     stds = [(x - filled)[..., 290:].std().item() for x in kinds]
     assert not torch.equal(*kinds) and stds[0] == pytest.approx(stds[1], rel=0.2) and stds[0] > 0.05
     assert noise_at([1], 5, 7, (3, 4), channels=1).shape == (1, 1, 3, 4)
+
+
+def test_it_can_be_left_out(pipe):
+    image, hole = woven(200, 256), border(200, 256, 128)
+    mask = hole[0, 0].numpy() > 0
+    photo = ((image[0].permute(1, 2, 0).numpy() + 1) * 127.5).round().astype(np.uint8)
+    given = dict(task="inpainting", mask_image=(mask * 255).astype(np.uint8), output_type="pt")
+    own, on, off = (
+        pipe(photo, generator=torch.Generator().manual_seed(0), texture=wanted, **given).images[0]
+        for wanted in (None, True, False)
+    )
+    assert torch.equal(own, on) and not torch.equal(on, off)
+    assert torch.equal(on[:, ~mask], off[:, ~mask])
+    with pytest.raises(ValueError, match="texture belongs to tasks that fill a hole, the task is 'colorization'"):
+        pipe(photo, task="colorization", texture=False)
