@@ -94,20 +94,31 @@ def summary(rows: dict[str, dict]) -> dict:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(text: str | None, dtype: str = "float32") -> argparse.ArgumentParser:
+    """Those of benchmarks on whole photographs."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder of parquet with the columns image and name")
     parser.add_argument("--count", type=int, default=40)
-    parser.add_argument("--qualities", default="5,10,20")
     parser.add_argument("--model", default=None, help="folder or Hub id; default: the starter checkpoint")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--dtype", default=dtype, choices=("float32", "bfloat16"))
     parser.add_argument("--output", type=Path, default=None, help="JSON file")
-    args = parser.parse_args()
+    return parser
+
+
+def prepared(args: argparse.Namespace) -> tuple[datasets.Dataset, PalettePipeline]:
+    """The last photographs of the data, and the pipeline."""
     files = {"train": f"{args.data}/*.parquet"}
     photographs = datasets.load_dataset("parquet", data_files=files, split="train")
-    photographs = photographs.select(range(len(photographs) - args.count, len(photographs)))
     pipe = PalettePipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
     pipe.set_progress_bar_config(disable=True)
+    return photographs.select(range(len(photographs) - args.count, len(photographs))), pipe
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("--qualities", default="5,10,20")
+    args = parser.parse_args()
+    photographs, pipe = prepared(args)
     features, result = load_classifier(), {"machine": machine(), "photographs": args.count, "quality": {}}
     with tempfile.TemporaryDirectory() as folder:
         for quality in map(int, args.qualities.split(",")):

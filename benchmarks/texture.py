@@ -7,16 +7,13 @@ Photographs of the end of the data, which the starter was not trained on. The ri
 64-pixel patches that lie in what is new, smaller is better; PSNR there in dB; processor seconds a photograph.
 """
 
-import argparse
 import json
 import time
-from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
 from classifier import load_classifier
-from jpeg import psnr
+from jpeg import options, prepared, psnr
 from peers import machine
 from PIL import Image
 
@@ -38,26 +35,17 @@ def new_area(task: str, photo: Image.Image) -> tuple[int, int, int, int]:
 
 def make(pipe: PalettePipeline, task: str, photo: Image.Image, texture: bool) -> torch.Tensor:
     """(3, H, W), of seed 0."""
-    options: dict = dict(texture=texture, generator=torch.Generator().manual_seed(0), output_type="pt", task=task)
+    given: dict = dict(texture=texture, generator=torch.Generator().manual_seed(0), output_type="pt", task=task)
     if task == "uncropping":
-        return pipe(photo.crop((0, 0, photo.width - BORDER, photo.height)), right=BORDER, **options).images[0]
-    return pipe(photo, mask_image=",".join(map(str, new_area(task, photo))), **options).images[0]
+        return pipe(photo.crop((0, 0, photo.width - BORDER, photo.height)), right=BORDER, **given).images[0]
+    return pipe(photo, mask_image=",".join(map(str, new_area(task, photo))), **given).images[0]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="folder of parquet with the column image")
-    parser.add_argument("--count", type=int, default=40)
+    parser = options(__doc__, "bfloat16")
     parser.add_argument("--tasks", default="uncropping,inpainting")
-    parser.add_argument("--model", default=None, help="folder or Hub id; default: the starter checkpoint")
-    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
-    parser.add_argument("--output", type=Path, default=None, help="JSON file")
     args = parser.parse_args()
-    files = {"train": f"{args.data}/*.parquet"}
-    photographs = datasets.load_dataset("parquet", data_files=files, split="train")
-    photographs = photographs.select(range(len(photographs) - args.count, len(photographs)))
-    pipe = PalettePipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
-    pipe.set_progress_bar_config(disable=True)
+    photographs, pipe = prepared(args)
     classifier, tasks = load_classifier(), {}
     for task in args.tasks.split(","):
         patches: dict[str, list[torch.Tensor]] = {kind: [] for kind in ("original", *KINDS)}

@@ -99,6 +99,20 @@ def steps(page, number):
     assert field.input_value() == str(number)
 
 
+def paint(page, editor):
+    """A short stroke across the middle."""
+    canvas = page.locator(f"{editor} canvas").first
+    canvas.wait_for()
+    canvas.scroll_into_view_if_needed()
+    page.wait_for_timeout(1000)
+    box = canvas.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x - 30, y)
+    page.mouse.down()
+    page.mouse.move(x + 30, y, steps=8)
+    page.mouse.up()
+
+
 @pytest.fixture
 def upload(photo, tmp_path):
     Image.fromarray(photo).save(tmp_path / "my photo.png")
@@ -109,15 +123,7 @@ def test_a_mask_drawn_by_mouse_and_every_pixel_outside_it_kept(open_page, upload
     page = open_page()
     choose(page, upload)
     page.get_by_role("tab", name="Inpaint").click()
-    canvas = page.locator("#editor canvas").first
-    canvas.scroll_into_view_if_needed()
-    page.wait_for_timeout(1000)
-    box = canvas.bounding_box()
-    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    page.mouse.move(x - 30, y)
-    page.mouse.down()
-    page.mouse.move(x + 30, y, steps=8)
-    page.mouse.up()
+    paint(page, "#editor")
     shot(page, "inpaint-painted")
     run(page, "Inpaint")
     page.locator("#result img").first.wait_for()
@@ -137,16 +143,7 @@ def test_a_stroke_painted_by_mouse_colours_the_thing_beneath(open_page, photo, t
     page = open_page()
     choose(page, tmp_path / "gray.png")
     page.get_by_role("button", name="Paint colours").click()
-    canvas = page.locator("#strokes canvas").first
-    canvas.wait_for()
-    canvas.scroll_into_view_if_needed()
-    page.wait_for_timeout(1000)
-    box = canvas.bounding_box()
-    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    page.mouse.move(x - 30, y)
-    page.mouse.down()
-    page.mouse.move(x + 30, y, steps=8)
-    page.mouse.up()
+    paint(page, "#strokes")
     shot(page, "colorize-painted")
     run(page, "Colorize")
     page.locator("#result img").first.wait_for()
