@@ -8,8 +8,8 @@ import ast
 from importlib import resources
 
 PIPELINE = (
-    "color", "masks", "canvas", "coefficients", "hints", "tasks", "scheduler", "machine", "sizes", "unet", "checkpoint",
-    "speed", "winograd", "optimize", "pipeline",
+    "color", "masks", "canvas", "coefficients", "hints", "tasks", "scheduler", "machine", "sizes", "texture", "unet",
+    "checkpoint", "speed", "winograd", "optimize", "pipeline",
 )  # fmt: skip
 FILES = {
     "palette_pipeline.py": PIPELINE,

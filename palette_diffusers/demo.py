@@ -128,6 +128,7 @@ class Page:
         self.facts = gr.Markdown("", elem_id="facts")
         self.run: dict[str, gr.Button] = {}
         self.tries: dict[str, Any] = {}
+        self.owned: dict[str, list[Any]] = {}  # what the examples of a tab fill
         with gr.Tabs():
             with gr.Tab("Colorize"):
                 gr.Markdown("Colour for a black-and-white photo. You know what colour something has? Tell it.")
@@ -202,6 +203,7 @@ class Page:
             if beside is not None:
                 rows[-1].append(str(second) if second else None)
         inputs = [self.photo] if beside is None else [self.photo, beside]
+        self.owned[tab] = inputs
         self.tries[tab] = gr.Examples(rows, inputs, label="Or try one of these")
 
     def _outputs(self) -> None:
@@ -250,7 +252,14 @@ class Page:
             runs.append(self.run[tab].click(function, [*settings, *photo, *inputs], self._shown(), **options))
             self.run[tab].click(None, js=SHOW_RESULT)
         for tab, tries in self.tries.items():
-            runs.append(tries.load_input_event.then(self._example(tab), tries.dataset, self._shown(), **options))
+            # what belonged to another photo goes
+            others = [each for each in (self.mask, self.hints) if each not in self.owned.get(tab, [])]
+            none = [None] * len(others)
+            cleared = tries.load_input_event.then(
+                lambda none=none: none if len(none) > 1 else None, None, others, queue=False, show_progress="hidden",
+                **private,
+            )  # fmt: skip
+            runs.append(cleared.then(self._example(tab), tries.dataset, self._shown(), **options))
             tries.dataset.click(None, js=SHOW_RESULT)
         for run in runs:
             run.then(lambda: gr.update(visible=False), None, self.stop, queue=False, show_progress="hidden", **private)

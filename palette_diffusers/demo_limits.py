@@ -1,7 +1,6 @@
 """What the demo accepts: the limits in one place, and a visitor's values checked against them, on the server."""
 
 import base64
-import binascii
 import io
 import os
 import re
@@ -100,11 +99,13 @@ def open_upload(payload: Any, limits: Limits, what: str = "photo") -> Image.Imag
     if not isinstance(payload, Mapping):
         raise Failed(f"Choose a {what} first.")
     url = payload.get("url") or ""
+    if not isinstance(url, str):
+        raise Failed(f"Choose a {what} first.")
     source: str | io.BytesIO
     if url.startswith("data:"):
         try:
             source = io.BytesIO(base64.b64decode(url.partition(",")[2], validate=True))
-        except binascii.Error:
+        except ValueError:  # binascii.Error is one
             raise Failed(f"The {what} is damaged: its data is no base64.") from None
         size = source.getbuffer().nbytes
     elif payload.get("path"):

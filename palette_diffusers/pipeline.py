@@ -565,9 +565,11 @@ class PalettePipeline(DiffusionPipeline):
         if min(views[-1].inner) > native:  # what was brought up is as smooth as the model's own size
             missing = (grain.square() - sizes.grain(finest, finest_part).square()).clamp_min(0)
             self._add_grain(finest, finest_part, missing, generators)
+            seeds = _seeds(generators)  # drawn in any case, so that later holes are the same without texture
             if task.texture:
                 patch = patch_size(min(views[-1].inner), native)
-                self._add_texture(finest, finest_part, finest_hole, patch, generators)
+                at = lambda top, left, size: sizes.noise_at(seeds, top + patch, left + patch, size, 1)  # noqa: E731
+                add_texture(finest, finest_part, finest_hole, patch, at)
 
     def _fill_level(
         self,
@@ -611,25 +613,6 @@ class PalettePipeline(DiffusionPipeline):
             if predict is not None and denoise is not None and self.unet.config.patch_size == 2:
                 filled = sizes.without_grid(filled, block.crop(hole)).clamp(-1, 1)
             sizes.lay(level, torch.where(block.crop(wanted) > 0, filled, block.crop(level)), block)
-
-    def _add_texture(
-        self, image: torch.Tensor, part: torch.Tensor, hole: torch.Tensor, patch: int, generators: list[torch.Generator]
-    ) -> None:
-        """To `part` of the hole (1, 1, H, W) of a photograph (N, 3, H, W), in place."""
-        height, width = image.shape[-2:]
-        whole = len(sizes.blocks(height, width, 1)) == 1
-        seeds = [] if whole else _seeds(generators)
-        once = torch.empty(0)
-        if whole:
-            once = randn_tensor((len(image), 1, height + 2 * patch, width + 2 * patch), generator=generators)
-
-        def noise(top: int, left: int, size: tuple[int, int]) -> torch.Tensor:
-            top, left = top + patch, left + patch
-            if whole:
-                return once[..., top : top + size[0], left : left + size[1]]
-            return sizes.noise_at(seeds, top, left, size, channels=1)
-
-        add_texture(image, part, hole, patch, noise)
 
     def _add_grain(
         self, image: torch.Tensor, hole: torch.Tensor, variance: torch.Tensor, generators: list[torch.Generator]

@@ -22,8 +22,8 @@ CALM = 0.2  # the quantile of their power that counts
 GATE = (0.25, 0.6)  # its share of the mean power: at most the first is no texture, from the second on all of it is
 WAVES = 1.4  # a patch; longer ones are the model's
 REACH = 5  # patches that the surroundings reach
-ROWS = 480  # pixels that are worked on together, about
-AT_ONCE = 2_000_000  # numbers
+BLOCK = (480, 1920)  # pixels that are worked on together, about
+NUMBERS = 2_000_000  # of spectra, likewise
 
 
 def patch_size(view: int, native: int) -> int:
@@ -50,26 +50,42 @@ def add_texture(
             rows and columns beyond the image.
     """
     height, width = part.shape[-2:]
-    half = patch // 2
-    rows = ROWS // half * half
-    for top in range(0, height, rows):
-        end = min(height, top + rows)
-        columns = torch.nonzero(part[0, 0, top:end].amax(0)).flatten()
-        if not len(columns):
-            continue
-        # multiples of half a patch, so that all bands see the same patches
-        first, left = max(0, top - REACH * patch), max(0, (int(columns[0]) - REACH * patch) // half * half)
-        last, right = min(height, end + REACH * patch), min(width, int(columns[-1]) + 1 + REACH * patch)
-        here = (..., slice(first, last), slice(left, right))
-        tiles = -(-(end - top) // half) + 1, -(-(right - left) // half) + 1
-        ground = noise(top - half, left - half, ((tiles[0] + 1) * half, (tiles[1] + 1) * half))
-        for picture, still in zip(image.split(1), ground.split(1), strict=True):
-            spectra = _Spectra.of(luma(picture[here]), part[here], unknown[here], patch, top - first)
-            if spectra is None:
-                continue
-            made = _filtered(still, spectra, tiles, top - first)[..., : end - top, : right - left]
-            target, where = (x[..., top:end, left:right] for x in (picture, part))
-            target[:] = torch.where(where > 0, (target + made).clamp(-1, 1), target)
+    # all blocks see the untouched image; they begin at multiples of a patch, so that they see the same patches
+    down, across = (max(patch, length // patch * patch) for length in BLOCK)
+    blocks = [
+        (slice(top, min(height, top + down)), slice(left, min(width, left + across)))
+        for top in range(0, height, down)
+        for left in range(0, width, across)
+    ]
+    blocks = [(rows, columns) for rows, columns in blocks if part[..., rows, columns].any()]
+    made = [_missing(image, part, unknown, patch, rows, columns, noise) for rows, columns in blocks]
+    for (rows, columns), some in zip(blocks, made, strict=True):
+        target, where = (x[..., rows, columns] for x in (image, part))
+        target[:] = torch.where(where > 0, (target + some).clamp(-1, 1), target)
+
+
+def _missing(
+    image: torch.Tensor, part: torch.Tensor, unknown: torch.Tensor, patch: int, rows: slice, columns: slice,
+    noise: Callable[[int, int, tuple[int, int]], torch.Tensor],
+) -> torch.Tensor:  # fmt: skip
+    """The luma that a block lacks, (B, 1, h, w), in half precision: it is kept until all blocks are done."""
+    half, reach = patch // 2, REACH * patch
+    while True:  # deep in a wide border, what is known is far
+        first, left = max(0, rows.start - reach), max(0, columns.start - reach)
+        around = (..., slice(first, rows.stop + reach), slice(left, columns.stop + reach))
+        if (unknown[around] == 0).sum() >= FEWEST * patch**2 or unknown[around].shape == unknown.shape:
+            break
+        reach *= 2
+    size = rows.stop - rows.start, columns.stop - columns.start
+    tiles = -(-size[0] // half) + 1, -(-size[1] // half) + 1
+    ground = noise(rows.start - half, columns.start - half, ((tiles[0] + 1) * half, (tiles[1] + 1) * half))
+    out = image.new_zeros(len(image), 1, *size, dtype=torch.float16)
+    for still, picture, lacks in zip(ground.split(1), image.split(1), out.split(1), strict=True):
+        spectra = _Spectra.of(luma(picture[around]), part[around], unknown[around], patch)
+        if spectra is not None:
+            corner = rows.start - first, columns.start - left
+            lacks[:] = _filtered(still, spectra, tiles, corner)[..., : size[0], : size[1]]
+    return out
 
 
 class _Spectra:
@@ -82,10 +98,8 @@ class _Spectra:
         self.fine = ((torch.hypot(down, across) - 0.7 * cut) / (0.6 * cut)).clamp(0, 1)
 
     @classmethod
-    def of(
-        cls, light: torch.Tensor, part: torch.Tensor, unknown: torch.Tensor, patch: int, top: int
-    ) -> "_Spectra | None":
-        """Of luma (1, 1, H, W); above `top`, the hole has its texture already. None where there are too few."""
+    def of(cls, light: torch.Tensor, part: torch.Tensor, unknown: torch.Tensor, patch: int) -> "_Spectra | None":
+        """Of luma (1, 1, H, W); None where there are too few."""
         half = patch // 2
         if min(light.shape[-2:]) < patch:
             return None
@@ -93,7 +107,6 @@ class _Spectra:
         reach = 2 * REACH
         near = F.max_pool2d((within > 0).float()[None], 2 * reach + 1, 1, reach)[0] > 0
         outside, inside = (hidden == 0) & near, within == 1
-        inside[: -(-top // half)] = False
         if outside.sum() < FEWEST or not inside.any():
             return None
         window = _window(patch)
@@ -129,14 +142,16 @@ def _window(patch: int) -> torch.Tensor:
     return line[:, None] * line
 
 
-def _filtered(noise: torch.Tensor, spectra: _Spectra, tiles: tuple[int, int], top: int) -> torch.Tensor:
-    """Noise (1, 1, H, W) of so many `tiles`, the first centred on row `top` of the spectra's, filtered by what is
+def _filtered(noise: torch.Tensor, spectra: _Spectra, tiles: tuple[int, int], corner: tuple[int, int]) -> torch.Tensor:
+    """Noise (1, 1, H, W) of so many `tiles`, the first centred on `corner` of the spectra's, filtered by what is
     missing from place to place: what all tiles reach, (1, 1, H - patch, W - patch)."""
     patch, half = spectra.patch, spectra.patch // 2
     rows, columns = torch.meshgrid(*(torch.arange(n) // 2 for n in tiles), indexing="ij")
     cells, which = torch.unique(torch.stack([rows.flatten(), columns.flatten()], 1), dim=0, return_inverse=True)
-    middles = cells.float() * patch + half / 2 + torch.tensor([float(top), 0.0])  # four tiles share a spectrum
-    many = max(1, AT_ONCE // (NEAR * patch * (half + 1)))
+    middles = (
+        cells.float() * patch + half / 2 + torch.tensor(corner, dtype=torch.float32)
+    )  # four tiles share a spectrum
+    many = max(1, NUMBERS // (NEAR * patch * (half + 1)))
     amplitude = torch.cat([spectra.missing(some) for some in middles.split(many)])
     cut = noise[0, 0].unfold(0, patch, half).unfold(1, patch, half).reshape(-1, patch, patch)
     window = _window(patch)

@@ -6,7 +6,7 @@ import torch
 
 from palette_diffusers import texture
 from palette_diffusers.color import luma
-from palette_diffusers.sizes import noise_at, resize
+from palette_diffusers.sizes import resize
 
 
 def woven(height, width, seed=0):
@@ -50,7 +50,7 @@ def spectrum(image, patch=24):
     return torch.fft.rfft2(tiles).abs().square().mean((0, 1))
 
 
-@pytest.mark.parametrize("height", [200, 700])  # the second in two bands
+@pytest.mark.parametrize("height", [200, 490, 700])  # the others in two blocks
 def test_a_texture_goes_on(height):
     image, hole = woven(height, 400), border(height, 400, 280)
     filled = smooth(image, hole)
@@ -132,18 +132,46 @@ def test_each_variation_has_its_own_and_is_the_same_alone():
     assert torch.allclose(made(ground[1:])[0], both[1], atol=1e-5)
 
 
-def test_a_large_photograph_s_noise_is_by_position(pipe, monkeypatch):
-    """Above a size the noise is made for each band; the texture is of the same kind."""
-    image, hole = woven(300, 400), border(300, 400, 280)
-    filled, kinds = smooth(image, hole), []
-    for blocks in (1, 2):
-        monkeypatch.setattr("palette_diffusers.pipeline.sizes.blocks", lambda *a, n=blocks: [None] * n)
-        out = filled.clone()
-        pipe._add_texture(out, hole, hole, 24, [torch.Generator().manual_seed(0)])
-        kinds.append(out)
-    stds = [(x - filled)[..., 290:].std().item() for x in kinds]
-    assert not torch.equal(*kinds) and stds[0] == pytest.approx(stds[1], rel=0.2) and stds[0] > 0.05
-    assert noise_at([1], 5, 7, (3, 4), channels=1).shape == (1, 1, 3, 4)
+@pytest.mark.parametrize(("height", "patch"), [(481, 24), (503, 24), (1000, 64)])
+def test_the_last_rows_have_it_too(height, patch):
+    image, hole = woven(height, 600), border(height, 600, 380)
+    filled = smooth(image, hole)
+    added = (add(filled, hole, patch) - filled)[0, 0, :, 400:580].square().mean(1).sqrt()
+    rows = height % 480 if patch == 24 else height % 448
+    assert added[-rows:].mean() > 0.6 * added.mean(), "though there is no room for a patch below the last block's edge"
+
+
+def test_far_from_what_is_known():
+    """The far end of a wide border, in a corner, in blocks of its own."""
+    image, hole = woven(1200, 900), border(1200, 900, 400)
+    hole[..., :700, :] = 1
+    filled = smooth(image, hole)
+    added = (add(filled, hole) - filled)[0, 0]
+    assert added[:100, 800:].std() > 0.6 * added[720:, 420:520].std()
+
+
+def test_a_disc_that_ends_in_the_next_block():
+    image = woven(700, 400)
+    rows, columns = torch.meshgrid(torch.arange(700), torch.arange(400), indexing="ij")
+    hole = ((rows - 400) ** 2 + (columns - 200) ** 2 < 90**2).float()[None, None]
+    filled = smooth(image, hole)
+    added = (add(filled, hole) - filled)[0, 0]
+    assert added[481:489, 190:210].std() > 0.5 * added[380:420, 180:220].std()
+
+
+def test_variations_and_seeds(pipe):
+    """A hole's texture doesn't depend on whether another is made beside it, nor the next hole on the first's."""
+    image = (woven(256, 256)[0].permute(1, 2, 0).numpy() + 1) / 2
+    mask = np.zeros((256, 256), np.float32)
+    mask[20:80, 20:80] = mask[180:240, 180:240] = 1
+    given = dict(task="inpainting", mask_image=mask, output_type="pt", num_inference_steps=2)
+    seeded = lambda n: torch.Generator().manual_seed(n)  # noqa: E731
+    two = pipe(image, num_images_per_input=2, generator=seeded(3), **given).images
+    again = pipe(image, num_images_per_input=2, generator=seeded(3), **given).images
+    assert torch.equal(two, again) and not torch.equal(two[0], two[1])
+    off = pipe(image, num_images_per_input=2, generator=seeded(3), texture=False, **given).images
+    coarse = lambda x: torch.nn.functional.avg_pool2d(x, 30)  # noqa: E731
+    assert (coarse(two[0] - off[0]).abs().max()) < 0.1, "the second hole's own sample is the same without texture"
 
 
 def test_it_can_be_left_out(pipe):
