@@ -31,6 +31,7 @@ from .report import Tally, draw_batch, draw_samples, write_card, write_report
 from .scheduler import PaletteScheduler, diffuse, training_target
 from .settings import FREE, PRESETS, TrainSettings, parse, preset
 from .sharding import share, share_optimizer, whole
+from .speed import build
 from .unet import PaletteUNet2DModel
 from .zero import autocast, configure, gradient_norm, load_optimizer_state, optimizer_state, precision_of
 
@@ -589,6 +590,8 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
     if len(set(starts)) > 1:
         raise ValueError(f"the processes would go on from steps {starts}: they must see one output folder")
     raw, teacher, main = unet, _teacher(settings, accelerator.device), accelerator.is_main_process
+    if teacher is not None:  # the noise that the student learns from
+        scheduler = build(type(scheduler), scheduler.config, slow_noise=teacher.pipe.scheduler.config.slow_noise)
     sharded, zero = accelerator.is_fsdp2, accelerator.distributed_type == "DEEPSPEED"
     gives = main or sharded  # what is saved, sampled and published
     spare = copy.deepcopy(unet) if sharded and main else None  # to sample with, and to publish

@@ -116,10 +116,13 @@ def test_settings_say_what_does_not_go_together():
 
 @pytest.mark.parametrize("wrong", [{}, {"teacher": "nowhere"}])
 def test_the_script_makes_a_student(folder, tmp_path, wrong):
-    toy_teacher().save_pretrained(tmp_path / "teacher")
+    pipe = toy_teacher()
+    pipe.save_pretrained(tmp_path / "init")
+    pipe.scheduler.register_to_config(slow_noise=0.0)
+    pipe.save_pretrained(tmp_path / "teacher")
     options = dict(
         data=folder, output=tmp_path / "run", size=32, batch=4, steps=2, workers=0, warmup=1, validate_every=0,
-        save_every=1, student_steps=2, tracker="none", init=tmp_path / "teacher", teacher=tmp_path / "teacher",
+        save_every=1, student_steps=2, tracker="none", init=tmp_path / "init", teacher=tmp_path / "teacher",
     ) | wrong  # fmt: skip
     arguments = [x for k, v in options.items() for x in ("--" + k.replace("_", "-"), str(v))]
     done = subprocess.run([sys.executable, DISTILL, *arguments], capture_output=True, text=True, cwd=tmp_path)
@@ -128,6 +131,6 @@ def test_the_script_makes_a_student(folder, tmp_path, wrong):
         return
     assert done.returncode == 0, done.stderr
     pipe = PalettePipeline.from_pretrained(tmp_path / "run" / "pipeline")
-    assert pipe.config.default_steps == 2
+    assert pipe.config.default_steps == 2 and pipe.scheduler.config.slow_noise == 0, "the noise that it learnt from"
     before = PalettePipeline.from_pretrained(tmp_path / "teacher").unet.state_dict()
     assert any(not torch.equal(value, before[name]) for name, value in pipe.unet.state_dict().items())
