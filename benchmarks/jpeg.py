@@ -27,11 +27,15 @@ from palette_diffusers.color import luma
 KINDS = ("jpeg", "model", "held")  # held: to the coefficients
 
 
+def patches(images: torch.Tensor, stride: int) -> torch.Tensor:
+    """Of 64 pixels, from images (B, 3, H, W): (N, 3, 64, 64)."""
+    return images.unfold(2, 64, stride).unfold(3, 64, stride).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, 64, 64)
+
+
 def distance(features: torch.nn.Module, a: torch.Tensor, b: torch.Tensor) -> float:
     """Of two photographs (1, 3, H, W)."""
-    patches = [x.unfold(2, 64, 48).unfold(3, 64, 48).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, 64, 64) for x in (a, b)]
     with torch.no_grad():
-        first, second = (features.features(x) for x in patches)
+        first, second = (features.features(patches(x, 48)) for x in (a, b))
     return (first - second).norm(dim=1).mean().item()
 
 

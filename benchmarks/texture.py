@@ -13,7 +13,7 @@ import time
 import numpy as np
 import torch
 from classifier import load_classifier
-from jpeg import options, prepared, psnr
+from jpeg import options, patches, prepared, psnr
 from peers import machine
 from PIL import Image
 
@@ -21,7 +21,7 @@ from palette_diffusers import PalettePipeline, canvas
 from palette_diffusers.evaluation import frechet_distance
 from palette_diffusers.files import write_text
 
-BORDER, PATCH, STRIDE = 96, 64, 32
+BORDER, STRIDE = 96, 32
 KINDS = {"without": False, "with": True}
 
 
@@ -48,7 +48,7 @@ def main() -> None:
     photographs, pipe = prepared(args)
     classifier, tasks = load_classifier(), {}
     for task in args.tasks.split(","):
-        patches: dict[str, list[torch.Tensor]] = {kind: [] for kind in ("original", *KINDS)}
+        cut: dict[str, list[torch.Tensor]] = {kind: [] for kind in ("original", *KINDS)}
         figures: dict[str, dict[str, list[float]]] = {kind: {"PSNR": [], "seconds": []} for kind in KINDS}
         for row in photographs:
             photo = row["image"].convert("RGB")
@@ -60,12 +60,11 @@ def main() -> None:
                 figures[kind]["seconds"].append(time.process_time() - begin)
             here = {kind: picture[:, top:bottom, left:right] for kind, picture in pictures.items()}
             for kind, picture in here.items():
-                cut = picture.unfold(1, PATCH, STRIDE).unfold(2, PATCH, STRIDE).permute(1, 2, 0, 3, 4)
-                patches[kind].append(cut.reshape(-1, 3, PATCH, PATCH))
+                cut[kind].append(patches(picture[None], STRIDE))
             for kind in KINDS:
                 figures[kind]["PSNR"].append(psnr(here[kind], here["original"]))
         with torch.no_grad():
-            features = {kind: classifier.features(torch.cat(each)) for kind, each in patches.items()}
+            features = {kind: classifier.features(torch.cat(each)) for kind, each in cut.items()}
         tasks[task] = {"patches": len(features["original"])} | {
             kind: {"FD": round(frechet_distance(features[kind], features["original"]), 3)}
             | {name: round(float(np.median(values)), 3) for name, values in figures[kind].items()}

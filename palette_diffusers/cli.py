@@ -19,6 +19,8 @@ app = typer.Typer(
 Source = Annotated[Path, typer.Argument(help="the photograph, or a folder of them")]
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="file or folder; default: IN-TASK.png beside IN")]
 Steps = Annotated[int | None, typer.Option(help="network evaluations; default: the checkpoint's")]
+Texture = Annotated[bool | None, typer.Option(
+    help="fills get the texture of their surroundings, where these have one; default: yes")]  # fmt: skip
 Speed = Annotated[str | None, typer.Option(help="fast, balanced or best; default: the checkpoint's solver")]
 Seed = Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="the same seed makes the same picture")]
 Samples = Annotated[int, typer.Option(min=1, help="variations to write (OUT-1, OUT-2, ..., and OUT-sheet)")]
@@ -263,10 +265,6 @@ def _folder(work: _Work, mask: str | None) -> None:
         print(f"palette: {path}: {' '.join(why.split())}", file=sys.stderr)
     if report.failed:
         raise typer.Exit(1)
-
-
-Texture = Annotated[bool | None, typer.Option(
-    help="fills get the texture of their surroundings, where these have one; default: yes")]  # fmt: skip
 
 
 @app.command()

@@ -128,7 +128,6 @@ class Page:
         self.facts = gr.Markdown("", elem_id="facts")
         self.run: dict[str, gr.Button] = {}
         self.tries: dict[str, Any] = {}
-        self.owned: dict[str, list[Any]] = {}  # what the examples of a tab fill
         with gr.Tabs():
             with gr.Tab("Colorize"):
                 gr.Markdown("Colour for a black-and-white photo. You know what colour something has? Tell it.")
@@ -139,7 +138,7 @@ class Page:
                         brush=gr.Brush(colors=PAINTS, default_color=PAINTS[0], default_size=14), **editor,
                     )  # fmt: skip
                     with gr.Accordion("Upload strokes instead (transparent elsewhere)", open=False):
-                        self.hints = gr.Image(label="Strokes", height=200, **photo)
+                        self.hints = gr.Image(label="Strokes", elem_id="hints", height=200, **photo)
                 self._finish("Colorize", beside=self.hints)
             with gr.Tab("Inpaint"):
                 gr.Markdown("Paint over what should go.")
@@ -196,14 +195,9 @@ class Page:
     def _finish(self, tab: str, beside: gr.Image | None = None) -> None:
         """The button of a tab, and photographs to try it on, with what belongs beside them: a mask, or strokes."""
         self.run[tab] = gr.Button(tab, variant="primary")
-        rows: list[list[str | None]] = []
-        for name in EXAMPLES[TASKS[tab]]:
-            second = beside_of(PHOTOGRAPHS / name)
-            rows.append([str(PHOTOGRAPHS / name)])
-            if beside is not None:
-                rows[-1].append(str(second) if second else None)
         inputs = [self.photo] if beside is None else [self.photo, beside]
-        self.owned[tab] = inputs
+        photos = [PHOTOGRAPHS / name for name in EXAMPLES[TASKS[tab]]]
+        rows = [[path and str(path) for path in (photo, beside_of(photo))[: len(inputs)]] for photo in photos]
         self.tries[tab] = gr.Examples(rows, inputs, label="Or try one of these")
 
     def _outputs(self) -> None:
@@ -236,6 +230,7 @@ class Page:
         handlers.read_mask, handlers.read_strokes = self.editor.preprocess, self.strokes.preprocess
         settings = [self.seed, self.anew, self.samples, self.steps, self.solver, self.speed]
         sides = [self.left, self.right, self.top, self.bottom]
+        beside = [self.mask, self.hints]  # they belong to one photo, and go with it
         jobs: dict[str, tuple[Callable, list]] = {
             "Colorize": (self._colorize, [self.strokes, self.hints]),
             "Inpaint": (self._inpaint, [self.editor, self.mask, self.invert, self.grow]),
@@ -252,11 +247,9 @@ class Page:
             runs.append(self.run[tab].click(function, [*settings, *photo, *inputs], self._shown(), **options))
             self.run[tab].click(None, js=SHOW_RESULT)
         for tab, tries in self.tries.items():
-            # what belonged to another photo goes
-            others = [each for each in (self.mask, self.hints) if each not in self.owned.get(tab, [])]
-            none = [None] * len(others)
+            others = [each for each in beside if each not in tries.inputs]
             cleared = tries.load_input_event.then(
-                lambda none=none: none if len(none) > 1 else None, None, others, queue=False, show_progress="hidden",
+                lambda others=others: dict.fromkeys(others), None, others, queue=False, show_progress="hidden",
                 **private,
             )  # fmt: skip
             runs.append(cleared.then(self._example(tab), tries.dataset, self._shown(), **options))
@@ -276,16 +269,15 @@ class Page:
         self.aspect.input(self._aspect, [self.photo, self.aspect], sides, preprocess=False, **private)
         gr.on([side.input for side in sides], lambda: OWN, None, self.aspect, queue=False, **private)
         gr.on(
-            [self.photo.upload, self.photo.clear], lambda: (None, None), None, [self.mask, self.hints], queue=False,
-            **private,
-        )  # fmt: skip
+            [self.photo.upload, self.photo.clear], lambda: dict.fromkeys(beside), None, beside, queue=False, **private
+        )
         gr.on([self.steps.input, self.solver.input], None, None, self.speed, js=f"() => '{STANDARD}'", **private)
         self.gallery.select(
             self._pick, [self.full, self.pairs], [self.slider, self.download], queue=False, show_progress="hidden",
             **private,
         )  # fmt: skip
         self.go_on.click(
-            lambda path: (path, None, None), self.download, [self.photo, self.mask, self.hints],
+            lambda path: {self.photo: path} | dict.fromkeys(beside), self.download, [self.photo, *beside],
             show_progress="hidden", **private,
         )  # fmt: skip
 

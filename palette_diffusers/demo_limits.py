@@ -98,11 +98,9 @@ def open_upload(payload: Any, limits: Limits, what: str = "photo") -> Image.Imag
     """
     if not isinstance(payload, Mapping):
         raise Failed(f"Choose a {what} first.")
-    url = payload.get("url") or ""
-    if not isinstance(url, str):
-        raise Failed(f"Choose a {what} first.")
+    url = payload.get("url")
     source: str | io.BytesIO
-    if url.startswith("data:"):
+    if isinstance(url, str) and url.startswith("data:"):
         try:
             source = io.BytesIO(base64.b64decode(url.partition(",")[2], validate=True))
         except ValueError:  # binascii.Error is one

@@ -146,11 +146,9 @@ def _filtered(noise: torch.Tensor, spectra: _Spectra, tiles: tuple[int, int], co
     """Noise (1, 1, H, W) of so many `tiles`, the first centred on `corner` of the spectra's, filtered by what is
     missing from place to place: what all tiles reach, (1, 1, H - patch, W - patch)."""
     patch, half = spectra.patch, spectra.patch // 2
-    rows, columns = torch.meshgrid(*(torch.arange(n) // 2 for n in tiles), indexing="ij")
-    cells, which = torch.unique(torch.stack([rows.flatten(), columns.flatten()], 1), dim=0, return_inverse=True)
-    middles = (
-        cells.float() * patch + half / 2 + torch.tensor(corner, dtype=torch.float32)
-    )  # four tiles share a spectrum
+    rows, columns = (torch.arange(n) // 2 for n in tiles)  # four tiles share a spectrum
+    which = (rows[:, None] * (columns[-1] + 1) + columns).flatten()
+    middles = torch.cartesian_prod(rows.unique(), columns.unique()) * patch + half / 2 + torch.tensor(corner)
     many = max(1, NUMBERS // (NEAR * patch * (half + 1)))
     amplitude = torch.cat([spectra.missing(some) for some in middles.split(many)])
     cut = noise[0, 0].unfold(0, patch, half).unfold(1, patch, half).reshape(-1, patch, patch)

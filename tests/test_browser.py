@@ -99,8 +99,8 @@ def steps(page, number):
     assert field.input_value() == str(number)
 
 
-def paint(page, editor):
-    """A short stroke across the middle."""
+def paint_and_run(page, editor, button):
+    """A short stroke across the middle, then the task => the PNG, its name."""
     canvas = page.locator(f"{editor} canvas").first
     canvas.wait_for()
     canvas.scroll_into_view_if_needed()
@@ -111,6 +111,11 @@ def paint(page, editor):
     page.mouse.down()
     page.mouse.move(x + 30, y, steps=8)
     page.mouse.up()
+    shot(page, f"{button.lower()}-painted")
+    run(page, button)
+    page.locator("#result img").first.wait_for()
+    shot(page, f"{button.lower()}-done")
+    return download(page)
 
 
 @pytest.fixture
@@ -123,12 +128,7 @@ def test_a_mask_drawn_by_mouse_and_every_pixel_outside_it_kept(open_page, upload
     page = open_page()
     choose(page, upload)
     page.get_by_role("tab", name="Inpaint").click()
-    paint(page, "#editor")
-    shot(page, "inpaint-painted")
-    run(page, "Inpaint")
-    page.locator("#result img").first.wait_for()
-    shot(page, "inpaint-done")
-    png, name = download(page)
+    png, name = paint_and_run(page, "#editor", "Inpaint")
     result = pixels(png)
     changed = (result != photo).any(-1)
     assert name.endswith("my_photo-inpainting.png") and result.shape == photo.shape
@@ -143,12 +143,7 @@ def test_a_stroke_painted_by_mouse_colours_the_thing_beneath(open_page, photo, t
     page = open_page()
     choose(page, tmp_path / "gray.png")
     page.get_by_role("button", name="Paint colours").click()
-    paint(page, "#strokes")
-    shot(page, "colorize-painted")
-    run(page, "Colorize")
-    page.locator("#result img").first.wait_for()
-    shot(page, "colorize-told")
-    result = pixels(download(page)[0])
+    result = pixels(paint_and_run(page, "#strokes", "Colorize")[0])
     height, width, _ = result.shape
     middle = result[height // 2 - 3 : height // 2 + 3, width // 2 - 10 : width // 2 + 10].astype(float)
     # the first paint is skin: its chroma, exactly
@@ -285,6 +280,20 @@ def test_examples_run_in_one_click_and_are_kept(open_page):
         shot(page, f"example-{text[:4].lower()}")
         results.append(download(page)[0])
     assert results[0] == results[1]
+
+
+def test_strokes_go_when_another_photo_comes(open_page):
+    page = open_page()
+    page.get_by_role("button", name="Paint colours").click()
+    page.get_by_role("button", name="Upload strokes instead").click()
+    page.locator("tr.tr-body:visible").nth(1).click()
+    page.locator("#hints img").wait_for()
+    page.locator("#status").get_by_text("Seed 0").wait_for()
+    page.get_by_role("tab", name="Restore").click()
+    page.locator("button.gallery-item:visible, .gallery button:visible, tr.tr-body:visible").first.click()
+    page.locator("#stop").wait_for(state="hidden")
+    page.get_by_role("tab", name="Colorize").click()
+    page.locator("#hints img").wait_for(state="detached")
 
 
 def test_a_wrong_file_gives_a_clear_message(open_page, tmp_path):

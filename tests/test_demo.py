@@ -314,7 +314,8 @@ def test_files_of_the_server_stay_there(server):
 
 
 def test_payloads_of_the_wrong_type(server, photo):
-    for payload in (None, 7, "photo.png", [], {}, {"path": None}, {"path": 3}, {"url": "data:image/png;base64,###"}):
+    for payload in (None, 7, "photo.png", [], {}, {"path": None}, {"path": 3}, {"url": 5},
+                    {"url": "data:image/png;base64,###"}, {"url": "data:image/png;base64,é"}):  # fmt: skip
         assert call(server, "colorize", payload, 0, 4, "Standard"), payload
     assert call(server, "colorize", data_url(encoded(Image.fromarray(photo))), 0, 4, "Standard") is None
 
