@@ -13,16 +13,17 @@ import torch
 
 from .pipeline import PalettePipeline
 from .scheduler import PaletteScheduler
+from .sizes import Predict
 from .tasks import Given, get_task
 
 LOGSNR_MAX = 9.0  # of the levels that are trained
 
 
 class Start:
-    """A pipeline's network that remembers where a sampling began: `sample` (B, 3, H, W) and its `gamma`."""
+    """A network that remembers where a sampling began: `sample` (B, 3, H, W) and its `gamma`."""
 
-    def __init__(self, pipe: PalettePipeline):
-        self.predict = pipe._predict
+    def __init__(self, predict: Predict):
+        self.predict = predict
         self.sample: torch.Tensor | None = None
 
     def __call__(self, sample: torch.Tensor, gamma: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
@@ -39,16 +40,19 @@ class Teacher:
         tasks: the names of the batch's tasks, in the order of their numbers.
         steps: its network evaluations a picture; 0 takes its default.
         levels: noise levels at which each pair is trained; the first is where the teacher began.
+        predict: computes the teacher's network, in place of the pipeline's own way.
 
     Raises:
         ValueError: a task that the teacher does not know.
     """
 
-    def __init__(self, pipe: PalettePipeline, tasks: list[str], steps: int = 0, levels: int = 4):
+    def __init__(
+        self, pipe: PalettePipeline, tasks: list[str], steps: int = 0, levels: int = 4, predict: Predict | None = None
+    ):
         unknown = [task for task in tasks if task not in pipe.config.tasks]
         if unknown:
             raise ValueError(f"tasks has {', '.join(unknown)}, the teacher knows {', '.join(pipe.config.tasks)}")
-        self.pipe, self.levels = pipe, levels
+        self.pipe, self.levels, self.predict = pipe, levels, predict or pipe._predict
         self.tasks = [get_task(task) for task in tasks]
         self.steps = steps or pipe.config.default_steps
         # the student's own sampling will even chroma out
@@ -78,7 +82,7 @@ class Teacher:
         """The teacher's pictures of some rows, the noise of their lines, and the level they begin at."""
         known, condition = batch["known"][rows], batch["condition"][rows, :3]
         given = Given(known=known, condition=condition, mask=batch["mask"][rows] if task.takes_mask else None)
-        start, latents = Start(self.pipe), batch["noise"][rows]
+        start, latents = Start(self.predict), batch["noise"][rows]
         picture = self.pipe.denoise(given, num_inference_steps=self.steps, latents=latents, predict=start, task=task)
         assert start.sample is not None
         gamma = start.gamma.to(picture.device)

@@ -1,5 +1,6 @@
-"""A training step's forward and backward pass as one CUDA graph: recorded once, replayed for every batch. The processor
-then starts one thing instead of thousands, which takes it longer than a GPU takes to do them in a small network."""
+"""A training step's forward and backward pass, or a forward pass alone, as one CUDA graph: recorded once, replayed for
+every batch. The processor then starts one thing instead of thousands, which takes it longer than a GPU takes to do them
+in a small network."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -68,3 +69,32 @@ class Replay:
         for p, gradient in zip(self._parameters, self._gradients, strict=True):
             p.grad = gradient
         return self._result
+
+
+class ReplayedForward:
+    """Calls of `predict` (tensors of a batch of B each, or one number for all => a tensor of B) by replaying. Batches
+    are filled up to a multiple of `rows`, and each of those sizes is recorded once.
+
+    Args:
+        predict: treats every row alike, leaves no gradients and waits for nothing.
+        record: as `record`; for tests without a GPU.
+    """
+
+    def __init__(
+        self, predict: Callable[..., torch.Tensor], rows: int = 16, record: Callable[..., Any] = record
+    ):  # fmt: skip
+        self._predict, self._rows, self._record = predict, rows, record
+        self._recorded: dict[int, tuple[list[torch.Tensor], Callable[[], None], torch.Tensor]] = {}
+
+    def __call__(self, *given: torch.Tensor) -> torch.Tensor:
+        count = max(len(t) for t in given if t.dim())
+        size = -(-count // self._rows) * self._rows
+        given = tuple(t if t.dim() else t.expand(count) for t in given)
+        if size not in self._recorded:
+            kept = [t[:1].repeat_interleave(size, 0) for t in given]
+            self._recorded[size] = kept, *self._record(lambda: self._predict(*kept), lambda: None)
+        kept, replay, result = self._recorded[size]
+        for mine, t in zip(kept, given, strict=True):
+            mine[:count].copy_(t, non_blocking=True)
+        replay()
+        return result[:count].clone()

@@ -96,6 +96,7 @@ class TrainSettings:
     seed: int = _field(0, "of everything")
     init: str = _field("", "start from the weights of this pipeline: a folder or Hub id")
     lora_rank: int = _field(0, "train low-rank adapters of this rank only (needs peft and --init); 0 = all weights")
+    lora_init: str = _field("", "start from the adapters in this folder (of rank lora_rank), instead of new ones")
     resume: bool = _field(False, "go on from the last checkpoint in the output folder")
     save_every: int = _field(500, "steps between checkpoints")
     keep: int = _field(2, "checkpoints that are kept")
@@ -152,6 +153,8 @@ class TrainSettings:
             raise ValueError("fused is on, expected channels_last with it and compile off; --no-fused leaves it out")
         if self.lora_rank and not self.init:
             raise ValueError("lora_rank needs a checkpoint to adapt: name it by init")
+        if self.lora_init and not self.lora_rank:
+            raise ValueError(f"lora_init is {self.lora_init!r}, but there are no adapters: give lora_rank too")
 
     def numbers(self, name: str) -> dict[str, float]:
         """A setting "task=2,other=0.5" => the numbers by task, those that are given."""

@@ -22,11 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from .files import alone, write_text
 from .fused import use_fused_blocks
 from .norms import use_channels_last_norms
-from .replay import Replay
+from .replay import Replay, ReplayedForward
 from .report import Tally, draw_batch, draw_samples, write_card, write_report
 from .scheduler import PaletteScheduler, diffuse, training_target
 from .settings import FREE, PRESETS, TrainSettings, parse, preset
@@ -263,23 +264,36 @@ def _network(settings: TrainSettings) -> tuple[PaletteUNet2DModel, PaletteSchedu
     return pipe.unet.float(), pipe.scheduler, settings.student_steps if settings.teacher else pipe.config.default_steps
 
 
-def _teacher(settings: TrainSettings, device: torch.device) -> Any:
-    """The teacher of a few-step student, if there is one."""
+def _teacher(settings: TrainSettings, device: torch.device, precision: str) -> Any:
+    """The teacher of a few-step student, if there is one; with `cuda_graph` its forward passes are replayed, too."""
     if not settings.teacher:
         return None
     from .distillation import Teacher
 
-    pipe = _pipeline(settings.teacher, settings.size)
-    return Teacher(pipe.to(device), settings.task_list, settings.teacher_steps, settings.levels)
+    pipe = _pipeline(settings.teacher, settings.size).to(device)
+    predict = None
+    if settings.cuda_graph:
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        _lay_out(torch.nn.Module.to(pipe.unet, dtype), replace(settings, checkpointing=False))
+        predict = ReplayedForward(pipe._predict)
+    return Teacher(pipe, settings.task_list, settings.teacher_steps, settings.levels, predict)
 
 
 def _adapt(unet: PaletteUNet2DModel, settings: TrainSettings) -> None:
     try:
-        from peft import LoraConfig
+        from peft import LoraConfig, set_peft_model_state_dict
     except ImportError:
         raise ValueError("lora_rank needs peft: pip install 'palette-diffusers[lora]'") from None
     unet.requires_grad_(False)
     unet.add_adapter(LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_rank, target_modules=LORA_TARGETS))
+    if settings.lora_init:
+        file = Path(settings.lora_init) / "pytorch_lora_weights.safetensors"
+        try:
+            unknown = set_peft_model_state_dict(unet, load_file(file)).unexpected_keys
+        except RuntimeError as error:  # of shapes
+            raise ValueError(f"{file} does not fit adapters of rank {settings.lora_rank}: {error}") from None
+        if unknown:
+            raise ValueError(f"{file} has adapters of layers that the network does not adapt: {', '.join(unknown)}")
 
 
 def _trainable(settings: TrainSettings) -> tuple[PaletteUNet2DModel, PaletteScheduler, int]:
@@ -589,7 +603,8 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
     starts = accelerator.gather(torch.tensor([start], device=accelerator.device)).tolist()
     if len(set(starts)) > 1:
         raise ValueError(f"the processes would go on from steps {starts}: they must see one output folder")
-    raw, teacher, main = unet, _teacher(settings, accelerator.device), accelerator.is_main_process
+    raw, main = unet, accelerator.is_main_process
+    teacher = _teacher(settings, accelerator.device, precision_of(accelerator))
     if teacher is not None:  # the noise that the student learns from
         scheduler = build(type(scheduler), scheduler.config, slow_noise=teacher.pipe.scheduler.config.slow_noise)
     sharded, zero = accelerator.is_fsdp2, accelerator.distributed_type == "DEEPSPEED"

@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import toy_unet
+from test_replay import record_forward
 from torch.utils.data import default_collate
 
 from palette_diffusers import PalettePipeline, PaletteScheduler
 from palette_diffusers.data import PaletteDataset, load_images
 from palette_diffusers.distillation import Teacher
+from palette_diffusers.replay import ReplayedForward
 from palette_diffusers.scheduler import diffuse, predicted_original
 from palette_diffusers.tasks import Given, get_task
 from palette_diffusers.training import TrainSettings, preset, training_loss
@@ -52,6 +54,18 @@ def test_a_pair_is_what_the_pipeline_samples(folder, holes):
             known, 0.8 * batch["noise"][i : i + 1], g
         )
         assert torch.allclose(first, expected, atol=1e-4)
+
+
+def test_a_teacher_by_replayed_passes_makes_the_same_pairs(folder):
+    batch, out = batch_of(folder, TASKS), []
+    for replayed in (False, True):
+        pipe, calls = toy_teacher(), []
+        predict = ReplayedForward(pipe._predict, 4, lambda *args: calls.append(args) or record_forward(*args))
+        torch.manual_seed(0)
+        out.append(Teacher(pipe, TASKS, predict=predict if replayed else None).pairs(batch))
+        assert bool(calls) is replayed
+    for name in out[0]:
+        assert torch.allclose(out[0][name], out[1][name], atol=1e-5), name
 
 
 def test_levels_lie_between_the_teachers_first_and_the_last(folder):

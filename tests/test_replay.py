@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from palette_diffusers.replay import Replay
+from palette_diffusers.replay import Replay, ReplayedForward
 
 
 def record_for(parameters):
@@ -64,3 +64,29 @@ def test_a_batch_of_another_shape_is_an_error():
     assert replayed({"x": torch.ones(2, 3)}).item() == 6
     with pytest.raises(ValueError, match=r"x is \(1, 3\), expected \(2, 3\) as in the first batch"):
         replayed({"x": torch.ones(1, 3)})
+
+
+def record_forward(compute, clear):
+    result = compute()
+    return lambda: result.copy_(compute()), result
+
+
+def test_a_replayed_forward_pass_fills_batches_up():
+    made, shapes = [], set()
+
+    def predict(x, level):
+        shapes.add((len(x), len(level)))
+        return x * level[:, None]
+
+    def record(compute, clear):
+        made.append(compute)
+        return record_forward(compute, clear)
+
+    replayed = ReplayedForward(predict, rows=4, record=record)
+    batches = [torch.randn(count, 3) for count in (3, 4, 5, 1, 8)]
+    outs = [replayed(x, torch.tensor(2.0)) for x in batches]
+    for x, out in zip(batches, outs, strict=True):  # what came first is not written over
+        assert torch.equal(out, 2 * x)
+    each = torch.rand(5)
+    assert torch.equal(replayed(batches[2], each), batches[2] * each[:, None])
+    assert shapes == {(4, 4), (8, 8)} and len(made) == 2

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import free_port, toy_unet
 from PIL import Image
+from safetensors.torch import save_file
 from test_replay import record_for
 
 from palette_diffusers import Given, PalettePipeline, PaletteScheduler, Task, register_task, tasks, training, zero
@@ -706,6 +707,19 @@ def test_low_rank_adapters(folder, tmp_path):
     assert sum(f.stat().st_size for f in (tuned / "lora").iterdir()) < 200_000
     train(settings(folder, tmp_path / "tuned", init=str(base), lora_rank=2, rate=1e-2, steps=6, resume=True))
 
+    # adapters that are gone on with start where they ended, and must fit
+    again = dict(init=str(base), lora_init=str(tuned / "lora"), rate=1e-12, steps=1)
+    same = train(settings(folder, tmp_path / "again", lora_rank=2, **again))
+    c = PalettePipeline.from_pretrained(same).unet.state_dict()
+    last = PalettePipeline.from_pretrained(tuned).unet.state_dict()
+    assert all(torch.allclose(last[k], c[k], atol=1e-5) for k in c)
+    with pytest.raises(ValueError, match="does not fit adapters of rank 3"):
+        train(settings(folder, tmp_path / "wrong", lora_rank=3, **again))
+    with pytest.raises(ValueError, match="has adapters of layers that the network does not adapt"):
+        (tmp_path / "other").mkdir()
+        save_file({"nowhere.lora_A.weight": torch.zeros(2, 3)}, tmp_path / "other" / "pytorch_lora_weights.safetensors")
+        train(settings(folder, tmp_path / "wrong", lora_rank=2, **again | {"lora_init": str(tmp_path / "other")}))
+
 
 def test_dry_run(folder, tmp_path, capsys):
     train(settings(folder, tmp_path / "run", dry_run=True, batch=8))
@@ -722,6 +736,7 @@ def test_dry_run(folder, tmp_path, capsys):
         (dict(ema=1.0), "ema is 1.0"),
         (dict(rate=-1.0), "rate is -1.0"),
         (dict(lora_rank=4), "needs a checkpoint"),
+        (dict(lora_init="somewhere"), "lora_init is 'somewhere', but there are no adapters"),
         (dict(regression=True, prediction_type="epsilon"), "prediction_type is 'epsilon'"),
         (dict(prediction_type="epsilon", unet=preset("starter-64").unet), "condition_skip needs v_prediction"),
         (dict(tasks=" "), "tasks is empty"),
