@@ -800,6 +800,7 @@ def _publish(
     part = final.with_name(final.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     if settings.lora_rank:
+        unet.to(memory_format=torch.contiguous_format)  # which alone safetensors writes; a pipeline's own saving knows
         unet.save_lora_adapter(part / "lora")
         unet.fuse_lora()
         unet.unload_lora()

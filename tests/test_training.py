@@ -706,6 +706,8 @@ def test_low_rank_adapters(folder, tmp_path):
     assert changed and all("conv" in k or "to_" in k for k in changed)
     assert sum(f.stat().st_size for f in (tuned / "lora").iterdir()) < 200_000
     train(settings(folder, tmp_path / "tuned", init=str(base), lora_rank=2, rate=1e-2, steps=6, resume=True))
+    last = dict(init=str(base), lora_rank=2, rate=1e-2, steps=7, resume=True, channels_last=True)
+    tuned = train(settings(folder, tmp_path / "tuned", **last))
 
     # adapters that are gone on with start where they ended, and must fit
     again = dict(init=str(base), lora_init=str(tuned / "lora"), rate=1e-12, steps=1)
