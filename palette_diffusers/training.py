@@ -289,7 +289,7 @@ def _adapt(unet: PaletteUNet2DModel, settings: TrainSettings) -> None:
     if settings.lora_init:
         file = Path(settings.lora_init) / "pytorch_lora_weights.safetensors"
         try:
-            unknown = set_peft_model_state_dict(unet, load_file(file)).unexpected_keys
+            unknown = list(getattr(set_peft_model_state_dict(unet, load_file(file)), "unexpected_keys", []))
         except RuntimeError as error:  # of shapes
             raise ValueError(f"{file} does not fit adapters of rank {settings.lora_rank}: {error}") from None
         if unknown:
