@@ -73,25 +73,23 @@ class Replay:
 
 class ReplayedForward:
     """Calls of `predict` (tensors of a batch of B each, or one number for all => a tensor of B) by replaying. Batches
-    are filled up to a multiple of `rows`, and each of those sizes is recorded once.
+    are filled up to a multiple of `rows`, and each of those sizes is recorded once, on the device of the first tensor.
 
     Args:
         predict: treats every row alike, leaves no gradients and waits for nothing.
         record: as `record`; for tests without a GPU.
     """
 
-    def __init__(
-        self, predict: Callable[..., torch.Tensor], rows: int = 16, record: Callable[..., Any] = record
-    ):  # fmt: skip
+    def __init__(self, predict: Callable[..., torch.Tensor], rows: int = 16, record: Callable[..., Any] = record):
         self._predict, self._rows, self._record = predict, rows, record
         self._recorded: dict[int, tuple[list[torch.Tensor], Callable[[], None], torch.Tensor]] = {}
 
     def __call__(self, *given: torch.Tensor) -> torch.Tensor:
-        count = max(len(t) for t in given if t.dim())
+        count, device = len(given[0]), given[0].device
         size = -(-count // self._rows) * self._rows
         given = tuple(t if t.dim() else t.expand(count) for t in given)
         if size not in self._recorded:
-            kept = [t[:1].repeat_interleave(size, 0) for t in given]
+            kept = [t[:1].to(device).repeat_interleave(size, 0) for t in given]
             self._recorded[size] = kept, *self._record(lambda: self._predict(*kept), lambda: None)
         kept, replay, result = self._recorded[size]
         for mine, t in zip(kept, given, strict=True):

@@ -41,6 +41,7 @@ __all__ = ["PRESETS", "TrainSettings", "parse", "preset", "train"]
 DAMAGE = (zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError)
 COUNTED = ("gamma", "task", "skipped", "gray")
 WORKERS = 4  # of each loader, where several take turns
+DTYPES = {"": torch.float32, "no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]
 
 
@@ -273,8 +274,7 @@ def _teacher(settings: TrainSettings, device: torch.device, precision: str) -> A
     pipe = _pipeline(settings.teacher, settings.size).to(device)
     predict = None
     if settings.cuda_graph:
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        _lay_out(torch.nn.Module.to(pipe.unet, dtype), replace(settings, checkpointing=False))
+        _lay_out(torch.nn.Module.to(pipe.unet, DTYPES[precision]), replace(settings, checkpointing=False))
         predict = ReplayedForward(pipe._predict)
     return Teacher(pipe, settings.task_list, settings.teacher_steps, settings.levels, predict)
 
@@ -289,7 +289,7 @@ def _adapt(unet: PaletteUNet2DModel, settings: TrainSettings) -> None:
     if settings.lora_init:
         file = Path(settings.lora_init) / "pytorch_lora_weights.safetensors"
         try:
-            unknown = list(getattr(set_peft_model_state_dict(unet, load_file(file)), "unexpected_keys", []))
+            unknown = set_peft_model_state_dict(unet, load_file(file)).unexpected_keys  # type: ignore[attr-defined]
         except RuntimeError as error:  # of shapes
             raise ValueError(f"{file} does not fit adapters of rank {settings.lora_rank}: {error}") from None
         if unknown:
@@ -517,7 +517,7 @@ def dry_run(settings: TrainSettings) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     unet.to(device).train()
     optimizer = _optimizer(trained, settings)
-    dtype = {"": torch.float32, "no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
+    dtype = DTYPES[settings.precision]
     times = []
     for _ in range(4):
         begin = time.perf_counter()

@@ -90,3 +90,14 @@ def test_a_replayed_forward_pass_fills_batches_up():
     each = torch.rand(5)
     assert torch.equal(replayed(batches[2], each), batches[2] * each[:, None])
     assert shapes == {(4, 4), (8, 8)} and len(made) == 2
+
+
+def test_what_is_replayed_lies_where_the_first_tensor_does():
+    devices = []
+
+    def predict(x, level):  # a level may come in the processor's memory, which a recording cannot read
+        devices.append(level.device.type)
+        return x * level[:, None]
+
+    out = ReplayedForward(predict, rows=4, record=record_forward)(torch.empty(3, 3, device="meta"), torch.tensor(2.0))
+    assert set(devices) == {"meta"} and out.shape == (3, 3)
