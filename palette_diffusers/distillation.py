@@ -4,11 +4,18 @@ Rectified flow (Liu et al. 2023, "Flow Straight and Fast", their reflow) in the 
 package: the loss stays the one of training, and only the pair changes. Where noise and picture are drawn apart, a
 network learns the mean of all pictures that a noisy one may come from; where the picture is the one that a teacher
 makes of this very noise, there is but one, and a single step reaches it. One student serves 1, 2 and 4 steps, and any
-solver, since every point of a line is trained. Images are (B, 3, H, W), RGB, [-1, 1].
+solver, since every point of a line is trained.
+
+A student's first step is softer than its teacher's picture, and what it sees next does not lie on that line: it was
+taught to keep what is there, and stays soft. So some lines begin where the student's own steps have led it, and end at
+the picture that the teacher makes from there (on-policy distillation: DAgger, Ross et al. 2011; Agarwal et al. 2024,
+"On-Policy Distillation of Language Models"). Images are (B, 3, H, W), RGB, [-1, 1].
 """
 
+import math
 from typing import Any
 
+import numpy as np
 import torch
 
 from .pipeline import PalettePipeline
@@ -17,19 +24,41 @@ from .sizes import Predict
 from .tasks import Given, get_task
 
 LOGSNR_MAX = 9.0  # of the levels that are trained
+LOGSNR_LAST = 6.0  # the noisiest level that a student's last step may be at
 
 
 class Start:
-    """A network that remembers where a sampling began: `sample` (B, 3, H, W) and its `gamma`."""
+    """A network that remembers where its part of a sampling began, `sample` (B, 3, H, W) and its `gamma`: at once, or
+    after so many evaluations of another."""
 
-    def __init__(self, predict: Predict):
-        self.predict = predict
+    def __init__(self, predict: Predict, before: Predict | None = None, evaluations: int = 0):
+        self.predict, self.before, self.left = predict, before or predict, evaluations
         self.sample: torch.Tensor | None = None
 
     def __call__(self, sample: torch.Tensor, gamma: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        self.left -= 1
+        if self.left >= 0:
+            return self.before(sample, gamma, condition)
         if self.sample is None:
             self.sample, self.gamma = sample, gamma
         return self.predict(sample, gamma, condition)
+
+
+class Joined(PaletteScheduler):
+    """One student's steps, then its teacher's: at levels that are given, `logsnrs`, whatever number is asked for. The
+    teacher's first, with `own` levels before it, is one of first order."""
+
+    logsnrs: list[float]
+    own: int
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        super().set_timesteps(len(self.logsnrs), device)
+        self._gammas[1:] = [1 / (1 + math.exp(-logsnr)) for logsnr in reversed(self.logsnrs)]
+
+    def step(self, model_output: torch.Tensor, timestep: int | torch.Tensor, *rest: Any, **options: Any) -> Any:
+        if int(timestep) == len(self.logsnrs) - 1 - self.own:
+            self._before = None
+        return super().step(model_output, timestep, *rest, **options)
 
 
 class Teacher:
@@ -41,18 +70,35 @@ class Teacher:
         steps: its network evaluations a picture; 0 takes its default.
         levels: noise levels at which each pair is trained; the first is where the teacher began.
         predict: computes the teacher's network, in place of the pipeline's own way.
+        student: computes the student's network, whose own steps then come before the teacher's. Those of one task in a
+            batch have the same: none up to all but the last of 2 to `student_steps`, which end anywhere between
+            log-SNR 6 and the teacher's last, so that the student may be sampled to any level there.
 
     Raises:
-        ValueError: a task that the teacher does not know.
+        ValueError: a task that the teacher does not know; `student_steps` below 2 with a student, or a teacher that
+            is not sampled evenly in log-SNR.
     """
 
     def __init__(
-        self, pipe: PalettePipeline, tasks: list[str], steps: int = 0, levels: int = 4, predict: Predict | None = None
+        self,
+        pipe: PalettePipeline,
+        tasks: list[str],
+        steps: int = 0,
+        levels: int = 4,
+        predict: Predict | None = None,
+        student: Predict | None = None,
+        student_steps: int = 4,
     ):
         unknown = [task for task in tasks if task not in pipe.config.tasks]
         if unknown:
             raise ValueError(f"tasks has {', '.join(unknown)}, the teacher knows {', '.join(pipe.config.tasks)}")
+        if student is not None and student_steps < 2:
+            raise ValueError(f"student_steps is {student_steps}, but a student's own steps need at least 2")
+        spacing = pipe.scheduler.config.get("sampling_spacing")
+        if student is not None and spacing != "logsnr":
+            raise ValueError(f"the teacher's sampling_spacing is {spacing!r}, a student's own steps need 'logsnr'")
         self.pipe, self.levels, self.predict = pipe, levels, predict or pipe._predict
+        self.student, self.student_steps = student, student_steps
         self.tasks = [get_task(task) for task in tasks]
         self.steps = steps or pipe.config.default_steps
         # the student's own sampling will even chroma out
@@ -82,9 +128,33 @@ class Teacher:
         """The teacher's pictures of some rows, the noise of their lines, and the level they begin at."""
         known, condition = batch["known"][rows], batch["condition"][rows, :3]
         given = Given(known=known, condition=condition, mask=batch["mask"][rows] if task.takes_mask else None)
-        start, latents = Start(self.predict), batch["noise"][rows]
-        picture = self.pipe.denoise(given, num_inference_steps=self.steps, latents=latents, predict=start, task=task)
+        start, steps, scheduler = Start(self.predict), self.steps, self.pipe.scheduler
+        if self.student is not None:
+            start, self.pipe.scheduler = self._with_own_steps(task)
+            steps = len(self.pipe.scheduler.logsnrs)
+        latents = batch["noise"][rows]
+        try:
+            picture = self.pipe.denoise(given, num_inference_steps=steps, latents=latents, predict=start, task=task)
+        finally:
+            self.pipe.scheduler = scheduler
         assert start.sample is not None
         gamma = start.gamma.to(picture.device)
         noise = (start.sample - gamma.sqrt() * picture) / (1 - gamma).sqrt()
         return picture, noise, gamma.expand(len(rows))
+
+    def _with_own_steps(self, task: Any) -> tuple[Start, Joined]:
+        """The student's first steps, as many as are drawn, then the teacher's, as far apart as they are otherwise."""
+        config = self.pipe.scheduler.config
+        low, high = config.logsnr_min, config.logsnr_max
+        number = int(torch.randint(2, self.student_steps + 1, ()))
+        last = min(LOGSNR_LAST, high) + (high - min(LOGSNR_LAST, high)) * float(torch.rand(()))
+        levels = [float(level) for level in np.linspace(low, last, number)]
+        skipped = 0 if task.start is None else sum(level < task.start for level in levels)
+        own = int(torch.randint(number - skipped, ()))
+        begin = levels[skipped + own]
+        spacing = (high - low) / max(1, self.steps - 1)
+        rest = np.linspace(begin, high, 1 + max(1, round((high - begin) / spacing))) if begin < high else [begin]
+        scheduler: Any = Joined.from_config(config)
+        scheduler.logsnrs = [*levels[: skipped + own], *map(float, rest)]
+        scheduler.own = skipped + own
+        return Start(self.predict, self.student, own), scheduler

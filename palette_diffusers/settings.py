@@ -70,6 +70,7 @@ class TrainSettings:
     teacher_steps: int = _field(0, "network evaluations of each of those pictures; 0 = the teacher's default")
     levels: int = _field(4, "noise levels at which each of those pictures is trained")
     student_steps: int = _field(4, "default steps of the student that is published")
+    on_policy: bool = _field(False, "its teacher goes on from where the student's own steps lead, up to that many")
     # optimiser
     steps: int = _field(1_000_000, "optimiser steps in all")
     batch: int = _field(1024, "samples an optimiser step, over all processes and accumulated parts")
@@ -142,6 +143,10 @@ class TrainSettings:
             raise ValueError("a regression twin has no teacher: give teacher or regression")
         if self.teacher and self.condition_dropout:
             raise ValueError(f"condition_dropout is {self.condition_dropout}, but a teacher's source is never noise")
+        if self.on_policy and (not self.teacher or self.student_steps < 2):
+            raise ValueError(
+                f"on_policy is on, expected a teacher ({self.teacher!r}) and student_steps ({self.student_steps}) of 2"
+            )
         if self.prediction_type != "v_prediction" and self.unet.get("condition_skip") and not self.init:
             raise ValueError(
                 f"prediction_type is {self.prediction_type!r}, but the network's condition_skip needs v_prediction: "

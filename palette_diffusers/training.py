@@ -265,18 +265,31 @@ def _network(settings: TrainSettings) -> tuple[PaletteUNet2DModel, PaletteSchedu
     return pipe.unet.float(), pipe.scheduler, settings.student_steps if settings.teacher else pipe.config.default_steps
 
 
-def _teacher(settings: TrainSettings, device: torch.device, precision: str) -> Any:
-    """The teacher of a few-step student, if there is one; with `cuda_graph` its forward passes are replayed, too."""
+def _teacher(settings: TrainSettings, device: torch.device, precision: str, unet: PaletteUNet2DModel) -> Any:
+    """The teacher of a few-step student, `unet`, if there is one; with `cuda_graph` forward passes are replayed, too."""
     if not settings.teacher:
         return None
     from .distillation import Teacher
 
     pipe = _pipeline(settings.teacher, settings.size).to(device)
-    predict = None
+    predict, student = None, partial(_own, unet, device.type, DTYPES[precision]) if settings.on_policy else None
+    torch.nn.Module.to(pipe.unet, DTYPES[precision])  # autocast would cast what has no gradient at every evaluation
     if settings.cuda_graph:
-        _lay_out(torch.nn.Module.to(pipe.unet, DTYPES[precision]), replace(settings, checkpointing=False))
-        predict = ReplayedForward(pipe._predict)
-    return Teacher(pipe, settings.task_list, settings.teacher_steps, settings.levels, predict)
+        _lay_out(pipe.unet, replace(settings, checkpointing=False))
+        predict, student = ReplayedForward(pipe._predict), student and ReplayedForward(student)
+    steps = settings.student_steps
+    return Teacher(pipe, settings.task_list, settings.teacher_steps, settings.levels, predict, student, steps)
+
+
+@torch.no_grad()
+def _own(unet: PaletteUNet2DModel, device: str, dtype: torch.dtype, *given: torch.Tensor) -> torch.Tensor:
+    """What a network that is being trained predicts now. Its weights are cast anew each time: of those that were cast
+    before, a recording would keep the first."""
+    training = unet.training
+    with torch.autocast(device, dtype, enabled=dtype != torch.float32, cache_enabled=False):
+        output = unet.eval()(*given, return_dict=False)[0].float()
+    unet.train(training)
+    return output
 
 
 def _adapt(unet: PaletteUNet2DModel, settings: TrainSettings) -> None:
@@ -604,10 +617,12 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
     if len(set(starts)) > 1:
         raise ValueError(f"the processes would go on from steps {starts}: they must see one output folder")
     raw, main = unet, accelerator.is_main_process
-    teacher = _teacher(settings, accelerator.device, precision_of(accelerator))
+    sharded, zero = accelerator.is_fsdp2, accelerator.distributed_type == "DEEPSPEED"
+    if settings.on_policy and (sharded or zero):
+        raise ValueError("on_policy is on, but the student's network is divided: each process would evaluate it alone")
+    teacher = _teacher(settings, accelerator.device, precision_of(accelerator), raw)
     if teacher is not None:  # the noise that the student learns from
         scheduler = build(type(scheduler), scheduler.config, slow_noise=teacher.pipe.scheduler.config.slow_noise)
-    sharded, zero = accelerator.is_fsdp2, accelerator.distributed_type == "DEEPSPEED"
     gives = main or sharded  # what is saved, sampled and published
     spare = copy.deepcopy(unet) if sharded and main else None  # to sample with, and to publish
     unet, optimizer = accelerator.prepare(unet, optimizer)

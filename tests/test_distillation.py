@@ -3,6 +3,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import toy_unet
@@ -66,6 +67,74 @@ def test_a_teacher_by_replayed_passes_makes_the_same_pairs(folder):
         assert bool(predict._recorded) is replayed
     for name in out[0]:
         assert torch.allclose(out[0][name], out[1][name], atol=1e-5), name
+
+
+def test_a_teacher_goes_on_from_the_students_own_steps(folder):
+    """Against a sampler written from the formulas: the student's steps, then the teacher's, second order but for the
+    first of each."""
+    pipe, other = toy_teacher(), toy_unet()
+    pipe.scheduler = PaletteScheduler.from_config(pipe.scheduler.config, sampling_order=2, sampling_variance="zero")
+    batch, seen = batch_of(folder, TASKS), []
+
+    def student(sample, gamma, condition):
+        seen.append(float(torch.logit(gamma.double())))
+        return other(sample, gamma, condition, return_dict=False)[0]
+
+    teacher = Teacher(pipe, TASKS, steps=8, levels=1, student=student, student_steps=4)
+    scheduler, joints = pipe.scheduler, set()
+    for seed in range(24):
+        torch.manual_seed(seed)
+        seen.clear()
+        out = teacher.pairs(batch)
+        assert pipe.scheduler is scheduler
+        torch.manual_seed(seed)
+        for number, name in enumerate(TASKS):
+            task, rows = get_task(name), torch.nonzero(batch["task"] == number).flatten()
+            start, joined = teacher._with_own_steps(task)
+            levels, own, skipped = np.array(joined.logsnrs), joined.own, joined.own - start.left
+            joints.add((name, start.left))
+            assert (np.diff(levels) > 0).all() and levels[-1] == 9 and levels[0] == -9
+            assert np.diff(levels[own:]).max(initial=0) < 1.5 * 18 / 7, "as far apart as the teacher's, or nearly so"
+            assert (levels[skipped] >= 0) == (name == "jpeg_restoration")
+            known, condition = batch["known"][rows], batch["condition"][rows]
+            given = Given(known, condition[:, :3], batch["mask"][rows] if task.takes_mask else None)
+            gammas = torch.sigmoid(torch.tensor(levels))
+            y = 0.8 * batch["noise"][rows].double()
+            if skipped:
+                y = diffuse(known, y, gammas[skipped])
+            before = None
+            for i in range(skipped, len(levels)):
+                if i == own:
+                    before = None
+                    assert torch.allclose(y.float(), diffuse(out["clean"][rows], out["noise"][rows], out["gamma"][rows]),
+                                          atol=2e-3)  # fmt: skip
+                g = gammas[i]
+                network = other if i < own else pipe.unet
+                with torch.no_grad():
+                    v = network(y.float(), g.float(), condition, return_dict=False)[0].double()
+                y0 = (g.sqrt() * y - (1 - g).sqrt() * v).clamp(-1, 1)
+                y0 = task.guide(y0.float(), given).double().clamp(-1, 1)
+                ahead = y0
+                if before is not None and i + 1 < len(levels):
+                    r = 0.5 * (levels[i + 1] - levels[i]) / (levels[i] - levels[i - 1])
+                    ahead = y0 + r * (y0 - before)
+                s = gammas[i + 1] if i + 1 < len(levels) else torch.tensor(1.0).double()
+                kept = ((1 - s) / (1 - g)).sqrt()
+                y, before = kept * y + (s.sqrt() - kept * g.sqrt()) * ahead, y0
+            assert torch.allclose(y.float(), out["clean"][rows], atol=2e-3), name
+            assert torch.allclose(torch.logit(out["gamma"][rows].double()), torch.tensor(levels[own]), atol=1e-2)
+    assert {joint for name, joint in joints if name == "colorization"} == {0, 1, 2, 3}
+    assert {joint for name, joint in joints if name == "jpeg_restoration"} == {0, 1}
+
+
+def test_what_a_students_own_steps_need():
+    student = toy_teacher()._predict
+    with pytest.raises(ValueError, match="student_steps is 1"):
+        Teacher(toy_teacher(), TASKS, student=student, student_steps=1)
+    pipe = toy_teacher()
+    pipe.scheduler = PaletteScheduler(prediction_type="v_prediction")
+    with pytest.raises(ValueError, match="the teacher's sampling_spacing is 'paper'"):
+        Teacher(pipe, TASKS, student=student)
 
 
 def test_levels_lie_between_the_teachers_first_and_the_last(folder):
