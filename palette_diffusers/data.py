@@ -5,6 +5,8 @@
 Images are (3, H, W), RGB, [-1, 1]; masks (1, H, W), 1 = generate.
 """
 
+import math
+import mmap
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
@@ -18,9 +20,10 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 from .scheduler import PaletteScheduler
-from .tasks import Given, Task, get_task, network_condition
+from .tasks import Given, Task, get_task, unfilled_condition
 
 CACHE = 2**30  # bytes of decoded full-size photographs, for each worker
+KEPT = 2**31  # bytes of decoded photographs of the very size that is trained, for all workers together
 UNREADABLE = (OSError, SyntaxError, AttributeError, UnidentifiedImageError, Image.DecompressionBombError)
 
 
@@ -133,7 +136,8 @@ def _resize(picture: np.ndarray, size: int) -> np.ndarray:
 
 def _tensors(pictures: list[np.ndarray]) -> list[torch.Tensor]:
     """uint8 (H, W, 3) => (1, 3, H, W) in [-1, 1], each."""
-    return [torch.from_numpy(p.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1 for p in pictures]
+    planes = [torch.from_numpy(np.ascontiguousarray(p.transpose(2, 0, 1))) for p in pictures]
+    return [p.float().div_(127.5).sub_(1)[None] for p in planes]
 
 
 def _undecoded(data, columns: Sequence[str]):
@@ -192,7 +196,7 @@ class Samples:
         seed: of everything.
         column, source_column: of the images; of the sources, if the data set has pairs.
         condition_dropout: share of samples whose source is noise.
-        holes: whether the condition fills holes smoothly and has a channel for them (`tasks.network_condition`).
+        holes: whether the condition has a channel for holes, which are filled a batch at once (`tasks.fill_holes`).
         strict: an image that can't be used is an error.
 
     Raises:
@@ -296,7 +300,7 @@ class Samples:
             pictures = [picture[:, ::-1] for picture in pictures]
         original, given = _given(task, pictures, generator)
         clean = original[0]
-        condition = network_condition(given, self.holes)[0]
+        condition = unfilled_condition(given, self.holes)[0]
         if self.condition_dropout and rng.random() < self.condition_dropout:
             condition = torch.cat([torch.randn(clean.shape, generator=generator), condition[3:]])  # may be the original
         return {
@@ -324,15 +328,42 @@ class Samples:
         raise NotImplementedError
 
 
+class Kept:
+    """Decoded rows of a data set, `shape` of uint8 each: an anonymous shared mapping, which takes memory only as it is
+    filled, and which processes that are forked later fill and read together."""
+
+    def __init__(self, rows: int, shape: tuple[int, ...]):
+        size = math.prod(shape)
+        self._memory = mmap.mmap(-1, rows * (size + 1))
+        values = np.frombuffer(self._memory, np.uint8)
+        self._rows, self._there = values[: rows * size].reshape(rows, *shape), values[rows * size :]
+
+    def get(self, row: int) -> list[np.ndarray] | None:
+        return list(self._rows[row]) if self._there[row] else None
+
+    def put(self, row: int, pictures: list[np.ndarray]) -> None:
+        """Nothing, if one is of another size. Two processes may write the same bytes to one row."""
+        if all(picture.shape == self._rows.shape[2:] for picture in pictures):
+            self._rows[row] = pictures
+            self._there[row] = 1
+
+
 class PaletteDataset(Samples, Dataset):
     """Training samples (`Samples` says what they are and takes) by position 0, 1, 2, ... without end: resuming is
-    one integer. Epoch e = position // len(images) walks its own permutation."""
+    one integer. Epoch e = position // len(images) walks its own permutation. Photographs of the very size are decoded
+    once, in all workers together, where all of them take at most `KEPT` bytes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if any(len(source) == 0 for source in self._sources):
             raise ValueError("the data set is empty")
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
+        shape = (len(self._columns[0]), self.size, self.size, 3)
+        fits = len(self) * (math.prod(shape) + 1) <= KEPT
+        self._kept = [Kept(len(source), shape) for source in self._sources] if fits else []
+
+    def __getstate__(self) -> dict[str, Any]:  # for workers that are not forked: each decodes for itself
+        return self.__dict__ | {"_kept": []}
 
     def __len__(self) -> int:
         return sum(len(source) for source in self._sources)
@@ -354,10 +385,17 @@ class PaletteDataset(Samples, Dataset):
         while True:
             number = 0 if len(self._sources) == 1 else int(rng.choice(len(self._sources), p=self._source_shares))
             index = self._index(number, position)
+            kept = self._kept[number].get(index) if self._kept else None
+            if kept is not None:
+                return kept, skipped
             try:
-                return decode_photos(self._sources[number][index], self._columns[number], self.size), skipped
+                photos = decode_photos(self._sources[number][index], self._columns[number], self.size)
             except Unusable as why:
                 self._refused(f"image {index} of source {number}", why, skipped)
+            else:
+                if self._kept:
+                    self._kept[number].put(index, photos)
+                return photos, skipped
             skipped += 1
             position = int(rng.integers(len(self._sources[number])))
 

@@ -33,6 +33,7 @@ from .scheduler import PaletteScheduler, diffuse, training_target
 from .settings import FREE, PRESETS, TrainSettings, parse, preset
 from .sharding import share, share_optimizer, whole
 from .speed import build
+from .tasks import fill_holes
 from .unet import PaletteUNet2DModel
 from .zero import autocast, configure, gradient_norm, load_optimizer_state, optimizer_state, precision_of
 
@@ -82,13 +83,15 @@ def capped_weight(gamma: torch.Tensor, cap: float, prediction_type: str) -> torc
 
 def sample_losses(unet: torch.nn.Module, batch: dict[str, torch.Tensor], settings: TrainSettings) -> torch.Tensor:
     """Algorithm 1 of the paper on a batch of `PaletteDataset`: the loss of each sample, (B,)."""
-    gamma, noise = batch["gamma"], batch["noise"]
+    gamma, noise, condition = batch["gamma"], batch["noise"], batch["condition"]
+    if condition.shape[1] > batch["clean"].shape[1]:  # tells its holes
+        condition = fill_holes(condition)
     if settings.regression:
         gamma, noise = torch.full_like(gamma, regression_gamma()), torch.zeros_like(noise)
         noisy = noise
     else:
         noisy = diffuse(batch["clean"], noise, gamma)
-    output = unet(noisy, gamma, batch["condition"], return_dict=False)[0]
+    output = unet(noisy, gamma, condition, return_dict=False)[0]
     target = training_target(batch["clean"], noise, gamma, settings.prediction_type)
     losses = masked_loss(output, target, batch["mask"], settings.loss)
     if settings.snr_gamma:
@@ -266,7 +269,7 @@ def _network(settings: TrainSettings) -> tuple[PaletteUNet2DModel, PaletteSchedu
 
 
 def _teacher(settings: TrainSettings, device: torch.device, precision: str, unet: PaletteUNet2DModel) -> Any:
-    """The teacher of a few-step student, `unet`, if there is one; with `cuda_graph` forward passes are replayed, too."""
+    """The teacher of a few-step student, `unet`, if there is one; with `cuda_graph`, forward passes are replayed."""
     if not settings.teacher:
         return None
     from .distillation import Teacher
@@ -483,6 +486,8 @@ def _accelerator(settings: TrainSettings) -> Any:
         raise ValueError(
             f"Accelerate is configured for {name}, expected one process, DDP, FSDP with fsdp_version 2 or DeepSpeed"
         )
+    if kind in ("FSDP", "DEEPSPEED") and settings.on_policy:
+        raise ValueError(f"on_policy is on, but Accelerate is configured for {kind}: expected one process or DDP")
     if kind == "FSDP":
         if settings.channels_last:
             raise ValueError("channels_last is on, but FSDP divides only weights in the plain layout: leave it out")
@@ -618,8 +623,6 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
         raise ValueError(f"the processes would go on from steps {starts}: they must see one output folder")
     raw, main = unet, accelerator.is_main_process
     sharded, zero = accelerator.is_fsdp2, accelerator.distributed_type == "DEEPSPEED"
-    if settings.on_policy and (sharded or zero):
-        raise ValueError("on_policy is on, but the student's network is divided: each process would evaluate it alone")
     teacher = _teacher(settings, accelerator.device, precision_of(accelerator), raw)
     if teacher is not None:  # the noise that the student learns from
         scheduler = build(type(scheduler), scheduler.config, slow_noise=teacher.pipe.scheduler.config.slow_noise)

@@ -1,18 +1,21 @@
 import io
 import json
+import pickle
 import tarfile
 
 import numpy as np
 import pytest
 import torch
+from conftest import toy_unet
 from PIL import Image
 from test_training import _stopped_at, finish, fresh_accelerator, launch, options, same, settings  # noqa: F401
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
-from palette_diffusers import PaletteScheduler
-from palette_diffusers.data import PaletteStream, load_images, load_sources
+from palette_diffusers import PaletteScheduler, data
+from palette_diffusers.data import PaletteDataset, PaletteStream, load_images, load_sources
 from palette_diffusers.report import read_log
-from palette_diffusers.training import last_state, train
+from palette_diffusers.tasks import Given, fill_holes, network_condition
+from palette_diffusers.training import TrainSettings, last_state, sample_losses, train
 
 ROWS = 12
 
@@ -187,3 +190,74 @@ def test_pairs_are_streamed(tmp_path, parquet):
     stream = PaletteStream(images, PaletteScheduler(), ["paired"], size=32, source_column="source")
     sample = next(iter(stream))
     assert number_of(sample["condition"]) == number_of(sample["clean"]) + 5
+
+
+def small_dataset(tmp_path, number=6, size=32, **options):
+    folder = tmp_path / "small"
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(0)
+    for k in range(number):
+        Image.fromarray(rng.integers(0, 256, (size, size, 3), np.uint8)).save(folder / f"{k}.png")
+    return PaletteDataset(load_images(str(folder)), PaletteScheduler(), ["inpainting"], size=32, **options)
+
+
+def test_photographs_of_the_size_are_decoded_once_and_nothing_changes(tmp_path, monkeypatch):
+    decoded = []
+    original = data.decode_photos
+    monkeypatch.setattr(data, "decode_photos", lambda *args: decoded.append(1) or original(*args))
+    dataset = small_dataset(tmp_path)
+    kept = [dataset[k] for k in range(18)]  # three epochs
+    assert len(decoded) == 6
+    monkeypatch.setattr(data, "KEPT", 0)
+    plain = small_dataset(tmp_path)
+    for k in range(18):
+        for name, value in plain[k].items():
+            assert torch.equal(value, kept[k][name]), (k, name)
+    assert len(decoded) == 24
+    monkeypatch.undo()
+    other = pickle.loads(pickle.dumps(dataset))  # as a worker that is not forked gets it
+    assert torch.equal(other[0]["clean"], kept[0]["clean"]) and dataset._kept and not other._kept
+
+
+def test_workers_decode_together(tmp_path, monkeypatch):
+    """What a worker decoded, the process that forked it and the others need not."""
+    dataset = small_dataset(tmp_path)
+    expected = [dataset[k]["clean"] for k in range(12)]
+    dataset = small_dataset(tmp_path)
+    batches = list(DataLoader(dataset, batch_size=3, num_workers=2, sampler=range(6), multiprocessing_context="fork"))
+    assert torch.equal(torch.cat([batch["clean"] for batch in batches]), torch.stack(expected[:6]))
+
+    def never(*args):
+        raise AssertionError("decoded again")
+
+    monkeypatch.setattr(data, "decode_photos", never)
+    for k in range(12):
+        assert torch.equal(dataset[k]["clean"], expected[k])
+
+
+def test_larger_photographs_are_not_kept(tmp_path):
+    dataset = small_dataset(tmp_path, size=40)
+    assert len({dataset[k]["clean"].sum().item() for k in range(0, 60, 6)}) > 5  # each time another square of them
+    assert all(kept.get(row) is None for kept in dataset._kept for row in range(6))
+
+
+def test_a_batch_is_filled_as_each_of_its_samples(tmp_path):
+    dataset = PaletteDataset(
+        small_dataset(tmp_path).images, PaletteScheduler(), ["inpainting", "colorization"], size=32, holes=True
+    )
+    batch = default_collate([dataset[k] for k in range(12)])
+    assert {0, 1} == set(batch["task"].tolist())
+    filled = fill_holes(batch["condition"])
+    for k in range(12):
+        hole = batch["mask"][k : k + 1] if batch["task"][k] == 0 else None
+        given = Given(batch["known"][k : k + 1], batch["condition"][k : k + 1, :3], hole)
+        assert torch.equal(filled[k : k + 1], network_condition(given, True))
+    anything = batch["condition"].clone()
+    anything[:, :3] = torch.where(anything[:, 3:] > 0, 0.7, anything[:, :3])
+    assert torch.equal(fill_holes(anything), filled) and torch.equal(fill_holes(filled), filled)
+    unet = toy_unet(hole_skip=0.5, condition_skip=0.2)
+    with torch.no_grad():
+        torch.nn.init.normal_(unet.conv_out.weight, std=0.1)
+    settings = TrainSettings(prediction_type="v_prediction")
+    losses = [sample_losses(unet, batch | {"condition": shown}, settings) for shown in (batch["condition"], filled)]
+    assert torch.equal(*losses) and losses[0].min() > 0

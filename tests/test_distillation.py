@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from palette_diffusers.distillation import Teacher
 from palette_diffusers.replay import ReplayedForward
 from palette_diffusers.scheduler import diffuse, predicted_original
 from palette_diffusers.tasks import Given, get_task
-from palette_diffusers.training import TrainSettings, preset, training_loss
+from palette_diffusers.training import TrainSettings, _own, preset, training_loss
 
 DISTILL = Path(__file__).parents[1] / "train" / "distill_palette.py"
 TASKS = ["colorization", "inpainting", "uncropping", "jpeg_restoration"]
@@ -106,8 +107,8 @@ def test_a_teacher_goes_on_from_the_students_own_steps(folder):
             for i in range(skipped, len(levels)):
                 if i == own:
                     before = None
-                    assert torch.allclose(y.float(), diffuse(out["clean"][rows], out["noise"][rows], out["gamma"][rows]),
-                                          atol=2e-3)  # fmt: skip
+                    begin = diffuse(*(out[name][rows] for name in ("clean", "noise", "gamma")))
+                    assert torch.allclose(y.float(), begin, atol=2e-3)
                 g = gammas[i]
                 network = other if i < own else pipe.unet
                 with torch.no_grad():
@@ -197,7 +198,36 @@ def test_settings_say_what_does_not_go_together():
         replace(preset("distill-64"), levels=0)
 
 
-@pytest.mark.parametrize("wrong", [{}, {"teacher": "nowhere"}])
+def test_on_policy_settings():
+    with pytest.raises(ValueError, match="on_policy is on, expected a teacher"):
+        replace(preset("tiny-64"), on_policy=True)
+    with pytest.raises(ValueError, match=r"student_steps \(1\)"):
+        replace(preset("distill-64"), student_steps=1, on_policy=True)
+
+
+def test_a_students_own_evaluations_are_of_its_weights_as_they_are():
+    """In evaluation mode, without gradients, and by a recording as well, which reads the weights anew."""
+    unet = toy_unet(dropout=0.5).train()
+    given = torch.randn(2, 3, 32, 32), torch.tensor(0.5), torch.randn(2, 3, 32, 32)
+    own = partial(_own, unet, "cpu", torch.bfloat16)
+    replayed = ReplayedForward(own, 2, record_forward)
+    first, recorded = own(*given), replayed(*given)
+    assert unet.training and not first.requires_grad and first.dtype == torch.float32
+    assert torch.equal(first, own(*given)) and torch.equal(first, recorded)
+    with torch.autocast("cpu", torch.bfloat16):  # the cache of casts of a surrounding one is left alone
+        own(*given)
+        with torch.no_grad():
+            for p in unet.parameters():
+                p.add_(0.01)
+        second = own(*given)
+    assert not torch.allclose(first, second)
+    assert torch.equal(second, replayed(*given))
+    unet.eval()
+    own(*given)
+    assert not unet.training
+
+
+@pytest.mark.parametrize("wrong", [{}, {"teacher": "nowhere"}, {"on_policy": True}])
 def test_the_script_makes_a_student(folder, tmp_path, wrong):
     pipe = toy_teacher()
     pipe.save_pretrained(tmp_path / "init")
@@ -207,9 +237,10 @@ def test_the_script_makes_a_student(folder, tmp_path, wrong):
         data=folder, output=tmp_path / "run", size=32, batch=4, steps=2, workers=0, warmup=1, validate_every=0,
         save_every=1, student_steps=2, tracker="none", init=tmp_path / "init", teacher=tmp_path / "teacher",
     ) | wrong  # fmt: skip
-    arguments = [x for k, v in options.items() for x in ("--" + k.replace("_", "-"), str(v))]
+    named = {k: () if v is True else (str(v),) for k, v in options.items()}
+    arguments = [x for k, v in named.items() for x in ("--" + k.replace("_", "-"), *v)]
     done = subprocess.run([sys.executable, DISTILL, *arguments], capture_output=True, text=True, cwd=tmp_path)
-    if wrong:
+    if "teacher" in wrong:
         assert done.returncode == 2 and "nowhere" in done.stderr
         return
     assert done.returncode == 0, done.stderr

@@ -464,6 +464,8 @@ def test_divided_weights_lie_in_the_plain_layout(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(Accelerator, "is_fsdp2", True)
     with pytest.raises(ValueError, match="FSDP divides only weights in the plain layout"):
         train(settings(folder, tmp_path / "run", channels_last=True))
+    with pytest.raises(ValueError, match="on_policy is on, but Accelerate is configured for FSDP"):
+        train(settings(folder, tmp_path / "run", teacher="starter", on_policy=True))
 
 
 def test_two_trainers_in_one_folder(folder, tmp_path):
