@@ -275,7 +275,8 @@ def _teacher(settings: TrainSettings, device: torch.device, precision: str, unet
     from .distillation import Teacher
 
     pipe = _pipeline(settings.teacher, settings.size).to(device)
-    predict, student = None, partial(_own, unet, device.type, DTYPES[precision]) if settings.on_policy else None
+    predict: Any = None
+    student: Any = partial(_own, unet, device.type, DTYPES[precision]) if settings.on_policy else None
     torch.nn.Module.to(pipe.unet, DTYPES[precision])  # autocast would cast what has no gradient at every evaluation
     if settings.cuda_graph:
         _lay_out(pipe.unet, replace(settings, checkpointing=False))
