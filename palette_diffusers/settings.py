@@ -70,7 +70,7 @@ class TrainSettings:
     teacher_steps: int = _field(0, "network evaluations of each of those pictures; 0 = the teacher's default")
     levels: int = _field(4, "noise levels at which each of those pictures is trained")
     student_steps: int = _field(4, "default steps of the student that is published")
-    on_policy: bool = _field(False, "its teacher goes on from where the student's own steps lead, up to that many")
+    on_policy: bool = _field(False, "the teacher goes on from where the student's own steps lead, up to that many")
     # optimiser
     steps: int = _field(1_000_000, "optimiser steps in all")
     batch: int = _field(1024, "samples an optimiser step, over all processes and accumulated parts")
@@ -145,7 +145,8 @@ class TrainSettings:
             raise ValueError(f"condition_dropout is {self.condition_dropout}, but a teacher's source is never noise")
         if self.on_policy and (not self.teacher or self.student_steps < 2):
             raise ValueError(
-                f"on_policy is on, expected a teacher ({self.teacher!r}) and student_steps ({self.student_steps}) of 2"
+                f"on_policy is on, expected a teacher ({self.teacher!r}) and student_steps ({self.student_steps}) of at "
+                "least 2; --no-on-policy leaves it out"
             )
         if self.prediction_type != "v_prediction" and self.unet.get("condition_skip") and not self.init:
             raise ValueError(
@@ -199,7 +200,7 @@ _CAP = dict(weight_cap=10.0, loss_weights="colorization=2,uncropping=0.7,jpeg_re
 _FAST = dict(precision="bf16", channels_last=True, fused=True, cuda_graph=True, workers=14)
 _GPU = _CAP | _FAST | dict(decay=1_700, crop_share=0.15, bad_steps=3)
 _TUNE = dict(weight_cap=10.0, init="starter", save_every=100, validate_every=100, log_every=10)
-_DISTILL = dict(loss="huber", init="starter", teacher="starter", **_CAP)
+_DISTILL = dict(loss="huber", init="starter", teacher="starter", on_policy=True, levels=1, **_CAP)
 _V = "v_prediction"
 
 # preset                  size batch      steps  rate  warmup  ema     prediction network and the rest

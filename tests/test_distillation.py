@@ -202,7 +202,7 @@ def test_on_policy_settings():
     with pytest.raises(ValueError, match="on_policy is on, expected a teacher"):
         replace(preset("tiny-64"), on_policy=True)
     with pytest.raises(ValueError, match=r"student_steps \(1\)"):
-        replace(preset("distill-64"), student_steps=1, on_policy=True)
+        replace(preset("distill-64"), student_steps=1)
 
 
 def test_a_students_own_evaluations_are_of_its_weights_as_they_are():
@@ -227,7 +227,7 @@ def test_a_students_own_evaluations_are_of_its_weights_as_they_are():
     assert not unet.training
 
 
-@pytest.mark.parametrize("wrong", [{}, {"teacher": "nowhere"}, {"on_policy": True}])
+@pytest.mark.parametrize("wrong", [{}, {"teacher": "nowhere"}, {"on_policy": False}])
 def test_the_script_makes_a_student(folder, tmp_path, wrong):
     pipe = toy_teacher()
     pipe.save_pretrained(tmp_path / "init")
@@ -237,8 +237,10 @@ def test_the_script_makes_a_student(folder, tmp_path, wrong):
         data=folder, output=tmp_path / "run", size=32, batch=4, steps=2, workers=0, warmup=1, validate_every=0,
         save_every=1, student_steps=2, tracker="none", init=tmp_path / "init", teacher=tmp_path / "teacher",
     ) | wrong  # fmt: skip
-    named = {k: () if v is True else (str(v),) for k, v in options.items()}
-    arguments = [x for k, v in named.items() for x in ("--" + k.replace("_", "-"), *v)]
+    if options.pop("on_policy", True) is False:
+        options["no_on_policy"] = None
+    named = {"--" + k.replace("_", "-"): v for k, v in options.items()}
+    arguments = [x for k, v in named.items() for x in ([k] if v is None else [k, str(v)])]
     done = subprocess.run([sys.executable, DISTILL, *arguments], capture_output=True, text=True, cwd=tmp_path)
     if "teacher" in wrong:
         assert done.returncode == 2 and "nowhere" in done.stderr
