@@ -145,8 +145,8 @@ class TrainSettings:
             raise ValueError(f"condition_dropout is {self.condition_dropout}, but a teacher's source is never noise")
         if self.on_policy and (not self.teacher or self.student_steps < 2):
             raise ValueError(
-                f"on_policy is on, expected a teacher ({self.teacher!r}) and student_steps ({self.student_steps}) of at "
-                "least 2; --no-on-policy leaves it out"
+                f"on_policy is on, expected a teacher ({self.teacher!r}) and student_steps ({self.student_steps}) of 2 "
+                "or more; --no-on-policy leaves it out"
             )
         if self.prediction_type != "v_prediction" and self.unet.get("condition_skip") and not self.init:
             raise ValueError(
