@@ -45,8 +45,8 @@ class Start:
 
 
 class Joined(PaletteScheduler):
-    """One student's steps, then its teacher's: at levels that are given, `logsnrs`, whatever number is asked for. The
-    teacher's first, with `own` levels before it, is one of first order."""
+    """A student's steps, `own` of them, then its teacher's: at levels that are given, `logsnrs`, whatever number is
+    asked for. The student's are of first order, as on a straight line, and so is the teacher's first."""
 
     logsnrs: list[float]
     own: int
@@ -56,7 +56,7 @@ class Joined(PaletteScheduler):
         self._gammas[1:] = [1 / (1 + math.exp(-logsnr)) for logsnr in reversed(self.logsnrs)]
 
     def step(self, model_output: torch.Tensor, timestep: int | torch.Tensor, *rest: Any, **options: Any) -> Any:
-        if int(timestep) == len(self.logsnrs) - 1 - self.own:
+        if int(timestep) >= len(self.logsnrs) - 1 - self.own:
             self._before = None
         return super().step(model_output, timestep, *rest, **options)
 

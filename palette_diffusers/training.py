@@ -43,6 +43,7 @@ DAMAGE = (zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError, KeyEr
 COUNTED = ("gamma", "task", "skipped", "gray")
 WORKERS = 4  # of each loader, where several take turns
 DTYPES = {"": torch.float32, "no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_STRAIGHT = dict(sampling_variance="zero", sampling_order=1)  # the own steps of a student on policy
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]
 
 
@@ -625,8 +626,9 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
     raw, main = unet, accelerator.is_main_process
     sharded, zero = accelerator.is_fsdp2, accelerator.distributed_type == "DEEPSPEED"
     teacher = _teacher(settings, accelerator.device, precision_of(accelerator), raw)
-    if teacher is not None:  # the noise that the student learns from
-        scheduler = build(type(scheduler), scheduler.config, slow_noise=teacher.pipe.scheduler.config.slow_noise)
+    if teacher is not None:  # the noise that the student learns from, and its steps
+        learnt = dict(slow_noise=teacher.pipe.scheduler.config.slow_noise) | (_STRAIGHT if settings.on_policy else {})
+        scheduler = build(type(scheduler), scheduler.config, **learnt)
     gives = main or sharded  # what is saved, sampled and published
     spare = copy.deepcopy(unet) if sharded and main else None  # to sample with, and to publish
     unet, optimizer = accelerator.prepare(unet, optimizer)

@@ -71,8 +71,8 @@ def test_a_teacher_by_replayed_passes_makes_the_same_pairs(folder):
 
 
 def test_a_teacher_goes_on_from_the_students_own_steps(folder):
-    """Against a sampler written from the formulas: the student's steps, then the teacher's, second order but for the
-    first of each."""
+    """Against a sampler written from the formulas: the student's steps, first order, then the teacher's, second order
+    but for its first."""
     pipe, other = toy_teacher(), toy_unet()
     pipe.scheduler = PaletteScheduler.from_config(pipe.scheduler.config, sampling_order=2, sampling_variance="zero")
     batch, seen = batch_of(folder, TASKS), []
@@ -105,8 +105,9 @@ def test_a_teacher_goes_on_from_the_students_own_steps(folder):
                 y = diffuse(known, y, gammas[skipped])
             before = None
             for i in range(skipped, len(levels)):
-                if i == own:
+                if i <= own:
                     before = None
+                if i == own:
                     begin = diffuse(*(out[name][rows] for name in ("clean", "noise", "gamma")))
                     assert torch.allclose(y.float(), begin, atol=2e-3)
                 g = gammas[i]
@@ -248,5 +249,6 @@ def test_the_script_makes_a_student(folder, tmp_path, wrong):
     assert done.returncode == 0, done.stderr
     pipe = PalettePipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert pipe.config.default_steps == 2 and pipe.scheduler.config.slow_noise == 0, "the noise that it learnt from"
+    assert pipe.scheduler.config.sampling_variance == ("fixed_large" if wrong else "zero"), "its own steps"
     before = PalettePipeline.from_pretrained(tmp_path / "teacher").unet.state_dict()
     assert any(not torch.equal(value, before[name]) for name, value in pipe.unet.state_dict().items())
