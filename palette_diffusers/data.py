@@ -23,7 +23,7 @@ from .scheduler import PaletteScheduler
 from .tasks import Given, Task, get_task, unfilled_condition
 
 CACHE = 2**30  # bytes of decoded full-size photographs, for each worker
-KEPT = 2**31  # bytes of decoded photographs of the very size that is trained, for all workers together
+KEPT = 2**31  # bytes of decoded photographs of the very size that is trained, for all workers of a training process
 UNREADABLE = (OSError, SyntaxError, AttributeError, UnidentifiedImageError, Image.DecompressionBombError)
 
 
@@ -195,7 +195,7 @@ class Samples:
         scheduler: draws gamma.
         seed: of everything.
         column, source_column: of the images; of the sources, if the data set has pairs.
-        condition_dropout: share of samples whose source is noise.
+        condition_dropout: share of samples whose source is noise (what is known of it, where there is a hole).
         holes: whether the condition has a channel for holes, which are filled a batch at once (`tasks.fill_holes`).
         strict: an image that can't be used is an error.
 

@@ -131,7 +131,7 @@ class Teacher:
         start, steps, scheduler = Start(self.predict), self.steps, self.pipe.scheduler
         if self.student is not None:
             start, self.pipe.scheduler = self._with_own_steps(task)
-            steps = len(self.pipe.scheduler.logsnrs)
+            steps = len(getattr(self.pipe.scheduler, "logsnrs", range(steps)))
         latents = batch["noise"][rows]
         try:
             picture = self.pipe.denoise(given, num_inference_steps=steps, latents=latents, predict=start, task=task)
@@ -142,7 +142,7 @@ class Teacher:
         noise = (start.sample - gamma.sqrt() * picture) / (1 - gamma).sqrt()
         return picture, noise, gamma.expand(len(rows))
 
-    def _with_own_steps(self, task: Any) -> tuple[Start, Joined]:
+    def _with_own_steps(self, task: Any) -> tuple[Start, Any]:
         """The student's first steps, as many as are drawn, then the teacher's, as far apart as they are otherwise."""
         config = self.pipe.scheduler.config
         low, high = config.logsnr_min, config.logsnr_max
@@ -150,6 +150,8 @@ class Teacher:
         last = min(LOGSNR_LAST, high) + (high - min(LOGSNR_LAST, high)) * float(torch.rand(()))
         levels = [float(level) for level in np.linspace(low, last, number)]
         skipped = 0 if task.start is None else sum(level < task.start for level in levels)
+        if skipped == number:  # too few steps for this task's start: from noise, as if it had none
+            return Start(self.predict), self.pipe.scheduler
         own = int(torch.randint(number - skipped, ()))
         begin = levels[skipped + own]
         spacing = (high - low) / max(1, self.steps - 1)

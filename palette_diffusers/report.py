@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 from . import canvas
 from .files import write_text
 from .settings import TrainSettings
+from .tasks import fill_holes
 
 BINS = (-6.0, -3.0, 0.0, 3.0, 6.0)  # log-SNR; six bins
 
@@ -115,7 +116,7 @@ def draw_batch(batch: dict[str, torch.Tensor], tasks: list[str], path: Path) -> 
     for number, task in enumerate(tasks):
         some = torch.nonzero(batch["task"] == number).flatten()[:8]
         if len(some):
-            rows += [(task, batch["condition"][some, :3]), ("", batch["clean"][some])]
+            rows += [(task, fill_holes(batch["condition"][some])[:, :3]), ("", batch["clean"][some])]
     draw_grid(rows, path)
 
 

@@ -72,8 +72,10 @@ def unfilled_condition(given: Given, holes: bool) -> torch.Tensor:
 
 
 def fill_holes(condition: torch.Tensor) -> torch.Tensor:
-    """A picture and its hole, (B, 4, H, W): the hole filled smoothly, whatever it held. A batch takes hardly longer
-    than a sample, and a GPU next to no time."""
+    """A picture and its hole, (B, 4, H, W): the hole filled smoothly, whatever number it held; a condition without a
+    channel for holes, (B, 3, H, W), as it is. A batch takes hardly longer than a sample, and a GPU next to no time."""
+    if condition.shape[1] == 3:
+        return condition
     picture, hole = condition[:, :3], condition[:, 3:]
     return torch.cat([torch.where(hole > 0, extend(picture, 1 - hole), picture), hole], dim=1)
 

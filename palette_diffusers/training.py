@@ -43,7 +43,9 @@ DAMAGE = (zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError, KeyEr
 COUNTED = ("gamma", "task", "skipped", "gray")
 WORKERS = 4  # of each loader, where several take turns
 DTYPES = {"": torch.float32, "no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_STRAIGHT = dict(sampling_variance="zero", sampling_order=1)  # the own steps of a student on policy
+# what a student learns from of its teacher's sampling, all but the first on policy, and its own steps there
+LEARNT = ("slow_noise", "initial_noise", "sampling_spacing", "logsnr_min", "logsnr_max")
+STRAIGHT = dict(sampling_variance="zero", sampling_order=1)
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]
 
 
@@ -84,9 +86,7 @@ def capped_weight(gamma: torch.Tensor, cap: float, prediction_type: str) -> torc
 
 def sample_losses(unet: torch.nn.Module, batch: dict[str, torch.Tensor], settings: TrainSettings) -> torch.Tensor:
     """Algorithm 1 of the paper on a batch of `PaletteDataset`: the loss of each sample, (B,)."""
-    gamma, noise, condition = batch["gamma"], batch["noise"], batch["condition"]
-    if condition.shape[1] > batch["clean"].shape[1]:  # tells its holes
-        condition = fill_holes(condition)
+    gamma, noise, condition = batch["gamma"], batch["noise"], fill_holes(batch["condition"])
     if settings.regression:
         gamma, noise = torch.full_like(gamma, regression_gamma()), torch.zeros_like(noise)
         noisy = noise
@@ -187,7 +187,8 @@ def check_same(folder: Path, settings: TrainSettings) -> None:
     path = folder / "settings.json"
     if not path.is_file():
         return
-    before, now = json.loads(path.read_text()), json.loads(json.dumps(asdict(settings)))
+    before = asdict(TrainSettings()) | json.loads(path.read_text())  # of an older version, which had fewer
+    before, now = (json.loads(json.dumps(each)) for each in (before, asdict(settings)))
     changed = [name for name in now if name not in FREE and name in before and before[name] != now[name]]
     if changed:
         lines = ", ".join(f"{name} was {before[name]!r}, now {now[name]!r}" for name in changed)
@@ -276,9 +277,12 @@ def _teacher(settings: TrainSettings, device: torch.device, precision: str, unet
     from .distillation import Teacher
 
     pipe = _pipeline(settings.teacher, settings.size).to(device)
+    if settings.on_policy:
+        _check_alike(pipe, unet, settings)
+    dtype = DTYPES.get(precision, torch.float32)
     predict: Any = None
-    student: Any = partial(_own, unet, device.type, DTYPES[precision]) if settings.on_policy else None
-    torch.nn.Module.to(pipe.unet, DTYPES[precision])  # autocast would cast what has no gradient at every evaluation
+    student: Any = partial(_own, unet, device.type, dtype) if settings.on_policy else None
+    torch.nn.Module.to(pipe.unet, dtype)  # autocast would cast what has no gradient at every evaluation
     if settings.cuda_graph:
         _lay_out(pipe.unet, replace(settings, checkpointing=False))
         predict, student = ReplayedForward(pipe._predict), student and ReplayedForward(student)
@@ -286,13 +290,27 @@ def _teacher(settings: TrainSettings, device: torch.device, precision: str, unet
     return Teacher(pipe, settings.task_list, settings.teacher_steps, settings.levels, predict, student, steps)
 
 
+def _check_alike(teacher: Any, unet: PaletteUNet2DModel, settings: TrainSettings) -> None:
+    """One sampling has both networks.
+
+    Raises:
+        ValueError: they predict, or are given, different things.
+    """
+    for name, theirs, own in (
+        ("prediction_type", teacher.scheduler.config.prediction_type, settings.prediction_type),
+        ("hole_skip", bool(teacher.unet.config.hole_skip), bool(unet.config.hole_skip)),
+    ):
+        if theirs != own:
+            raise ValueError(f"{name} is {own!r}, {settings.teacher}'s {theirs!r}: on_policy needs the same")
+
+
 @torch.no_grad()
-def _own(unet: PaletteUNet2DModel, device: str, dtype: torch.dtype, *given: torch.Tensor) -> torch.Tensor:
+def _own(unet: PaletteUNet2DModel, device: str, dtype: torch.dtype, *given: Any) -> torch.Tensor:
     """What a network that is being trained predicts now. Its weights are cast anew each time: of those that were cast
-    before, a recording would keep the first."""
+    before, a recording would keep the first. (Accelerate gives a network a `forward` that keeps them: not that one.)"""
     training = unet.training
     with torch.autocast(device, dtype, enabled=dtype != torch.float32, cache_enabled=False):
-        output = unet.eval()(*given, return_dict=False)[0].float()
+        output = type(unet).forward(unet.eval(), *given).sample.float()  # type: ignore[union-attr]
     unet.train(training)
     return output
 
@@ -627,8 +645,8 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
     sharded, zero = accelerator.is_fsdp2, accelerator.distributed_type == "DEEPSPEED"
     teacher = _teacher(settings, accelerator.device, precision_of(accelerator), raw)
     if teacher is not None:  # the noise that the student learns from, and its steps
-        learnt = dict(slow_noise=teacher.pipe.scheduler.config.slow_noise) | (_STRAIGHT if settings.on_policy else {})
-        scheduler = build(type(scheduler), scheduler.config, **learnt)
+        learnt = {name: teacher.pipe.scheduler.config.get(name) for name in LEARNT[: None if settings.on_policy else 1]}
+        scheduler = build(type(scheduler), scheduler.config, **learnt, **(STRAIGHT if settings.on_policy else {}))
     gives = main or sharded  # what is saved, sampled and published
     spare = copy.deepcopy(unet) if sharded and main else None  # to sample with, and to publish
     unet, optimizer = accelerator.prepare(unet, optimizer)

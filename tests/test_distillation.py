@@ -11,13 +11,13 @@ from conftest import toy_unet
 from test_replay import record_forward
 from torch.utils.data import default_collate
 
-from palette_diffusers import PalettePipeline, PaletteScheduler
+from palette_diffusers import PalettePipeline, PaletteScheduler, tasks
 from palette_diffusers.data import PaletteDataset, load_images
 from palette_diffusers.distillation import Teacher
 from palette_diffusers.replay import ReplayedForward
 from palette_diffusers.scheduler import diffuse, predicted_original
 from palette_diffusers.tasks import Given, get_task
-from palette_diffusers.training import TrainSettings, _own, preset, training_loss
+from palette_diffusers.training import TrainSettings, _check_alike, _own, preset, training_loss
 
 DISTILL = Path(__file__).parents[1] / "train" / "distill_palette.py"
 TASKS = ["colorization", "inpainting", "uncropping", "jpeg_restoration"]
@@ -129,6 +129,33 @@ def test_a_teacher_goes_on_from_the_students_own_steps(folder):
     assert {joint for name, joint in joints if name == "jpeg_restoration"} == {0, 1}
 
 
+def test_a_task_that_starts_after_all_own_steps_is_the_teachers(folder, monkeypatch):
+    class Late(type(get_task("jpeg_restoration"))):
+        name, start = "late", 8.5
+
+    monkeypatch.setattr(tasks, "_TASKS", dict(tasks._TASKS))
+    tasks.register_task(Late())
+    torch.manual_seed(0)
+    pipe = toy_teacher()
+    pipe.register_to_config(tasks=["late"])
+    teacher = Teacher(pipe, ["late"], steps=20, levels=1, student=pipe._predict, student_steps=2)
+    batch = batch_of(folder, ["late"], 2)
+    firsts = {round(torch.logit(teacher.pairs(batch)["gamma"].double()).min().item(), 3) for _ in range(20)}
+    assert min(firsts) >= 8.5 and 9 in firsts and len(firsts) > 1  # the teacher's 20 steps have 9 alone there
+
+
+def test_student_and_teacher_predict_alike(folder, tmp_path):
+    pipe = toy_teacher()
+    for wrong, said in (
+        (dict(prediction_type="epsilon"), "prediction_type is 'epsilon', starter's 'v_prediction': on_policy needs"),
+        (dict(unet=toy_unet()), "hole_skip is False, starter's True"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            teacher = PalettePipeline(toy_unet(hole_skip=0.5, condition_skip=0.2), pipe.scheduler)
+            chosen = replace(preset("distill-64"), prediction_type=wrong.get("prediction_type", "v_prediction"))
+            _check_alike(teacher, wrong.get("unet", teacher.unet), chosen)
+
+
 def test_what_a_students_own_steps_need():
     student = toy_teacher()._predict
     with pytest.raises(ValueError, match="student_steps is 1"):
@@ -209,6 +236,7 @@ def test_on_policy_settings():
 def test_a_students_own_evaluations_are_of_its_weights_as_they_are():
     """In evaluation mode, without gradients, and by a recording as well, which reads the weights anew."""
     unet = toy_unet(dropout=0.5).train()
+    unet.forward = torch.autocast("cpu", torch.bfloat16)(unet.forward)  # as Accelerate prepares it
     given = torch.randn(2, 3, 32, 32), torch.tensor(0.5), torch.randn(2, 3, 32, 32)
     own = partial(_own, unet, "cpu", torch.bfloat16)
     replayed = ReplayedForward(own, 2, record_forward)

@@ -23,6 +23,7 @@ from palette_diffusers.data import PaletteDataset, PositionSampler, load_images
 from palette_diffusers.files import alone, write_text
 from palette_diffusers.machine import best_device
 from palette_diffusers.scheduler import predicted_original
+from palette_diffusers.tasks import fill_holes
 from palette_diffusers.training import (
     TrainSettings,
     check_same,
@@ -128,6 +129,7 @@ class Game:
     def step(self, batch: dict[str, torch.Tensor], rate: float) -> dict[str, float]:
         """One of each network, D first; the learning rates fall and rise together."""
         batch = {key: value.to(self.device) for key, value in batch.items()}
+        batch["condition"] = fill_holes(batch["condition"])
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         for group in self.judge_optimizer.param_groups:
