@@ -106,12 +106,14 @@ class PalettePipeline(DiffusionPipeline):
         if Path(name).resolve() in SHIPPED.values():  # hold half precision only
             kwargs.setdefault("variant", "fp16")
             kwargs.setdefault("dtype", torch.float32)
-        if Path(name).resolve() == STUDENT and "unet" not in kwargs:  # is the starter, with adapters
-            unet = PaletteUNet2DModel.from_pretrained(
-                STARTER, subfolder="unet", variant=kwargs.pop("variant"), dtype=torch.float32
-            )
-            merge_adapters(unet, STUDENT / "lora" / "pytorch_lora_weights.safetensors")
-            kwargs["unet"] = torch.nn.Module.to(unet, kwargs["dtype"])
+        if Path(name).resolve() == STUDENT:  # is the starter, with adapters; has no weights of its own
+            variant = kwargs.pop("variant")
+            if "unet" not in kwargs:
+                unet = PaletteUNet2DModel.from_pretrained(
+                    STARTER, subfolder="unet", variant=variant, dtype=torch.float32
+                )
+                merge_adapters(unet, STUDENT / "lora" / "pytorch_lora_weights.safetensors")
+                kwargs["unet"] = torch.nn.Module.to(unet, kwargs["dtype"])
         if is_local(name) and "unet" not in kwargs:
             check_folder(Path(name), kwargs.get("variant"))
         return super().from_pretrained(name, **kwargs)
