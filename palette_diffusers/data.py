@@ -380,22 +380,25 @@ class PaletteDataset(Samples, Dataset):
             self._orders[number] = (epoch, np.random.default_rng(seed).permutation(length))
         return int(self._orders[number][1][index])
 
+    def _decoded(self, number: int, index: int) -> list[np.ndarray]:
+        """As `decode_photos`, of a source's row; those that are kept are not decoded again."""
+        kept = self._kept[number] if self._kept else None
+        photos = kept.get(index) if kept else None
+        if photos is None:
+            photos = decode_photos(self._sources[number][index], self._columns[number], self.size)
+            if kept:
+                kept.put(index, photos)
+        return photos
+
     def _photos(self, position: int | None, rng: np.random.Generator) -> tuple[list[np.ndarray], int]:
         position, skipped = int(rng.integers(len(self))) if position is None else position, 0
         while True:
             number = 0 if len(self._sources) == 1 else int(rng.choice(len(self._sources), p=self._source_shares))
             index = self._index(number, position)
-            kept = self._kept[number].get(index) if self._kept else None
-            if kept is not None:
-                return kept, skipped
             try:
-                photos = decode_photos(self._sources[number][index], self._columns[number], self.size)
+                return self._decoded(number, index), skipped
             except Unusable as why:
                 self._refused(f"image {index} of source {number}", why, skipped)
-            else:
-                if self._kept:
-                    self._kept[number].put(index, photos)
-                return photos, skipped
             skipped += 1
             position = int(rng.integers(len(self._sources[number])))
 

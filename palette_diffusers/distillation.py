@@ -128,13 +128,14 @@ class Teacher:
         """The teacher's pictures of some rows, the noise of their lines, and the level they begin at."""
         known, condition = batch["known"][rows], batch["condition"][rows, :3]
         given = Given(known=known, condition=condition, mask=batch["mask"][rows] if task.takes_mask else None)
-        start, steps, scheduler = Start(self.predict), self.steps, self.pipe.scheduler
+        start, scheduler = Start(self.predict), self.pipe.scheduler
         if self.student is not None:
             start, self.pipe.scheduler = self._with_own_steps(task)
-            steps = len(getattr(self.pipe.scheduler, "logsnrs", range(steps)))
         latents = batch["noise"][rows]
         try:
-            picture = self.pipe.denoise(given, num_inference_steps=steps, latents=latents, predict=start, task=task)
+            picture = self.pipe.denoise(
+                given, num_inference_steps=self.steps, latents=latents, predict=start, task=task
+            )
         finally:
             self.pipe.scheduler = scheduler
         assert start.sample is not None

@@ -54,11 +54,10 @@ def network_condition(given: Given, holes: bool, fill: torch.Tensor | None = Non
 
     A better `fill` (B, 3, H, W) than the smooth one may be at hand.
     """
-    condition = unfilled_condition(given, holes)
     if not holes or given.mask is None:
-        return condition
+        return unfilled_condition(given, holes)
     if fill is None:
-        return fill_holes(condition)
+        return fill_holes(unfilled_condition(given, holes))
     return torch.cat([torch.where(given.mask > 0, fill, given.known), given.mask], dim=1)
 
 

@@ -189,7 +189,7 @@ def check_same(folder: Path, settings: TrainSettings) -> None:
         return
     before = asdict(TrainSettings()) | json.loads(path.read_text())  # of an older version, which had fewer
     before, now = (json.loads(json.dumps(each)) for each in (before, asdict(settings)))
-    changed = [name for name in now if name not in FREE and name in before and before[name] != now[name]]
+    changed = [name for name in now if name not in FREE and before[name] != now[name]]
     if changed:
         lines = ", ".join(f"{name} was {before[name]!r}, now {now[name]!r}" for name in changed)
         raise ValueError(f"{folder} holds a run of other settings: {lines}")
@@ -642,11 +642,12 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
     if len(set(starts)) > 1:
         raise ValueError(f"the processes would go on from steps {starts}: they must see one output folder")
     raw, main = unet, accelerator.is_main_process
-    sharded, zero = accelerator.is_fsdp2, accelerator.distributed_type == "DEEPSPEED"
     teacher = _teacher(settings, accelerator.device, precision_of(accelerator), raw)
     if teacher is not None:  # the noise that the student learns from, and its steps
-        learnt = {name: teacher.pipe.scheduler.config.get(name) for name in LEARNT[: None if settings.on_policy else 1]}
-        scheduler = build(type(scheduler), scheduler.config, **learnt, **(STRAIGHT if settings.on_policy else {}))
+        names, own = (LEARNT, STRAIGHT) if settings.on_policy else (LEARNT[:1], {})
+        learnt = {name: teacher.pipe.scheduler.config[name] for name in names}
+        scheduler = build(type(scheduler), scheduler.config, **learnt, **own)
+    sharded, zero = accelerator.is_fsdp2, accelerator.distributed_type == "DEEPSPEED"
     gives = main or sharded  # what is saved, sampled and published
     spare = copy.deepcopy(unet) if sharded and main else None  # to sample with, and to publish
     unet, optimizer = accelerator.prepare(unet, optimizer)

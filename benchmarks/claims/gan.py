@@ -25,6 +25,7 @@ from palette_diffusers.machine import best_device
 from palette_diffusers.scheduler import predicted_original
 from palette_diffusers.tasks import fill_holes
 from palette_diffusers.training import (
+    DTYPES,
     TrainSettings,
     check_same,
     last_state,
@@ -118,7 +119,7 @@ class Game:
         self.ema = EMAModel(self.generator.parameters(), decay=settings.ema, use_ema_warmup=True, power=0.75)
         given = settings.numbers("loss_weights")
         self.shares = torch.tensor([given.get(task, 1.0) for task in settings.task_list], device=self.device)
-        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.precision, torch.float32)
+        self.dtype = DTYPES[settings.precision]
 
     def parts(self) -> dict[str, object]:
         return dict(
