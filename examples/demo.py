@@ -1,7 +1,7 @@
 """The main job on real photographs with the shipped checkpoint:  python examples/demo.py --output outputs
 
-The photographs come with the scikit-image wheel and are public domain or CC0: the astronaut (NASA), the cat
-Chelsea, a cup of coffee, a rocket.
+The photographs are public domain or CC0. With scikit-image come the astronaut (NASA), the cat Chelsea, a cup of coffee
+and a rocket; with this package, and named in its folder `photographs`, the others.
 """
 
 import argparse
@@ -14,17 +14,46 @@ import torch
 from hints import strokes
 from PIL import Image, ImageDraw
 
+import palette_diffusers
 from palette_diffusers import PalettePipeline, canvas
 from palette_diffusers.machine import best_device, best_dtype
 
+OBJECTS = ("astronaut", "chelsea", "coffee", "rocket")
+# what each job is shown on; nobody can see in a gray photograph that a cup was red: things get strokes, scenes none
+JOBS = {
+    "colorization": ("cameraman-gray", "canyon", "earth", "pier"),
+    "colorization with strokes": OBJECTS,
+    "inpainting": OBJECTS,
+    "uncropping": ("chelsea", "coffee", "canyon", "earth"),
+    "jpeg_restoration": OBJECTS,
+}
 
-def photographs() -> dict[str, Image.Image]:
+
+def photograph(name: str) -> Image.Image:
     from skimage import data
 
-    return {
-        name: Image.fromarray(getattr(data, name)()).convert("RGB")
-        for name in ("astronaut", "chelsea", "coffee", "rocket")
-    }
+    path = Path(palette_diffusers.__file__).with_name("photographs") / f"{name}.jpg"
+    return (Image.fromarray(getattr(data, name)()) if name in OBJECTS else Image.open(path)).convert("RGB")
+
+
+def job_of(job: str, name: str, photo: Image.Image, folder: Path) -> tuple[Any, dict[str, Any], Image.Image]:
+    """What the pipeline is given, by which options, and what of it the sheet shows."""
+    if job == "inpainting":
+        hole, mask = with_hole(photo)
+        return hole, {"mask_image": mask}, hole
+    if job == "uncropping":
+        return photo, {"right": 0.25}, photo
+    if job == "jpeg_restoration":
+        path = folder / f"{name}-quality-10.jpg"
+        photo.save(path, quality=10)
+        return path, {}, Image.open(path).convert("RGB")
+    gray = photo.convert("L")
+    shown = gray.convert("RGB")
+    if job == "colorization":
+        return gray, {}, shown
+    colors = strokes(name, photo.size)
+    shown.paste(colors, mask=colors)
+    return gray, {"hints": colors}, shown
 
 
 def with_hole(photo: Image.Image) -> tuple[Image.Image, Image.Image]:
@@ -66,35 +95,19 @@ def main() -> None:
     pipe = PalettePipeline.from_pretrained(args.model, dtype=best_dtype(device)).to(device)
     pipe.set_progress_bar_config(disable=True)
     rows: list[tuple[str, list[Image.Image]]] = []
-    pairs: dict[str, list[Image.Image]] = {}
-    for name, photo in photographs().items():
-        hole, mask = with_hole(photo)
-        gray = photo.convert("L")
-        colors = strokes(name, photo.size)
-        painted = gray.convert("RGB")
-        painted.paste(colors, mask=colors)
-        jpeg = args.output / f"{name}-quality-10.jpg"
-        photo.save(jpeg, quality=10)
-        jobs: dict[str, tuple[Any, dict[str, Any], Image.Image]] = {
-            "colorization": (gray, {}, gray.convert("RGB")),
-            "colorization with strokes": (gray, {"hints": colors}, painted),
-            "inpainting": (hole, {"mask_image": mask}, hole),
-            "uncropping": (photo, {"right": 0.25}, photo),
-            "jpeg_restoration": (jpeg, {}, Image.open(jpeg).convert("RGB")),
-        }
-        for job, (image, options, shown) in jobs.items():
-            task = job.split()[0]
-            begin = time.time()
-            generator = torch.Generator().manual_seed(0)
-            result = pipe(image, task=task, num_inference_steps=args.steps, generator=generator, **options).images[0]
+    for job, names in JOBS.items():
+        row: list[Image.Image] = []
+        for name in names:
+            image, options, shown = job_of(job, name, photograph(name), args.output)
+            begin, seeded = time.time(), {"generator": torch.Generator().manual_seed(0)}
+            result = pipe(image, task=job.split()[0], num_inference_steps=args.steps, **seeded, **options).images[0]
             path = args.output / f"{name}-{job.replace(' ', '-')}.png"
             canvas.save(result, path)
             print(f"{path}  {result.width}x{result.height}  {time.time() - begin:.1f} s", flush=True)
-            pairs.setdefault(job, []).extend([shown, result.convert("RGB")])
-            if task == "inpainting":
-                kept = np.asarray(mask) == 0
-                assert np.array_equal(np.asarray(result)[kept], np.asarray(hole)[kept]), "known pixels changed"
-    for job, row in pairs.items():
+            row += [shown, result.convert("RGB")]
+            if job == "inpainting":
+                kept = np.asarray(options["mask_image"]) == 0
+                assert np.array_equal(np.asarray(result)[kept], np.asarray(image)[kept]), "known pixels changed"
         rows.append((f"{job}: input, result", row))
     canvas.save(sheet(rows), args.output / "contact-sheet.png")
     print(args.output / "contact-sheet.png")

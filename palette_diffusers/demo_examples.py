@@ -8,9 +8,9 @@ from .demo_handlers import Handlers, Moment, Result, Settings
 
 PHOTOGRAPHS = Path(__file__).with_name("photographs")
 EXAMPLES = {
-    "colorization": ("astronaut-gray.jpg", "cat-gray.jpg"),
+    "colorization": ("cameraman-gray.jpg", "cat-gray.jpg"),
     "inpainting": ("coffee.jpg", "cat.jpg"),
-    "uncropping": ("rocket.jpg", "coffee.jpg"),
+    "uncropping": ("canyon.jpg", "coffee.jpg"),
     "jpeg_restoration": ("cat-jpeg.jpg", "astronaut-jpeg.jpg"),
 }
 RIGHT = 25  # percent that an example is extended by
