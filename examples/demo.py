@@ -24,7 +24,7 @@ JOBS = {
     "colorization": ("cameraman-gray", "canyon", "earth", "pier"),
     "colorization with strokes": OBJECTS,
     "inpainting": OBJECTS,
-    "uncropping": ("chelsea", "coffee", "canyon", "earth"),
+    "uncropping": OBJECTS,
     "jpeg_restoration": OBJECTS,
 }
 

@@ -211,7 +211,8 @@ class PalettePipeline(DiffusionPipeline):
         steps from there on are taken, or the last one where it is noisier by at most 1.5. An `estimate` that no step is
         left for comes back as it is. Else `strength` is the share of the steps that are taken, the last ones, from the
         source (its hole filled smoothly) instead of noise; None is the task's own start, 1 is noise. `shrunk` says of
-        each sample whether it is of a larger photograph, whose chroma is evened out for longer (`chroma_guidance`).
+        each sample whether it is of a larger photograph, whose chroma is evened out for longer (`chroma_guidance`), and
+        whose borders start with `border_noise`.
 
         Raises:
             ValueError: fewer than one step, a strength outside (0, 1]. FloatingPointError: the sample is not finite;
@@ -254,16 +255,19 @@ class PalettePipeline(DiffusionPipeline):
                 estimate = _source(given)
         settings = self.scheduler.config
         evened = settings.get("chroma_guidance") if task is not None and task.strategy == "chroma" else 0
+        exploding, sigma = variance_exploding(self.scheduler), self.scheduler.init_noise_sigma
         if estimate is None:
-            sample = self._calm(sample, task) * self.scheduler.init_noise_sigma
+            border = settings.get("border_noise") if any(shrunk) and task and task.name == "uncropping" else None
+            if border is not None:
+                sigma = border * sigma if exploding else border
+            sample = self._calm(sample, task) * sigma
         else:
             gamma = noise_level(self.scheduler, timesteps[first])
             timesteps = timesteps[first:]
             if hasattr(self.scheduler, "set_begin_index"):
                 self.scheduler.set_begin_index(first)
-            exploding = variance_exploding(self.scheduler)
-            calm = self.scheduler.config.get("restart_noise") if enlarged else None
-            noise = sample if exploding else sample * (self.scheduler.init_noise_sigma if calm is None else calm)
+            calm = settings.get("restart_noise") if enlarged else None
+            noise = sample if exploding else sample * (sigma if calm is None else calm)
             sample = diffuse(estimate, noise, gamma)
             sample = sample / gamma.sqrt() if exploding else sample
         extra = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
@@ -561,7 +565,8 @@ class PalettePipeline(DiffusionPipeline):
             if hole.any():  # else too thin to be seen at this scale
                 # a photograph below the model's size has been seen in all its detail
                 seen = coarse is not None and view.inner <= coarse.inner and estimate is not None
-                self._fill_level(level, hole, wanted, estimate, task, generators, latents, None if seen else denoise)
+                sample = None if seen else partial(denoise, shrunk=[view is not views[-1]])
+                self._fill_level(level, hole, wanted, estimate, task, generators, latents, sample)
                 latents = None
             estimate = level
         if min(views[-1].inner) > native:  # what was brought up is as smooth as the model's own size

@@ -22,8 +22,8 @@ SPACINGS = ("paper", "logsnr")
 OWN_SETTINGS = {
     "sampling_timesteps", "sampling_beta_start", "sampling_beta_end", "sampling_spacing", "sampling_variance",
     "sampling_order",
-    "logsnr_min", "logsnr_max", "initial_noise", "restart_noise", "chroma_guidance",
-    "chroma_contrast", "slow_noise",
+    "logsnr_min", "logsnr_max", "initial_noise", "restart_noise", "border_noise",
+    "chroma_guidance", "chroma_contrast", "slow_noise",
 }  # fmt: skip
 VARIANCES = ("fixed_large", "fixed_small", "zero")
 
@@ -194,6 +194,8 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
             for likely.
         restart_noise: as `initial_noise`, where sampling starts from a coarser picture, or from a source above the
             network's own size, so that it brings no grain of its own; None is `initial_noise`.
+        border_noise: as `initial_noise`, where a new border (uncropping) is made for a photograph above the network's
+            size: what the noise puts at its far side is enlarged there; None is `initial_noise`.
         chroma_guidance: for tasks that are given the luma: a factor on the predicted chroma while log-SNR is at most 1
             (2 where a photograph was made smaller), where it is also evened out within regions of like luma
             (`color.even_chroma`), so that no sky changes its tint midway; 0 leaves it as it is (the paper), whatever
@@ -241,6 +243,7 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
         initial_noise: float = 1.0,
         slow_noise: float = 1.0,
         restart_noise: float | None = None,
+        border_noise: float | None = None,
         chroma_guidance: float = 0.0,
         chroma_contrast: float = 1.0,
         timestep_spacing: str = "trailing",

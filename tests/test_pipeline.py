@@ -283,6 +283,21 @@ def test_a_restart_may_be_calmer_than_the_start(pipe, photo, seeded):
         assert begin[0].std().item() == pytest.approx(config["initial_noise"], rel=0.05)
 
 
+@pytest.mark.parametrize("solver", [None, "UniPCMultistepScheduler", "EulerDiscreteScheduler"])
+def test_borders_of_larger_photographs_may_start_calmer(pipe, photo, seeded, solver):
+    """`border_noise` is for the smallest level of a border alone: not for holes, not at the network's own size."""
+    own = PaletteScheduler(sampling_spacing="logsnr", border_noise=0.5)
+    pipe.scheduler = own if solver is None else getattr(diffusers, solver).from_config(own.config)
+    right = {"task": "uncropping", "right": 16}
+    hole = {"task": "inpainting", "mask_image": "8,8,24,24"}
+    for side, options, expected in ((64, right, 0.5), (32, right, 1.0), (64, hole, 1.0)):
+        seen = []
+        predict, pipe._predict = pipe._predict, lambda y, *rest: seen.append(y) or predict(y, *rest)  # noqa: B023
+        pipe(photo[:side, : side - options.get("right", 0)], num_inference_steps=4, generator=seeded(1), **options)
+        pipe._predict = predict
+        assert seen[0].std().item() == pytest.approx(expected, rel=0.1), (side, options)
+
+
 def tasks_given(photo):
     image = torch.from_numpy(photo[:64, :64].copy()).permute(2, 0, 1)[None] / 127.5 - 1
     return Given(known=image, condition=image)
