@@ -47,7 +47,7 @@ def test_a_worker_that_dies_loses_nothing_and_nothing_is_done_twice(photo, tmp_p
         before, victims = {path: path.stat().st_mtime_ns for path in done}, workers()
         assert len(victims) == 2
         os.kill(victims[0], signal.SIGKILL)
-        said = process.communicate(timeout=240)[0]
+        said = process.communicate(timeout=480)[0]
     assert process.returncode == 1 and f"{album / 'broken.jpg'}: " in said, said  # goes on after it, and names it
     assert "40 done, 1 failed" in said
     assert sorted(path.relative_to(out).with_suffix("").as_posix() for path in out.rglob("*.*")) == sorted(names)
