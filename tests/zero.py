@@ -1,6 +1,8 @@
 """train_palette.py under DeepSpeed on CPUs: Accelerate starts it on accelerators only, so that it is told so here, once
 its processes have met; how, is the configuration file's word."""
 
+import importlib
+
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
@@ -24,6 +26,8 @@ def noted(self, gamma):
     return embed(self, gamma)
 
 
+# gloo does; what DeepSpeed has of its own for one machine takes a minute to compile
+importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 Accelerator()
 plugin = DeepSpeedPlugin()
 assert plugin.zero_stage == 2
