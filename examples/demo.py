@@ -18,14 +18,21 @@ import palette_diffusers
 from palette_diffusers import PalettePipeline, canvas
 from palette_diffusers.machine import best_device, best_dtype
 
-OBJECTS = ("astronaut", "chelsea", "coffee", "rocket")
+SCIKIT = ("astronaut", "chelsea", "coffee", "rocket")
 # what each job is shown on; nobody can see in a gray photograph that a cup was red: things get strokes, scenes none
 JOBS = {
     "colorization": ("cameraman-gray", "canyon", "earth", "pier"),
-    "colorization with strokes": OBJECTS,
-    "inpainting": OBJECTS,
-    "uncropping": OBJECTS,
-    "jpeg_restoration": OBJECTS,
+    "colorization with strokes": SCIKIT,
+    "inpainting": ("astronaut", "pier", "cameraman-gray", "rocket"),
+    "uncropping": ("chelsea", "canyon", "earth", "tulips"),
+    "jpeg_restoration": ("astronaut", "canyon", "earth", "pier"),
+}
+# what is taken out of a picture: left, top, right, bottom, in shares of its width and height
+REMOVED = {
+    "astronaut": [(0.25, 0.67, 0.43, 0.85), (0.53, 0.65, 0.66, 0.76)],
+    "pier": [(0.325, 0.45, 0.46, 0.59)],
+    "cameraman-gray": [(0.77, 0.19, 0.99, 0.41)],
+    "rocket": [(0.28, 0.24, 0.345, 0.7)],
 }
 
 
@@ -33,13 +40,13 @@ def photograph(name: str) -> Image.Image:
     from skimage import data
 
     path = Path(palette_diffusers.__file__).with_name("photographs") / f"{name}.jpg"
-    return (Image.fromarray(getattr(data, name)()) if name in OBJECTS else Image.open(path)).convert("RGB")
+    return (Image.fromarray(getattr(data, name)()) if name in SCIKIT else Image.open(path)).convert("RGB")
 
 
 def job_of(job: str, name: str, photo: Image.Image, folder: Path) -> tuple[Any, dict[str, Any], Image.Image]:
     """What the pipeline is given, by which options, and what of it the sheet shows."""
     if job == "inpainting":
-        hole, mask = with_hole(photo)
+        hole, mask = with_hole(name, photo)
         return hole, {"mask_image": mask}, hole
     if job == "uncropping":
         return photo, {"right": 0.25}, photo
@@ -56,13 +63,14 @@ def job_of(job: str, name: str, photo: Image.Image, folder: Path) -> tuple[Any, 
     return gray, {"hints": colors}, shown
 
 
-def with_hole(photo: Image.Image) -> tuple[Image.Image, Image.Image]:
-    """A brush stroke across the picture, and the mask of it (white = generate)."""
+def with_hole(name: str, photo: Image.Image) -> tuple[Image.Image, Image.Image]:
+    """The picture without what is to be removed, and the mask of it (white = generate)."""
     width, height = photo.size
     mask = Image.new("L", photo.size)
     draw = ImageDraw.Draw(mask)
-    points = [(0.2, 0.75), (0.35, 0.62), (0.5, 0.72), (0.62, 0.6)]
-    draw.line([(x * width, y * height) for x, y in points], fill=255, width=max(4, width // 24), joint="curve")
+    for left, top, right, bottom in REMOVED[name]:
+        corners = (left * width, top * height, right * width, bottom * height)
+        draw.rounded_rectangle(corners, radius=width // 50, fill=255)
     shown = photo.copy()
     shown.paste((128, 128, 128), mask=mask)
     return shown, mask
