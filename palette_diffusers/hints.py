@@ -10,47 +10,82 @@ import torch.nn.functional as F
 
 from .canvas import ImageInput, Picture, read
 from .color import chroma, fit_to_edges, luma, with_luma
+from .masks import box_mean
+from .sizes import View, merge_chroma, resize
 
+SIDE = 192  # pixels at most, of the longer side, at which strokes spread; more where the model sees more
 STRENGTH = 100.0  # of a stroke, against the smoothness of one pixel
-DECAY = 1e-3  # of a hint with distance: to a third over 30 pixels of the model's where no edge is
-EDGE = 0.08  # the difference of luma across which a hint stops spreading
+DECAY = 1e-4  # of a hint with distance: to a third over 100 pixels of `SIDE` where no edge is
+EDGE = 0.05  # the difference of luma between two such pixels across which a hint stops spreading
 
 
 @dataclass(frozen=True)
 class Hints:
-    """color: the strokes' chroma, (B, 3, H, W). weight: how much of a pixel is stroke, (B, 1, H, W)."""
+    """color: the strokes' chroma, (1, 3, H, W). weight: 1 where there is a stroke, (1, 1, H, W)."""
 
     color: torch.Tensor
     weight: torch.Tensor
 
-    def seen(self, inner: tuple[int, int], outer: tuple[int, int]) -> "Hints":
-        """Scaled down to `inner` and padded to `outer`, as the model sees a photograph; a thin stroke stays one."""
-        weight = F.adaptive_avg_pool2d(self.weight, inner)
-        color = F.adaptive_avg_pool2d(self.color * self.weight, inner) / weight.clamp_min(1e-6)
-        margin = [0, outer[1] - inner[1], 0, outer[0] - inner[0]]
-        return Hints(F.pad(color, margin), F.pad(weight, margin))
+    def spread(self, image: torch.Tensor, least: int) -> "Spread":
+        """Over a photograph (1, 3, H, W), as far as its luma has no edge, at a size that shows its edges: a longer side
+        of `SIDE`, at least `least`, at most its own.
 
-    @staticmethod
-    def of_batch(several: "list[Hints | None]", sizes: list[tuple], number: int) -> "Hints":
-        """Those of several photographs, (inner, outer) each, `number` times in a row; None is without a stroke."""
-        out = []
-        for hints, (inner, outer) in zip(several, sizes, strict=True):
-            none = Hints(torch.zeros(1, 3, *outer), torch.zeros(1, 1, *outer))
-            small = none if hints is None else hints.seen(inner, outer)
-            out += [small] * number
-        return Hints(torch.cat([h.color for h in out]), torch.cat([h.weight for h in out]))
-
-    def spread(self, color: torch.Tensor, light: torch.Tensor) -> torch.Tensor:
-        """Chroma (B, 3, H, W) => the same, moved to the strokes' where they are, and around them as far as luma
-        (B, 1, H, W) has no edge."""
-        weight = self.weight.to(color)
-        change = self.color.to(color) - color
-        # with a pull to zero, so that a hint stays local
-        return color + fit_to_edges(STRENGTH * weight * change, STRENGTH * weight + DECAY, light, EDGE, 200)
+        Source: Levin et al. 2004, "Colorization using Optimization"; with a pull to zero, so that a hint stays local.
+        """
+        longer = max(image.shape[-2:])
+        side = min(longer, max(SIDE, least))
+        size = tuple(max(1, round(length * side / longer)) for length in image.shape[-2:])
+        weight = F.adaptive_avg_pool2d(self.weight, size)  # so that a thin stroke stays one
+        color = F.adaptive_avg_pool2d(self.color * self.weight, size) / weight.clamp_min(1e-6)
+        decay, edge = DECAY * (SIDE / side) ** 2, EDGE * (SIDE / side) ** 0.43  # smaller pictures' edges are steeper
+        right = STRENGTH * weight * torch.cat([color, torch.ones_like(weight)], 1)
+        field = fit_to_edges(right, STRENGTH * weight + decay, resize(luma(image), size), edge, 2 * side + 20)
+        share = field[:, 3:].clamp(1e-6, 1)
+        return Spread(field[:, :3] / share, share)
 
     def imposed(self, image: torch.Tensor) -> torch.Tensor:
         """A colorized photograph => the same, its strokes of exactly their chroma."""
         return torch.where(self.weight > 0.5, with_luma(luma(image), self.color), image)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """color: what strokes want, chroma (B, 3, h, w). share: how much of a pixel's chroma is theirs, (B, 1, h, w)."""
+
+    color: torch.Tensor
+    share: torch.Tensor
+
+    def seen(self, inner: tuple[int, int], outer: tuple[int, int]) -> "Spread":
+        """Scaled to `inner` and padded to `outer`, as the model sees a photograph."""
+        share = resize(self.share, inner).clamp(1e-6, 1)
+        color = resize(self.color * self.share, inner) / share
+        margin = [0, outer[1] - inner[1], 0, outer[0] - inner[0]]
+        return Spread(F.pad(color, margin), F.pad(share, margin))
+
+    @staticmethod
+    def of_batch(several: "list[Spread | None]", views: list[View], number: int) -> "Spread":
+        """Those of several photographs, as they are seen, `number` times in a row; None is without a stroke."""
+        out = []
+        for one, view in zip(several, views, strict=True):
+            none = Spread(torch.zeros(1, 3, *view.outer), torch.zeros(1, 1, *view.outer))
+            out += [none if one is None else one.seen(view.inner, view.outer)] * number
+        return Spread(torch.cat([each.color for each in out]), torch.cat([each.share for each in out]))
+
+    def blend(self, color: torch.Tensor) -> torch.Tensor:
+        """Chroma (B, 3, h, w) => the same, moved to the strokes' by their share."""
+        return torch.lerp(color, self.color.to(color), self.share.to(color))
+
+    def merged(self, gray: torch.Tensor, color: torch.Tensor, view: View) -> torch.Tensor:
+        """`merge_chroma` of a photograph whose strokes these are: theirs and the model's chroma (B, 3, *outer) come
+        together where its edges are seen, the model's without what a stroke gave to pixels across an edge."""
+        small, (height, width) = self.seen(view.inner, view.inner), view.inner
+        rest = 1 - small.share
+        own = (color[..., :height, :width] - small.share * small.color).clamp(-2, 2)  # it was blended with them
+        around = box_mean(own, 2) / (box_mean(rest, 2) + 0.02)
+        own = (own + 0.1 * around) / (rest + 0.1)
+        rows, columns = size = (self.color.shape[-2], self.color.shape[-1])
+        own = chroma(merge_chroma(resize(gray, size), own, View(0, 0, rows, columns, view.inner, view.inner)))
+        return merge_chroma(gray, self.blend(own), View(0, 0, gray.shape[-2], gray.shape[-1], size, size))
 
 
 def read_hints(source: ImageInput, picture: Picture) -> Hints:

@@ -25,7 +25,7 @@ from .canvas import ImageInput, Picture
 from .checkpoint import FORMAT, check_folder, fetch, is_local, merge_adapters, read_index
 from .coefficients import read_coefficients
 from .color import chroma, even_chroma, luma
-from .hints import Hints, read_hints
+from .hints import Hints, Spread, read_hints
 from .machine import give_memory_back
 from .masks import border_mask, extend
 from .optimize import Optimized, optimize
@@ -466,8 +466,12 @@ class PalettePipeline(DiffusionPipeline):
         every = [one for each in generators for one in each]
         native, multiple, number = self.unet.config.sample_size, self.unet.size_multiple, len(generators[0])
         views = [sizes.fit(image.shape[-2], image.shape[-1], native, multiple) for image in images]
-        if any(strokes):
-            task = Colorization(Hints.of_batch(strokes, [(v.inner, v.outer) for v in views], number))
+        spreads = [
+            None if h is None else h.spread(image, max(v.inner))
+            for h, image, v in zip(strokes, images, views, strict=True)
+        ]
+        if any(spreads):
+            task = Colorization(Spread.of_batch(spreads, views, number))
         denoise = partial(
             self.denoise, generator=every, num_inference_steps=steps, callback=callback, task=task, strength=strength
         )
@@ -481,8 +485,13 @@ class PalettePipeline(DiffusionPipeline):
         sample = denoise(given, latents=latents, shrunk=shrunk).cpu().clamp(-1, 1)
         if task.strategy == "chroma":
             colors = chroma(task.compose(sample, given)).split(number)
-            merged = [sizes.merge_chroma(image, c, v) for image, c, v in zip(images, colors, views, strict=True)]
-            return [m if h is None else h.imposed(m) for m, h in zip(merged, strokes, strict=True)]
+            merged = []
+            for image, c, v, h, spread in zip(images, colors, views, strokes, spreads, strict=True):
+                if h is None or spread is None:
+                    merged.append(sizes.merge_chroma(image, c, v))
+                else:
+                    merged.append(h.imposed(spread.merged(image, c, v)))
+            return merged
         results = []  # the task composes at the photograph's own resolution
         for image, part, v in zip(images, sample.split(number), views, strict=True):
             known = image.expand(number, -1, -1, -1)

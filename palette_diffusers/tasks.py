@@ -14,7 +14,7 @@ from PIL import Image
 
 from .coefficients import Coefficients
 from .color import chroma, is_gray, luma, with_luma
-from .hints import Hints
+from .hints import Spread
 from .masks import extend, free_form_mask, numpy_generator, rectangle_mask, seamless, uncropping_mask
 
 Generators: TypeAlias = torch.Generator | list[torch.Generator] | None
@@ -124,12 +124,12 @@ class Task:
 
 class Colorization(Task):
     """Grayscale => colour. The photograph's own luma is kept, the model gives the chroma; with `hints` at its working
-    size, it is moved toward theirs at every step."""
+    size, it is blended with theirs at every step."""
 
     name = "colorization"
     strategy = "chroma"
 
-    def __init__(self, hints: Hints | None = None):
+    def __init__(self, hints: Spread | None = None):
         self.hints = hints
 
     def degrade(self, clean: torch.Tensor, generator: torch.Generator | None = None) -> Given:
@@ -141,7 +141,7 @@ class Colorization(Task):
 
     def compose(self, sample: torch.Tensor, given: Given) -> torch.Tensor:
         light, color = luma(given.known), chroma(sample)
-        color = color if self.hints is None else self.hints.spread(color, light)
+        color = color if self.hints is None else self.hints.blend(color)
         return with_luma(light, color).clamp(-1, 1)
 
 

@@ -43,6 +43,21 @@ def test_a_stroke_is_honoured_and_its_colour_spreads_to_the_edge(pipe):
     assert torch.allclose(luma(held[None]), luma(canvas.read(halves()).image), atol=1e-4)
 
 
+def test_a_stroke_leaves_no_halo_beyond_a_line(pipe):
+    """A thin line between two things of one luma, on a photograph ten times the network's size."""
+    image = np.full((240, 320, 3), 120, np.uint8)
+    image[:, 156:164] = 20
+    hints = Image.new("RGBA", (320, 240))
+    ImageDraw.Draw(hints).line([(60, 40), (60, 200)], fill="#d02020", width=20)
+    ask = dict(task="colorization", output_type="pt")
+    held, free = (
+        pipe(image, hints=h, generator=torch.Generator().manual_seed(0), **ask).images[0] for h in (hints, None)
+    )
+    change = red(held) - red(free)
+    inside, beyond = change[40:200, 140:154].mean(), change[40:200, 166:180].abs().mean()
+    assert inside > 30 and beyond < 0.15 * inside, (inside, beyond)
+
+
 def test_each_photograph_has_its_own_hints(pipe):
     seeds = [torch.Generator().manual_seed(k) for k in (0, 1)]
     ask = dict(task="colorization", output_type="pt")
