@@ -8,7 +8,7 @@ import ast
 from importlib import resources
 
 PIPELINE = (
-    "color", "masks", "canvas", "coefficients", "hints", "tasks", "scheduler", "machine", "sizes", "texture", "unet",
+    "color", "masks", "canvas", "coefficients", "machine", "sizes", "hints", "tasks", "scheduler", "texture", "unet",
     "checkpoint", "speed", "winograd", "optimize", "pipeline",
 )  # fmt: skip
 FILES = {

@@ -21,7 +21,7 @@ EDGE = 0.05  # the difference of luma between two such pixels across which a hin
 
 @dataclass(frozen=True)
 class Hints:
-    """color: the strokes' chroma, (1, 3, H, W). weight: 1 where there is a stroke, (1, 1, H, W)."""
+    """color: the strokes' chroma, (1, 3, H, W), 0 elsewhere. weight: 1 where there is a stroke, (1, 1, H, W)."""
 
     color: torch.Tensor
     weight: torch.Tensor
@@ -36,10 +36,10 @@ class Hints:
         side = min(longer, max(SIDE, least))
         size = tuple(max(1, round(length * side / longer)) for length in image.shape[-2:])
         weight = F.adaptive_avg_pool2d(self.weight, size)  # so that a thin stroke stays one
-        color = F.adaptive_avg_pool2d(self.color * self.weight, size) / weight.clamp_min(1e-6)
+        color = F.adaptive_avg_pool2d(self.color, size) / weight.clamp_min(1e-6)
         decay, edge = DECAY * (SIDE / side) ** 2, EDGE * (SIDE / side) ** 0.43  # smaller pictures' edges are steeper
         right = STRENGTH * weight * torch.cat([color, torch.ones_like(weight)], 1)
-        field = fit_to_edges(right, STRENGTH * weight + decay, resize(luma(image), size), edge, 2 * side + 20)
+        field = fit_to_edges(right, STRENGTH * weight + decay, resize(luma(image), size), edge, min(2 * side + 20, 600))
         share = field[:, 3:].clamp(1e-6, 1)
         return Spread(field[:, :3] / share, share)
 
@@ -79,10 +79,9 @@ class Spread:
         """`merge_chroma` of a photograph whose strokes these are: theirs and the model's chroma (B, 3, *outer) come
         together where its edges are seen, the model's without what a stroke gave to pixels across an edge."""
         small, (height, width) = self.seen(view.inner, view.inner), view.inner
-        rest = 1 - small.share
-        own = (color[..., :height, :width] - small.share * small.color).clamp(-2, 2)  # it was blended with them
-        around = box_mean(own, 2) / (box_mean(rest, 2) + 0.02)
-        own = (own + 0.1 * around) / (rest + 0.1)
+        own, rest = color[..., :height, :width], (1 - small.share) ** 3  # what strokes had no part in counts
+        around = box_mean(rest * own, 2) / (box_mean(rest, 2) + 1e-3)
+        own = (rest * own + 0.1 * around) / (rest + 0.1)
         rows, columns = size = (self.color.shape[-2], self.color.shape[-1])
         own = chroma(merge_chroma(resize(gray, size), own, View(0, 0, rows, columns, view.inner, view.inner)))
         return merge_chroma(gray, self.blend(own), View(0, 0, gray.shape[-2], gray.shape[-1], size, size))

@@ -484,7 +484,8 @@ class PalettePipeline(DiffusionPipeline):
         shrunk = [v.inner[0] < v.height for v in views for _ in range(number)]
         sample = denoise(given, latents=latents, shrunk=shrunk).cpu().clamp(-1, 1)
         if task.strategy == "chroma":
-            colors = chroma(task.compose(sample, given)).split(number)
+            plain = Colorization() if any(spreads) else task  # strokes come in below, where edges are seen
+            colors = chroma(plain.compose(sample, given)).split(number)
             merged = []
             for image, c, v, h, spread in zip(images, colors, views, strokes, spreads, strict=True):
                 if h is None or spread is None:
@@ -574,7 +575,7 @@ class PalettePipeline(DiffusionPipeline):
             if hole.any():  # else too thin to be seen at this scale
                 # a photograph below the model's size has been seen in all its detail
                 seen = coarse is not None and view.inner <= coarse.inner and estimate is not None
-                sample = None if seen else partial(denoise, shrunk=[view is not views[-1]])
+                sample = None if seen else partial(denoise, shrunk=[view.inner[0] < view.height])
                 self._fill_level(level, hole, wanted, estimate, task, generators, latents, sample)
                 latents = None
             estimate = level

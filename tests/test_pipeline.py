@@ -290,7 +290,7 @@ def test_borders_of_larger_photographs_may_start_calmer(pipe, photo, seeded, sol
     pipe.scheduler = own if solver is None else getattr(diffusers, solver).from_config(own.config)
     right = {"task": "uncropping", "right": 16}
     hole = {"task": "inpainting", "mask_image": "8,8,24,24"}
-    for side, options, expected in ((64, right, 0.5), (32, right, 1.0), (64, hole, 1.0)):
+    for side, options, expected in ((64, right, 0.5), (32, right, 1.0), (24, right, 1.0), (64, hole, 1.0)):
         seen = []
         predict, pipe._predict = pipe._predict, lambda y, *rest: seen.append(y) or predict(y, *rest)  # noqa: B023
         pipe(photo[:side, : side - options.get("right", 0)], num_inference_steps=4, generator=seeded(1), **options)
