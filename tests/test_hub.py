@@ -383,6 +383,7 @@ def test_code_of_one_file_runs(monkeypatch):
     """Each room after those that it needs already while it is read."""
     for name, rooms in FILES.items():
         module = ModuleType(Path(name).stem)
+        module.__file__ = name
         monkeypatch.setitem(sys.modules, module.__name__, module)  # dataclasses look for theirs
         exec(compile(bundle(rooms, "0"), name, "exec"), module.__dict__)
 
