@@ -21,16 +21,16 @@ from palette_diffusers.machine import best_device, best_dtype
 SCIKIT = ("astronaut", "chelsea", "coffee", "rocket")
 # what each job is shown on; nobody can see in a gray photograph that a cup was red: things get strokes, scenes none
 JOBS = {
-    "colorization": ("cameraman-gray", "canyon", "earth", "pier"),
+    "colorization": ("cameraman-gray", "canyon", "pier", "cliff"),
     "colorization with strokes": SCIKIT,
-    "inpainting": ("astronaut", "pier", "cameraman-gray", "rocket"),
-    "uncropping": ("chelsea", "canyon", "earth", "tulips"),
+    "inpainting": ("astronaut", "cliff", "cameraman-gray", "rocket"),
+    "uncropping": ("chelsea", "coffee", "canyon", "tulips"),
     "jpeg_restoration": ("astronaut", "canyon", "earth", "pier"),
 }
 # what is taken out of a picture: left, top, right, bottom, in shares of its width and height
 REMOVED = {
     "astronaut": [(0.25, 0.67, 0.43, 0.85), (0.53, 0.65, 0.66, 0.76)],
-    "pier": [(0.325, 0.45, 0.46, 0.59)],
+    "cliff": [(0.58, 0.0, 0.74, 0.1)],
     "cameraman-gray": [(0.77, 0.19, 0.99, 0.41)],
     "rocket": [(0.28, 0.24, 0.345, 0.7)],
 }
@@ -49,7 +49,7 @@ def job_of(job: str, name: str, photo: Image.Image, folder: Path) -> tuple[Any, 
         hole, mask = with_hole(name, photo)
         return hole, {"mask_image": mask}, hole
     if job == "uncropping":
-        return photo, {"right": 0.25}, photo
+        return photo, {"right": 0.12}, photo
     if job == "jpeg_restoration":
         path = folder / f"{name}-quality-10.jpg"
         photo.save(path, quality=10)
