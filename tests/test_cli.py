@@ -254,14 +254,15 @@ def test_a_full_disk_and_a_folder_that_cannot_be_written(files):
     """Files end at 2,000 bytes, by the system's own limit; /sys takes no files, from root neither."""
     import resource
 
-    for target, words in ((files / "out.png", "File too large"), ("/sys/out.png", "/sys")):
-        out = subprocess.run(
-            [sys.executable, "-m", "palette_diffusers.cli", "colorize", files / "in.png", "-o", target, "--steps", "1",
-                "--model", files / "model"],
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)), capture_output=True, text=True,
-        )  # fmt: skip
-        last = out.stderr.splitlines()[-1]
-        assert out.returncode == 2 and words in last and "Traceback" not in out.stderr, out.stderr
+    command = ["colorize", files / "in.png", "--steps", "1", "--model", files / "model", "-o"]
+    out = subprocess.run(
+        [sys.executable, "-m", "palette_diffusers.cli", *command, files / "out.png"],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)), capture_output=True, text=True,
+    )  # fmt: skip
+    nowhere = invoke(*command, "/sys/out.png")
+    ends = (out.returncode, out.stderr, "File too large"), (nowhere.exit_code, nowhere.stderr, "/sys")
+    for code, error, words in ends:
+        assert code == 2 and words in error.splitlines()[-1] and "Traceback" not in error, error
     assert not list(files.glob("*out.png*")) and not list(files.glob(".*"))
 
 

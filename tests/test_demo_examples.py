@@ -19,7 +19,7 @@ class Request:
 
 
 def test_the_first_click_makes_what_later_ones_show(pipe):
-    examples = Examples(Handlers(pipe, Limits()), 2)
+    examples = Examples(Handlers(pipe, Limits()), 1)
     for task in EXAMPLES:
         for number in range(2):
             *steps, made = examples.moments(task, number, "a")

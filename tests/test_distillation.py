@@ -1,3 +1,4 @@
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -255,7 +256,7 @@ def test_a_students_own_evaluations_are_of_its_weights_as_they_are():
 
 
 @pytest.mark.parametrize("wrong", [{}, {"teacher": "nowhere"}, {"on_policy": False}])
-def test_the_script_makes_a_student(folder, tmp_path, wrong):
+def test_the_script_makes_a_student(folder, tmp_path, wrong, monkeypatch, capsys):
     pipe = toy_teacher()
     pipe.save_pretrained(tmp_path / "init")
     pipe.scheduler.register_to_config(slow_noise=0.0)
@@ -268,10 +269,14 @@ def test_the_script_makes_a_student(folder, tmp_path, wrong):
         options["no_on_policy"] = None
     named = {"--" + k.replace("_", "-"): v for k, v in options.items()}
     arguments = [x for k, v in named.items() for x in ([k] if v is None else [k, str(v)])]
-    done = subprocess.run([sys.executable, DISTILL, *arguments], capture_output=True, text=True, cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
     if "teacher" in wrong:
-        assert done.returncode == 2 and "nowhere" in done.stderr
+        monkeypatch.setattr(sys, "argv", [str(DISTILL), *arguments])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(DISTILL), run_name="__main__")
+        assert end.value.code == 2 and "nowhere" in capsys.readouterr().err
         return
+    done = subprocess.run([sys.executable, DISTILL, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     pipe = PalettePipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert pipe.config.default_steps == 2 and pipe.scheduler.config.slow_noise == 0, "the noise that it learnt from"
