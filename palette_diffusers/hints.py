@@ -35,13 +35,11 @@ class Hints:
         longer = max(image.shape[-2:])
         side = min(longer, max(SIDE, least))
         size = tuple(max(1, round(length * side / longer)) for length in image.shape[-2:])
-        weight = F.adaptive_avg_pool2d(self.weight, size)  # so that a thin stroke stays one
-        color = F.adaptive_avg_pool2d(self.color, size) / weight.clamp_min(1e-6)
+        color, weight = (F.adaptive_avg_pool2d(x, size) for x in (self.color, self.weight))  # a thin stroke stays one
         decay, edge = DECAY * (SIDE / side) ** 2, EDGE * (SIDE / side) ** 0.43  # smaller pictures' edges are steeper
-        right = STRENGTH * weight * torch.cat([color, torch.ones_like(weight)], 1)
-        field = fit_to_edges(right, STRENGTH * weight + decay, resize(luma(image), size), edge, min(2 * side + 20, 600))
-        share = field[:, 3:].clamp(1e-6, 1)
-        return Spread(field[:, :3] / share, share)
+        right, light = STRENGTH * torch.cat([color, weight], 1), resize(luma(image), size)
+        field = fit_to_edges(right, STRENGTH * weight + decay, light, edge, min(2 * side + 20, 600))
+        return Spread(field[:, :3], field[:, 3:].clamp(0, 1))
 
     def imposed(self, image: torch.Tensor) -> torch.Tensor:
         """A colorized photograph => the same, its strokes of exactly their chroma."""
@@ -50,17 +48,16 @@ class Hints:
 
 @dataclass(frozen=True)
 class Spread:
-    """color: what strokes want, chroma (B, 3, h, w). share: how much of a pixel's chroma is theirs, (B, 1, h, w)."""
+    """share: how much of a pixel's chroma is the strokes', (B, 1, h, w). color: that part of it, (B, 3, h, w)."""
 
     color: torch.Tensor
     share: torch.Tensor
 
     def seen(self, inner: tuple[int, int], outer: tuple[int, int]) -> "Spread":
         """Scaled to `inner` and padded to `outer`, as the model sees a photograph."""
-        share = resize(self.share, inner).clamp(1e-6, 1)
-        color = resize(self.color * self.share, inner) / share
         margin = [0, outer[1] - inner[1], 0, outer[0] - inner[0]]
-        return Spread(F.pad(color, margin), F.pad(share, margin))
+        color, share = (F.pad(resize(x, inner), margin) for x in (self.color, self.share))
+        return Spread(color, share.clamp(0, 1))
 
     @staticmethod
     def of_batch(several: "list[Spread | None]", views: list[View], number: int) -> "Spread":
@@ -73,13 +70,14 @@ class Spread:
 
     def blend(self, color: torch.Tensor) -> torch.Tensor:
         """Chroma (B, 3, h, w) => the same, moved to the strokes' by their share."""
-        return torch.lerp(color, self.color.to(color), self.share.to(color))
+        return color * (1 - self.share.to(color)) + self.color.to(color)
 
     def merged(self, gray: torch.Tensor, color: torch.Tensor, view: View) -> torch.Tensor:
         """`merge_chroma` of a photograph whose strokes these are: theirs and the model's chroma (B, 3, *outer) come
         together where its edges are seen, the model's without what a stroke gave to pixels across an edge."""
-        small, (height, width) = self.seen(view.inner, view.inner), view.inner
-        own, rest = color[..., :height, :width], (1 - small.share) ** 3  # what strokes had no part in counts
+        height, width = view.inner
+        rest = (1 - self.seen(view.inner, view.inner).share) ** 3  # what strokes had no part in counts
+        own = color[..., :height, :width]
         around = box_mean(rest * own, 2) / (box_mean(rest, 2) + 1e-3)
         own = (rest * own + 0.1 * around) / (rest + 0.1)
         rows, columns = size = (self.color.shape[-2], self.color.shape[-1])

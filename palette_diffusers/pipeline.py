@@ -470,10 +470,9 @@ class PalettePipeline(DiffusionPipeline):
             None if h is None else h.spread(image, max(v.inner))
             for h, image, v in zip(strokes, images, views, strict=True)
         ]
-        if any(spreads):
-            task = Colorization(Spread.of_batch(spreads, views, number))
+        told = Colorization(Spread.of_batch(spreads, views, number)) if any(spreads) else task
         denoise = partial(
-            self.denoise, generator=every, num_inference_steps=steps, callback=callback, task=task, strength=strength
+            self.denoise, generator=every, num_inference_steps=steps, callback=callback, task=told, strength=strength
         )
         if task.strategy == "hole":
             return [self._fill_all(images[0], masks[0], task, every, latents, denoise)]
@@ -484,15 +483,12 @@ class PalettePipeline(DiffusionPipeline):
         shrunk = [v.inner[0] < v.height for v in views for _ in range(number)]
         sample = denoise(given, latents=latents, shrunk=shrunk).cpu().clamp(-1, 1)
         if task.strategy == "chroma":
-            plain = Colorization() if any(spreads) else task  # strokes come in below, where edges are seen
-            colors = chroma(plain.compose(sample, given)).split(number)
-            merged = []
-            for image, c, v, h, spread in zip(images, colors, views, strokes, spreads, strict=True):
-                if h is None or spread is None:
-                    merged.append(sizes.merge_chroma(image, c, v))
-                else:
-                    merged.append(h.imposed(spread.merged(image, c, v)))
-            return merged
+            colors = chroma(task.compose(sample, given)).split(number)
+            merged = [
+                sizes.merge_chroma(image, c, v) if spread is None else spread.merged(image, c, v)
+                for image, c, v, spread in zip(images, colors, views, spreads, strict=True)
+            ]
+            return [m if h is None else h.imposed(m) for m, h in zip(merged, strokes, strict=True)]
         results = []  # the task composes at the photograph's own resolution
         for image, part, v in zip(images, sample.split(number), views, strict=True):
             known = image.expand(number, -1, -1, -1)

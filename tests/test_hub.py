@@ -180,7 +180,6 @@ def test_login_as_the_readme_says(hub, place, tmp_path):
 LOADING = f"""
 import json, sys, torch
 from pathlib import Path
-from types import ModuleType
 from palette_diffusers import PalettePipeline
 from test_hub import sample
 
@@ -456,7 +455,6 @@ def test_adapters(tmp_path, place):
 PEAK = """
 import os, re, sys
 from pathlib import Path
-from types import ModuleType
 import torch
 from palette_diffusers import PalettePipeline
 torch.set_num_threads(1)  # a fork has none of the others

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -867,8 +868,6 @@ def test_command_line(folder, tmp_path):
 
 
 def test_bad_data(tmp_path, monkeypatch, capsys):
-    import runpy
-
     for arguments, message in (
         (["--data", str(tmp_path)], "holds no train-*.parquet, no *.tar and no images"),
         (["--data", str(tmp_path / "none")], "is no folder"),
@@ -900,8 +899,6 @@ print(pipe({str(folder / "0.png")!r}, num_inference_steps=2).images[0].size, pip
 
 def test_more_tasks_example(folder, tmp_path, photo, seeded):
     """What its tasks do to a photograph, seeded, and that a model of both trains and mends by name."""
-    import runpy
-
     more = runpy.run_path(str(TRAIN.parents[1] / "examples" / "more_tasks.py"))
     clean = torch.from_numpy(photo[:64, :64].copy()).permute(2, 0, 1)[None] / 127.5 - 1
     for name in ("deblurring", "denoising"):
