@@ -44,17 +44,19 @@ class Solver:
 
 
 FEW = (2, 4, 8, 16)
-FULL_NOISE = {"initial_noise": 1.0}  # as every solver of the library starts
+FULL_NOISE = {"initial_noise": 1.0, "source_eta": None}  # as every solver of the library starts
 SOLVERS = {
     "checkpoint's own": Solver(PaletteScheduler, (1, 2, 3, 4, 6, 8, 12, 16, 32)),
     "DDIM, even in log-SNR": Solver(
         PaletteScheduler, (*FEW, 32), {"sampling_variance": "zero", "sampling_order": 1, **FULL_NOISE}
     ),
     "ancestral, even in log-SNR": Solver(
-        PaletteScheduler, (*FEW, 32), {"sampling_variance": "fixed_small", **FULL_NOISE}
+        PaletteScheduler, (*FEW, 32), {"sampling_variance": "fixed_small", "sampling_order": 1, **FULL_NOISE}
     ),
+    "stochastic, second order": Solver(PaletteScheduler, (8, 12, 16, 20, 32), {"sampling_variance": "fixed_small"}),
     "paper's": Solver(
-        PaletteScheduler, FEW, {"sampling_spacing": "paper", "sampling_variance": "fixed_large", **FULL_NOISE}
+        PaletteScheduler, FEW,
+        {"sampling_spacing": "paper", "sampling_variance": "fixed_large", "sampling_order": 1, **FULL_NOISE},
     ),
     "DDIM, even in time": Solver(diffusers.DDIMScheduler, FEW),
     "DPM++ 2M, even in log-SNR": Solver(diffusers.DPMSolverMultistepScheduler, FEW, {"use_lu_lambdas": True}),

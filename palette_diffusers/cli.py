@@ -348,10 +348,15 @@ def restore(
     speed: Speed = None,
     consistent: Annotated[bool | None, typer.Option(
         help="hold the result to what JPEG would store as the same file; default: where the file is a JPEG")] = None,
+    eta: Annotated[float | None, typer.Option(
+        min=0, max=1, help="0: close to the file; 1: most detail, which need not be the true one; default: the model's"
+    )] = None,
 ) -> None:  # fmt: skip
     """Take the blocks and ringing out of a JPEG."""
     asked = locals()
-    _run(task="jpeg_restoration", options={"consistent": asked.pop("consistent")}, **asked)
+    options = {"consistent": asked.pop("consistent")} | ({} if eta is None else {"eta": eta})
+    del asked["eta"]
+    _run(task="jpeg_restoration", options=options, **asked)
 
 
 @app.command()

@@ -201,6 +201,7 @@ class PalettePipeline(DiffusionPipeline):
         task: Task | None = None,
         strength: float | None = None,
         shrunk: Sequence[bool] = (),
+        eta: float | None = None,
     ) -> torch.Tensor:
         """The sampling loop at the working size, without composing: (B, 3, H, W) in float32.
 
@@ -212,17 +213,23 @@ class PalettePipeline(DiffusionPipeline):
         left for comes back as it is. Else `strength` is the share of the steps that are taken, the last ones, from the
         source (its hole filled smoothly) instead of noise; None is the task's own start, 1 is noise. `shrunk` says of
         each sample whether it is of a larger photograph, whose chroma is evened out for longer (`chroma_guidance`), and
-        whose borders start with `border_noise`.
+        whose borders start with `border_noise`. `eta` is how much of the noise each step makes anew, from 0 to 1, where
+        the scheduler can (ours, DDIM); None is its own, ours `source_eta` for a task that has a start.
 
         Raises:
-            ValueError: fewer than one step, a strength outside (0, 1]. FloatingPointError: the sample is not finite;
-                the step is named.
+            ValueError: fewer than one step, a strength outside (0, 1], an eta outside [0, 1] or that the scheduler does
+                not take. FloatingPointError: the sample is not finite; the step is named.
         """
         steps = self.config.default_steps if num_inference_steps is None else num_inference_steps
         if int(steps) != steps or steps < 1:
             raise ValueError(f"num_inference_steps is {steps}, expected a whole number of at least 1")
         if strength is not None and not 0 < strength <= 1:
             raise ValueError(f"strength is {strength}, expected above 0 and at most 1")
+        takes = inspect.signature(self.scheduler.step).parameters
+        if eta is not None and not 0 <= eta <= 1:
+            raise ValueError(f"eta is {eta}, expected 0 (no new noise) to 1 (ancestral)")
+        if eta is not None and "eta" not in takes:
+            raise ValueError(f"eta is {eta}, but {type(self.scheduler).__name__} takes none")
         predict = predict or self._predict
         given = given.to(self._execution_device)
         estimate = None if estimate is None else estimate.to(self._execution_device)
@@ -270,7 +277,11 @@ class PalettePipeline(DiffusionPipeline):
             noise = sample if exploding else sample * (sigma if calm is None else calm)
             sample = diffuse(estimate, noise, gamma)
             sample = sample / gamma.sqrt() if exploding else sample
-        extra = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
+        extra: dict[str, Any] = {"generator": generator} if "generator" in takes else {}
+        if eta is None and hasattr(self.scheduler, "gamma") and settings.get("sampling_variance") == "zero":
+            eta = settings.get("source_eta") if task is not None and task.start is not None else None
+        if eta is not None:
+            extra["eta"] = eta
         kind = self.scheduler.config.prediction_type
         smaller = torch.tensor([*shrunk] or [False], device=sample.device).reshape(-1, 1, 1, 1)
         until = torch.where(smaller, SHRUNK_EVENED, EVENED)
@@ -319,6 +330,7 @@ class PalettePipeline(DiffusionPipeline):
         num_images_per_input: int = 1,
         num_inference_steps: int | None = None,
         strength: float | None = None,
+        eta: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
@@ -349,6 +361,9 @@ class PalettePipeline(DiffusionPipeline):
             num_images_per_input: variations of each picture.
             num_inference_steps: network evaluations, the checkpoint's default if None.
             strength: share of them that is taken, starting from the source instead of noise (`denoise`).
+            eta: how much of the noise each step makes anew: 0 keeps close to what is given, 1 adds the most detail,
+                which need not be the true one. None is the scheduler's own, of the starter 0.7 for JPEG restoration and
+                0 elsewhere. Source: Song et al. 2021 (DDIM).
             generator: one for all, or one for each input.
             latents: the start of sampling, at the working size (num_images_per_input, 3, h, w); of one image.
             output_type: "pil" (8 bits; 16 where a gray picture of 16 bits stays gray), "np" ((H, W, 3) in [0, 1]) or
@@ -420,7 +435,7 @@ class PalettePipeline(DiffusionPipeline):
                 holes = [masks[i] for i in group]
                 images = self._restore(
                     photographs, [None if hole is None else hole.float() for hole in holes], chosen, some,
-                    num_inference_steps, latents, callback if callback_on_step_end else None, strength,
+                    num_inference_steps, latents, callback if callback_on_step_end else None, strength, eta,
                     [strokes[i] for i in group],
                 )  # fmt: skip
                 for i in reversed(group):  # each is given up as soon as it is finished
@@ -459,6 +474,7 @@ class PalettePipeline(DiffusionPipeline):
         latents: torch.Tensor | None,
         callback: Callable | None,
         strength: float | None,
+        eta: float | None,
         strokes: list[Hints | None],
     ) -> list[torch.Tensor]:
         """Photographs (1, 3, H, W), several only where they are sampled whole and at one size => the variations of
@@ -472,8 +488,9 @@ class PalettePipeline(DiffusionPipeline):
         ]
         told = Colorization(Spread.of_batch(spreads, views, number)) if any(spreads) else task
         denoise = partial(
-            self.denoise, generator=every, num_inference_steps=steps, callback=callback, task=told, strength=strength
-        )
+            self.denoise, generator=every, num_inference_steps=steps, callback=callback, task=told, strength=strength,
+            eta=eta,
+        )  # fmt: skip
         if task.strategy == "hole":
             return [self._fill_all(images[0], masks[0], task, every, latents, denoise)]
         if task.strategy == "tiles":

@@ -13,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 
 from .canvas import RECIPE, WORDS
 
-OPTIONS = ("left", "right", "top", "bottom", "aspect", "consistent", "hints", "texture")
+OPTIONS = ("left", "right", "top", "bottom", "aspect", "consistent", "eta", "hints", "texture")
 MOST = {"samples": 64, "steps": 10_000}  # of a recipe, which may be a stranger's
 
 

@@ -22,7 +22,7 @@ SPACINGS = ("paper", "logsnr")
 OWN_SETTINGS = {
     "sampling_timesteps", "sampling_beta_start", "sampling_beta_end", "sampling_spacing", "sampling_variance",
     "sampling_order",
-    "logsnr_min", "logsnr_max", "initial_noise", "restart_noise", "border_noise",
+    "logsnr_min", "logsnr_max", "initial_noise", "restart_noise", "border_noise", "source_eta",
     "chroma_guidance", "chroma_contrast", "slow_noise",
 }  # fmt: skip
 VARIANCES = ("fixed_large", "fixed_small", "zero")
@@ -184,8 +184,8 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
             steps evenly in log-SNR between `logsnr_min` and `logsnr_max`, inside the trained range (few steps).
         sampling_variance: "fixed_large", 1 - alpha_t, is the paper's; "fixed_small", the posterior variance,
             leaves no residual noise when steps are few; "zero" is deterministic (DDIM, Song et al. 2021).
-        sampling_order: of "zero" (the others have one): 2 takes the step before into account (DPM-Solver++ 2M, Lu et
-            al. 2022), 1 does not.
+        sampling_order: 2 takes the step before into account (DPM-Solver++ 2M, or SDE-DPM-Solver++ 2M where steps bring
+            new noise; Lu et al. 2022), 1 does not.
         initial_noise: factor on the noise that sampling starts from. Below 1, samples are calmer and less diverse;
             0 for a regression, which starts from none.
         slow_noise: the share that is kept of the first noise's slow waves (`calm`), which large shapes and tints
@@ -196,6 +196,9 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
             network's own size, so that it brings no grain of its own; None is `initial_noise`.
         border_noise: as `initial_noise`, where a new border (uncropping) is made for a photograph above the network's
             size: what the noise puts at its far side is enlarged there; None is `initial_noise`.
+        source_eta: `eta` (see `step`) of tasks that start from their source (JPEG restoration), where
+            `sampling_variance` is "zero": above 0, the sample gets detail that a deterministic path leaves out, and a
+            lower PSNR; None is 0.
         chroma_guidance: for tasks that are given the luma: a factor on the predicted chroma while log-SNR is at most 1
             (2 where a photograph was made smaller), where it is also evened out within regions of like luma
             (`color.even_chroma`), so that no sky changes its tint midway; 0 leaves it as it is (the paper), whatever
@@ -244,6 +247,7 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
         slow_noise: float = 1.0,
         restart_noise: float | None = None,
         border_noise: float | None = None,
+        source_eta: float | None = None,
         chroma_guidance: float = 0.0,
         chroma_contrast: float = 1.0,
         timestep_spacing: str = "trailing",
@@ -265,6 +269,8 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"chroma_guidance is {chroma_guidance}, expected 0 (none) or above")
         if not chroma_contrast >= 0:
             raise ValueError(f"chroma_contrast is {chroma_contrast}, expected 0 (one tint) or above")
+        if source_eta is not None and not 0 <= source_eta <= 1:
+            raise ValueError(f"source_eta is {source_eta}, expected 0 (no new noise) to 1 (ancestral)")
         if not 0 <= slow_noise <= 1:
             raise ValueError(f"slow_noise is {slow_noise}, expected 0 (none) to 1 (all)")
         # the library drops defaulted values when another class is built from a configuration, and that solver
@@ -347,13 +353,17 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
         sample: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
+        eta: float | None = None,
     ) -> PaletteSchedulerOutput | tuple:
         """One step of Algorithm 2: y_t => y_{t-1}. Computed in float32, returned in the sample's dtype.
 
         The mean is written by way of the predicted y0, so that it can be clipped; unclipped, it equals the
-        paper's (y_t - (1 - alpha_t) / sqrt(1 - gamma_t) f) / sqrt(alpha_t).
+        paper's (y_t - (1 - alpha_t) / sqrt(1 - gamma_t) f) / sqrt(alpha_t). `eta` is how much of the noise is new, as
+        in DDIM (Song et al. 2021): 0 is "zero" and 1 "fixed_small", whatever `sampling_variance` says; None follows it.
         """
         t = int(timestep)
+        if eta is not None and not 0 <= eta <= 1:
+            raise ValueError(f"eta is {eta}, expected 0 (no new noise) to 1 (ancestral)")
         if not 0 <= t < len(self._gammas) - 1:
             raise ValueError(f"timestep is {t}, expected 0 to {len(self._gammas) - 2}: call set_timesteps first")
         gamma, gamma_prev = float(self._gammas[t + 1]), float(self._gammas[t])
@@ -363,32 +373,26 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
         if self.config.clip_sample:
             clamp = y0.clamp if self.config.prediction_type == "sample" else y0.clamp_  # which may be the output itself
             y0 = clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
-        if self.config.sampling_variance == "zero" and self.config.sampling_order == 2:
-            mean = self._second_order(t, y, y0)
-        elif self.config.sampling_variance == "zero":
-            eps = (y - gamma**0.5 * y0) / (1 - gamma) ** 0.5
-            mean = gamma_prev**0.5 * y0 + (1 - gamma_prev) ** 0.5 * eps
-        else:
-            mean = (gamma_prev**0.5 * (1 - alpha) * y0 + alpha**0.5 * (1 - gamma_prev) * y) / (1 - gamma)
-        if t > 0 and self.config.sampling_variance != "zero":
-            variance = 1 - alpha
-            if self.config.sampling_variance == "fixed_small":
-                variance *= (1 - gamma_prev) / (1 - gamma)
-            mean = mean + variance**0.5 * randn_tensor(y.shape, generator=generator, device=y.device, dtype=y.dtype)
+        posterior, large = (1 - alpha) * (1 - gamma_prev) / (1 - gamma), self.config.sampling_variance == "fixed_large"
+        if eta is None:
+            eta = 0.0 if self.config.sampling_variance == "zero" else 1.0
+        kept = ((1 - gamma_prev - eta**2 * posterior) / (1 - gamma)) ** 0.5
+        share = gamma_prev**0.5 - kept * gamma**0.5
+        before, ahead = self._ahead(t, y0) if self.config.sampling_order == 2 else (y0, 0.0)
+        mean = (y * kept).add_(y0, alpha=share * (1 + ahead))  # one tensor, changed in place, as pictures are large
+        if ahead:
+            mean.add_(before, alpha=-share * ahead)
+        if t > 0 and eta:
+            noise = randn_tensor(y.shape, generator=generator, device=y.device, dtype=y.dtype)
+            mean.add_(noise, alpha=eta * (1 - alpha if large else posterior) ** 0.5)
         mean, y0 = mean.to(sample.dtype), y0.to(sample.dtype)
         return PaletteSchedulerOutput(mean, y0) if return_dict else (mean, y0)
 
-    def _second_order(self, t: int, y: torch.Tensor, y0: torch.Tensor) -> torch.Tensor:
-        """The deterministic step with y0 from its middle, by a straight line in log-SNR through this and the last one;
-        the first step, and that to the picture itself, take y0 as it is. One tensor, changed in place, as pictures
-        are large."""
+    def _ahead(self, t: int, y0: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """The y0 of the step before, and how far beyond this one's the middle of the step is, on a straight line in
+        log-SNR through the two; 0 for the first step, and for that to the picture itself."""
         before, self._before = self._before, (t, y0) if t else None
-        gamma, gamma_prev = float(self._gammas[t + 1]), float(self._gammas[t])
-        kept = ((1 - gamma_prev) / (1 - gamma)) ** 0.5
-        share = gamma_prev**0.5 - kept * gamma**0.5
-        mean = y * kept
         if t == 0 or before is None or before[0] != t + 1 or before[1].shape != y0.shape:
-            return mean.add_(y0, alpha=share)
+            return y0, 0.0
         later, now, earlier = (np.log(g) - np.log1p(-g) for g in self._gammas[t : t + 3])
-        ahead = float(0.5 * (later - now) / (now - earlier))
-        return mean.add_(y0, alpha=share * (1 + ahead)).add_(before[1], alpha=-share * ahead)
+        return before[1], float(0.5 * (later - now) / (now - earlier))

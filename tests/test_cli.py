@@ -92,6 +92,7 @@ def test_samples_make_a_sheet(files):
         (["inpaint", "--mask", "40,40,60,70"], 1),
         (["uncrop", "--aspect", "2:1"], 2),
         (["uncrop", "--aspect", "2:1", "--no-texture"], 1),
+        (["restore", "--eta", "0.4"], 1),
     ],
 )
 def test_a_picture_is_made_again(files, command, sample):

@@ -6,7 +6,7 @@ from PIL import Image
 
 from palette_diffusers import PalettePipeline, PaletteScheduler
 from palette_diffusers.scheduler import diffuse, noise_level, output_for
-from palette_diffusers.speed import SPEEDS
+from palette_diffusers.speed import SPEEDS, build
 from palette_diffusers.tasks import Given
 
 
@@ -67,6 +67,79 @@ def test_order_of_convergence(solver, order, steps):
     config = PaletteScheduler(num_train_timesteps=2000).config
     coarse, fine = (solve(solver(config), n) for n in (steps, 2 * steps))
     assert 0.75 * 2**order < coarse / fine < 2 * 2**order
+
+
+def spread(order: int, steps: int) -> float:
+    """How far the deviation of ancestral samples of the Gaussian problem is from S."""
+    scheduler = PaletteScheduler(
+        sampling_spacing="logsnr", sampling_variance="fixed_small", sampling_order=order, clip_sample=False
+    )
+    scheduler.set_timesteps(steps)
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randn(1, 1, 1000, 1000, generator=generator)
+    for t in scheduler.timesteps:
+        gamma = noise_level(scheduler, t)
+        original = gamma**0.5 * S**2 * y / (gamma * S**2 + 1 - gamma)
+        y = scheduler.step(output_for(original, y, gamma, "epsilon"), t, y, generator=generator).prev_sample
+    return abs(y.std().item() - S * torch.sigmoid(torch.tensor(9.0)).sqrt().item())
+
+
+def test_ancestral_steps_of_second_order():
+    """Twice the steps, an error of the pictures' deviation 2^order times smaller; first order is far from it."""
+    assert 1.6 < spread(1, 24) / spread(1, 48) < 2.4
+    assert 3 < spread(2, 24) / spread(2, 48) < 5.5
+    assert spread(2, 24) < 0.2 * spread(1, 24)
+
+
+def test_eta_is_the_share_of_new_noise(pipe, seeded):
+    y, output = torch.randn(1, 3, 8, 8, generator=seeded()), torch.randn(1, 3, 8, 8, generator=seeded(1))
+    of = {v: PaletteScheduler(sampling_spacing="logsnr", sampling_variance=v) for v in ("zero", "fixed_small")}
+    steps: dict = {}
+    for variance, scheduler in of.items():
+        scheduler.set_timesteps(8)
+        for eta in (None, 0, 0.5, 1):
+            steps[variance, eta] = scheduler.step(output, 4, y, generator=seeded(2), eta=eta).prev_sample
+    for eta in (0, 0.5, 1):
+        assert torch.equal(steps["zero", eta], steps["fixed_small", eta])
+    assert torch.equal(steps["zero", None], steps["zero", 0])
+    assert torch.equal(steps["fixed_small", None], steps["zero", 1])
+    assert not torch.allclose(steps["zero", 0.5], steps["zero", 1], atol=0.1)
+    ddim = diffusers.DDIMScheduler(num_train_timesteps=2000, clip_sample=False)  # our level of step 4 is one of its own
+    ddim.set_timesteps(10)
+    own = PaletteScheduler(sampling_variance="zero", clip_sample=False)
+    own._gammas = torch.cat([torch.ones(1), ddim.alphas_cumprod[ddim.timesteps.flip(0)]]).double().numpy()
+    theirs = ddim.step(output, int(ddim.timesteps[5]), y, eta=0.5, generator=seeded(2)).prev_sample
+    assert torch.allclose(own.step(output, 4, y, eta=0.5, generator=seeded(2)).prev_sample, theirs, atol=1e-4)
+    with pytest.raises(ValueError, match=r"eta is 1.5, expected 0 \(no new noise\) to 1"):
+        own.step(output, 4, y, eta=1.5)
+    with pytest.raises(ValueError, match="source_eta is -1, expected 0"):
+        PaletteScheduler(source_eta=-1)
+
+
+def test_source_eta_is_of_tasks_that_start_from_their_source(pipe, photo, seeded):
+    """It is our scheduler's, where that is deterministic; other solvers take an eta where they know one."""
+    picture = lambda task, **options: pipe(  # noqa: E731
+        photo, task=task, generator=seeded(), num_inference_steps=20, output_type="pt", **options
+    ).images
+    settings = dict(sampling_spacing="logsnr", sampling_variance="zero")
+    pipe.scheduler = PaletteScheduler(**settings)
+    plain = {task: picture(task) for task in ("jpeg_restoration", "colorization")}
+    new = picture("jpeg_restoration", eta=0.6)
+    assert not torch.equal(new, plain["jpeg_restoration"])
+    pipe.scheduler = PaletteScheduler(**settings, source_eta=0.6)
+    assert torch.equal(picture("jpeg_restoration"), new)
+    assert torch.equal(picture("jpeg_restoration", eta=0), plain["jpeg_restoration"])
+    assert torch.equal(picture("colorization"), plain["colorization"])
+    pipe.scheduler = PaletteScheduler(**settings | {"sampling_variance": "fixed_small"}, source_eta=0.6)
+    assert torch.equal(picture("jpeg_restoration"), picture("jpeg_restoration", eta=1)), "as it was asked for"
+    pipe.scheduler = build(diffusers.DDIMScheduler, PaletteScheduler(**settings, source_eta=0.6).config)
+    assert torch.equal(picture("jpeg_restoration"), picture("jpeg_restoration", eta=0))
+    assert not torch.equal(picture("jpeg_restoration"), picture("jpeg_restoration", eta=1))
+    pipe.scheduler = build(diffusers.UniPCMultistepScheduler, pipe.scheduler.config)
+    with pytest.raises(ValueError, match="eta is 0.5, but UniPCMultistepScheduler takes none"):
+        picture("jpeg_restoration", eta=0.5)
+    with pytest.raises(ValueError, match="eta is 2, expected 0"):
+        picture("jpeg_restoration", eta=2)
 
 
 def test_strength_is_the_share_of_steps_that_are_taken(photo, seeded):
