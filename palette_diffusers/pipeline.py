@@ -362,7 +362,7 @@ class PalettePipeline(DiffusionPipeline):
             num_inference_steps: network evaluations, the checkpoint's default if None.
             strength: share of them that is taken, starting from the source instead of noise (`denoise`).
             eta: how much of the noise each step makes anew: 0 keeps close to what is given, 1 adds the most detail,
-                which need not be the true one. None is the scheduler's own, of the starter 0.7 for JPEG restoration and
+                which need not be the true one. None is the scheduler's own, of the starter 0.5 for JPEG restoration and
                 0 elsewhere. Source: Song et al. 2021 (DDIM).
             generator: one for all, or one for each input.
             latents: the start of sampling, at the working size (num_images_per_input, 3, h, w); of one image.
