@@ -359,7 +359,8 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
 
         The mean is written by way of the predicted y0, so that it can be clipped; unclipped, it equals the
         paper's (y_t - (1 - alpha_t) / sqrt(1 - gamma_t) f) / sqrt(alpha_t). `eta` is how much of the noise is new, as
-        in DDIM (Song et al. 2021): 0 is "zero" and 1 "fixed_small", whatever `sampling_variance` says; None follows it.
+        in DDIM (Song et al. 2021): 0 is "zero", 1 is ancestral ("fixed_small"; "fixed_large" if `sampling_variance` is
+        that); None is what `sampling_variance` says.
         """
         t = int(timestep)
         if eta is not None and not 0 <= eta <= 1:
@@ -373,10 +374,10 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
         if self.config.clip_sample:
             clamp = y0.clamp if self.config.prediction_type == "sample" else y0.clamp_  # which may be the output itself
             y0 = clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
-        posterior, large = (1 - alpha) * (1 - gamma_prev) / (1 - gamma), self.config.sampling_variance == "fixed_large"
         if eta is None:
             eta = 0.0 if self.config.sampling_variance == "zero" else 1.0
-        kept = ((1 - gamma_prev - eta**2 * posterior) / (1 - gamma)) ** 0.5
+        ratio, new = (1 - gamma_prev) / (1 - gamma), 1 - alpha  # variances of the noise, and of the step's
+        kept = (ratio * (1 - eta**2 + eta**2 * alpha * ratio)) ** 0.5
         share = gamma_prev**0.5 - kept * gamma**0.5
         before, ahead = self._ahead(t, y0) if self.config.sampling_order == 2 else (y0, 0.0)
         mean = (y * kept).add_(y0, alpha=share * (1 + ahead))  # one tensor, changed in place, as pictures are large
@@ -384,7 +385,8 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
             mean.add_(before, alpha=-share * ahead)
         if t > 0 and eta:
             noise = randn_tensor(y.shape, generator=generator, device=y.device, dtype=y.dtype)
-            mean.add_(noise, alpha=eta * (1 - alpha if large else posterior) ** 0.5)
+            variance = new if self.config.sampling_variance == "fixed_large" else new * ratio
+            mean.add_(noise, alpha=eta * variance**0.5)
         mean, y0 = mean.to(sample.dtype), y0.to(sample.dtype)
         return PaletteSchedulerOutput(mean, y0) if return_dict else (mean, y0)
 
