@@ -53,7 +53,9 @@ SOLVERS = {
     "ancestral, even in log-SNR": Solver(
         PaletteScheduler, (*FEW, 32), {"sampling_variance": "fixed_small", "sampling_order": 1, **FULL_NOISE}
     ),
-    "stochastic, second order": Solver(PaletteScheduler, (8, 12, 16, 20, 32), {"sampling_variance": "fixed_small"}),
+    "stochastic, second order": Solver(
+        PaletteScheduler, (8, 12, 16, 20, 32), {"sampling_variance": "fixed_small", "sampling_order": 2, **FULL_NOISE}
+    ),
     "paper's": Solver(
         PaletteScheduler, FEW,
         {"sampling_spacing": "paper", "sampling_variance": "fixed_large", "sampling_order": 1, **FULL_NOISE},

@@ -102,7 +102,7 @@ class Teacher:
         self.tasks = [get_task(task) for task in tasks]
         self.steps = steps or pipe.config.default_steps
         # the student's own sampling will even chroma out
-        settings = dict(sampling_variance="zero", chroma_guidance=0.0)
+        settings = dict(sampling_variance="zero", source_eta=None, chroma_guidance=0.0)
         pipe.scheduler = PaletteScheduler.from_config(pipe.scheduler.config, **settings)
         pipe.set_progress_bar_config(disable=True)
         pipe.unet.requires_grad_(False).eval()

@@ -172,7 +172,7 @@ class PalettePipeline(DiffusionPipeline):
     def _first_step(self, start: float) -> int:
         """The index of the first timestep at a log-SNR of at least `start`; their number where there is none."""
         gammas = torch.stack([noise_level(self.scheduler, t) for t in self.scheduler.timesteps]).cpu().double()
-        late = torch.nonzero(torch.logit(gammas) >= start).flatten().tolist()
+        late = torch.nonzero(torch.logit(gammas) >= start - 1e-4).flatten().tolist()
         order = self.scheduler.order  # a solver of second order takes its steps in pairs
         return min(math.ceil(late[0] / order) * order, len(gammas)) if late else len(gammas)
 
@@ -202,6 +202,7 @@ class PalettePipeline(DiffusionPipeline):
         strength: float | None = None,
         shrunk: Sequence[bool] = (),
         eta: float | None = None,
+        new_noise: Callable[[int], torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """The sampling loop at the working size, without composing: (B, 3, H, W) in float32.
 
@@ -214,7 +215,8 @@ class PalettePipeline(DiffusionPipeline):
         source (its hole filled smoothly) instead of noise; None is the task's own start, 1 is noise. `shrunk` says of
         each sample whether it is of a larger photograph, whose chroma is evened out for longer (`chroma_guidance`), and
         whose borders start with `border_noise`. `eta` is how much of the noise each step makes anew, from 0 to 1, where
-        the scheduler can (ours, DDIM); None is its own, ours `source_eta` for a task that has a start.
+        the scheduler can (ours, DDIM); None is its own, ours `source_eta` for a task that has a start. `new_noise` is
+        a step's, for a scheduler that takes some (`variance_noise`), instead of the generator's.
 
         Raises:
             ValueError: fewer than one step, a strength outside (0, 1], an eta outside [0, 1] or that the scheduler does
@@ -282,6 +284,10 @@ class PalettePipeline(DiffusionPipeline):
             eta = settings.get("source_eta") if task is not None and task.start is not None else None
         if eta is not None:
             extra["eta"] = eta
+        if "variance_noise" not in takes or not (eta or _draws_noise(self.scheduler)):
+            new_noise = None
+        if new_noise is not None:
+            extra.pop("generator", None)
         kind = self.scheduler.config.prediction_type
         smaller = torch.tensor([*shrunk] or [False], device=sample.device).reshape(-1, 1, 1, 1)
         until = torch.where(smaller, SHRUNK_EVENED, EVENED)
@@ -307,6 +313,8 @@ class PalettePipeline(DiffusionPipeline):
                 output = output_for(original, scaled, gamma, kind)
             if callback is None:
                 del original
+            if new_noise is not None:
+                extra["variance_noise"] = new_noise(i).to(sample)
             sample = self.scheduler.step(output, t, sample, return_dict=True, **extra).prev_sample
             if callback is not None:
                 sample = callback(i, t, {"sample": sample, "pred_original_sample": original}).get("sample", sample)
@@ -530,8 +538,11 @@ class PalettePipeline(DiffusionPipeline):
         result = torch.zeros(number, *image.shape[1:])
         for block in blocks:
             given = task.prepare(block.look(image).expand(number, -1, -1, -1), None, generators)
-            noise = sizes.noise_at(seeds, block.top, block.left, block.outer) if seeds else latents
-            sample = denoise(given, latents=noise, predict=predict).cpu().clamp(-1, 1)
+            noise, anew = latents, None
+            if seeds:
+                at = lambda step, b=block: sizes.noise_at(sizes.of_step(seeds, step), b.top, b.left, b.outer)  # noqa: E731
+                noise, anew = at(-1), at
+            sample = denoise(given, latents=noise, predict=predict, new_noise=anew).cpu().clamp(-1, 1)
             known = block.crop(image).expand(number, -1, -1, -1)
             sizes.lay(result, task.compose(block.back(sample), Given(known=known, condition=known)), block)
         return task.finish(result)
@@ -624,7 +635,7 @@ class PalettePipeline(DiffusionPipeline):
                 continue
             known = sizes.pad_to(block.crop(level), block.outer)
             given = task.prepare(known, mask.expand(len(level), -1, -1, -1), generators)
-            begin, predict, noise = None, None, latents
+            begin, predict, noise, anew = None, None, latents, None
             if estimate is not None:
                 up = sizes.pad_to(sizes.enlarged(estimate, size, block), block.outer).clamp(-1, 1)
                 begin = torch.where(mask > 0, up, given.known)
@@ -634,10 +645,13 @@ class PalettePipeline(DiffusionPipeline):
             if seeds and begin is not None:
                 noise, inside = sizes.noise_at(seeds, block.top, block.left, block.outer, channels=6).split(3, dim=1)
                 # what is known within one block doesn't say whether the photograph is gray: the estimate does
+                anew = lambda step, b=block: sizes.noise_at(sizes.of_step(seeds, step), b.top, b.left, b.outer)  # noqa: E731
                 given = replace(given, known=begin, condition=torch.where(mask > 0, inside, given.condition))
             sample = begin
             if denoise is not None:
-                sample = denoise(given, latents=noise, predict=predict, estimate=begin, start=REFINE_FROM).cpu()
+                sample = denoise(
+                    given, latents=noise, predict=predict, estimate=begin, start=REFINE_FROM, new_noise=anew
+                ).cpu()
             assert sample is not None
             filled = task.compose(sample.clamp(-1, 1), given)[..., : block.height, : block.width]
             if predict is not None and denoise is not None and self.unet.config.patch_size == 2:
@@ -665,6 +679,13 @@ class PalettePipeline(DiffusionPipeline):
 def _seeds(generators: list[torch.Generator]) -> list[int]:
     """One drawn from each, for noise that depends on position."""
     return [int(torch.randint(0, 2**62, (), generator=generator)) for generator in generators]
+
+
+def _draws_noise(scheduler: Any) -> bool:
+    """Whether its steps bring noise by their settings alone."""
+    if hasattr(scheduler, "gamma"):
+        return scheduler.config.get("sampling_variance") != "zero"
+    return str(scheduler.config.get("algorithm_type", "")).startswith("sde")
 
 
 def _source(given: Given) -> torch.Tensor:

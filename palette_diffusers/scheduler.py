@@ -185,7 +185,7 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
         sampling_variance: "fixed_large", 1 - alpha_t, is the paper's; "fixed_small", the posterior variance,
             leaves no residual noise when steps are few; "zero" is deterministic (DDIM, Song et al. 2021).
         sampling_order: 2 takes the step before into account (DPM-Solver++ 2M, or SDE-DPM-Solver++ 2M where steps bring
-            new noise; Lu et al. 2022), 1 does not.
+            new noise; Lu et al. 2022), 1 does not; "fixed_large" has 1.
         initial_noise: factor on the noise that sampling starts from. Below 1, samples are calmer and less diverse;
             0 for a regression, which starts from none.
         slow_noise: the share that is kept of the first noise's slow waves (`calm`), which large shapes and tints
@@ -354,13 +354,14 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
         eta: float | None = None,
+        variance_noise: torch.Tensor | None = None,
     ) -> PaletteSchedulerOutput | tuple:
         """One step of Algorithm 2: y_t => y_{t-1}. Computed in float32, returned in the sample's dtype.
 
         The mean is written by way of the predicted y0, so that it can be clipped; unclipped, it equals the
         paper's (y_t - (1 - alpha_t) / sqrt(1 - gamma_t) f) / sqrt(alpha_t). `eta` is how much of the noise is new, as
-        in DDIM (Song et al. 2021): 0 is "zero", 1 is ancestral ("fixed_small"; "fixed_large" if `sampling_variance` is
-        that); None is what `sampling_variance` says.
+        in DDIM (Song et al. 2021): 0 is "zero" and 1 "fixed_small", whatever `sampling_variance` says; None follows it.
+        `variance_noise`, of the sample's shape, is taken instead of noise by the generator.
         """
         t = int(timestep)
         if eta is not None and not 0 <= eta <= 1:
@@ -374,19 +375,20 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
         if self.config.clip_sample:
             clamp = y0.clamp if self.config.prediction_type == "sample" else y0.clamp_  # which may be the output itself
             y0 = clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+        large = eta is None and self.config.sampling_variance == "fixed_large"
         if eta is None:
             eta = 0.0 if self.config.sampling_variance == "zero" else 1.0
         ratio, new = (1 - gamma_prev) / (1 - gamma), 1 - alpha  # variances of the noise, and of the step's
         kept = (ratio * (1 - eta**2 + eta**2 * alpha * ratio)) ** 0.5
         share = gamma_prev**0.5 - kept * gamma**0.5
-        before, ahead = self._ahead(t, y0) if self.config.sampling_order == 2 else (y0, 0.0)
+        before, ahead = self._ahead(t, y0) if self.config.sampling_order == 2 and not large else (y0, 0.0)
         mean = (y * kept).add_(y0, alpha=share * (1 + ahead))  # one tensor, changed in place, as pictures are large
         if ahead:
             mean.add_(before, alpha=-share * ahead)
         if t > 0 and eta:
-            noise = randn_tensor(y.shape, generator=generator, device=y.device, dtype=y.dtype)
-            variance = new if self.config.sampling_variance == "fixed_large" else new * ratio
-            mean.add_(noise, alpha=eta * variance**0.5)
+            if variance_noise is None:
+                variance_noise = randn_tensor(y.shape, generator=generator, device=y.device, dtype=y.dtype)
+            mean.add_(variance_noise.to(y), alpha=eta * (new if large else new * ratio) ** 0.5)
         mean, y0 = mean.to(sample.dtype), y0.to(sample.dtype)
         return PaletteSchedulerOutput(mean, y0) if return_dict else (mean, y0)
 

@@ -9,7 +9,7 @@ from PIL import Image
 from test_canvas import png_of_16_bits
 from typer.testing import CliRunner
 
-from palette_diffusers import canvas, sizes
+from palette_diffusers import canvas, recipes, sizes
 from palette_diffusers.cli import app
 
 run = CliRunner()
@@ -105,6 +105,10 @@ def test_a_picture_is_made_again(files, command, sample):
     out = invoke("again", files / f"a-{sample}.png", "-o", files / "b.png", *named)
     assert out.exit_code == 0, out.output
     assert (files / "b.png").read_bytes() == (files / f"a-{sample}.png").read_bytes()
+    if command[0] == "restore":
+        assert recipes.read(files / "b.png")["options"]["eta"] == 0.4
+        assert invoke("restore", files / "in.png", "-o", files / "c.png", *arguments).exit_code == 0
+        assert (files / f"c-{sample}.png").read_bytes() != (files / f"a-{sample}.png").read_bytes()
     Image.new("RGB", (200, 150)).save(files / "in.png")
     out = invoke("again", files / f"a-{sample}.png", *named)
     assert out.exit_code == 2 and "its bytes differ" in out.output

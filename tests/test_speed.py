@@ -2,6 +2,7 @@ import diffusers
 import pytest
 import torch
 from conftest import toy_unet
+from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from palette_diffusers import PalettePipeline, PaletteScheduler
@@ -93,7 +94,8 @@ def test_ancestral_steps_of_second_order():
 
 def test_eta_is_the_share_of_new_noise(pipe, seeded):
     y, output = torch.randn(1, 3, 8, 8, generator=seeded()), torch.randn(1, 3, 8, 8, generator=seeded(1))
-    of = {v: PaletteScheduler(sampling_spacing="logsnr", sampling_variance=v) for v in ("zero", "fixed_small")}
+    kinds = ("zero", "fixed_small", "fixed_large")
+    of = {v: PaletteScheduler(sampling_spacing="logsnr", sampling_variance=v) for v in kinds}
     steps: dict = {}
     for variance, scheduler in of.items():
         scheduler.set_timesteps(8)
@@ -101,6 +103,10 @@ def test_eta_is_the_share_of_new_noise(pipe, seeded):
             steps[variance, eta] = scheduler.step(output, 4, y, generator=seeded(2), eta=eta).prev_sample
     for eta in (0, 0.5, 1):
         assert torch.equal(steps["zero", eta], steps["fixed_small", eta])
+        assert torch.equal(steps["zero", eta], steps["fixed_large", eta])
+    noise = randn_tensor(y.shape, generator=seeded(2))
+    given = of["zero"].step(output, 4, y, eta=0.5, variance_noise=noise).prev_sample
+    assert torch.equal(given, steps["zero", 0.5])
     assert torch.equal(steps["zero", None], steps["zero", 0])
     assert torch.equal(steps["fixed_small", None], steps["zero", 1])
     assert not torch.allclose(steps["zero", 0.5], steps["zero", 1], atol=0.1)
