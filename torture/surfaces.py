@@ -334,6 +334,8 @@ def calls(draw: st.DrawFn) -> tuple:
         num_inference_steps=draw(st.sampled_from([1] * 8 + [2, 2, 3, None, 0, 2.5])),
         num_images_per_input=draw(st.sampled_from([1] * 8 + [2, 2, 0])),
     )
+    if draw(st.integers(0, 5)) == 0:
+        options["eta"] = draw(st.sampled_from([0, 0.5, 1, 2, float("nan")]))
     if options["task"] == "uncropping":
         options |= {name: draw(side) for name in ("left", "right", "top", "bottom")}
         if draw(st.integers(0, 5)) == 0:
@@ -419,6 +421,8 @@ def commands(draw: st.DrawFn) -> tuple:
         ]
     if command == "uncrop":
         more += [draw(st.sampled_from(["--left", "--right", "--top", "--bottom", "--aspect"])), draw(word)]
+    if command == "restore" and draw(st.booleans()):
+        more += ["--eta", draw(st.sampled_from(["0", "0.5", "1", "2", "nan", "x"]))]
     if draw(st.integers(0, 3)) == 0:
         name = draw(st.sampled_from(["--seed", "--samples", "--max-megapixels", "--dtype", "--device", "--steps"]))
         more += [name, draw(word) if name != "--samples" else draw(st.sampled_from(["0", "-1", "x", "2"]))]
