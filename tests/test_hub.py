@@ -151,18 +151,23 @@ publish("starter-few-steps", "me/student")
 import sys
 sys.modules["palette_diffusers"] = None
 from diffusers import DiffusionPipeline
-import hashlib, numpy, torch
+import numpy, torch
 for name in ("{NAME}", "me/fast", "me/student"):
     pipe = DiffusionPipeline.from_pretrained(name, trust_remote_code=True)
     generator = torch.Generator().manual_seed(3)
     image = pipe({str(place / "photo.png")!r}, task="colorization", generator=generator).images[0]
     assert type(pipe).__name__ == "PalettePipeline" and not type(pipe).__module__.startswith("palette_diffusers")
-    print(hashlib.sha256(numpy.asarray(image).tobytes()).hexdigest())
+    numpy.save(name.split("/")[-1] + ".npy", numpy.asarray(image))
 """
     done = run(hub, tmp_path, code=code, PYTHONPATH="")
     pipes = [PalettePipeline.from_pretrained(name) for name in (place / "run" / "pipeline", tmp_path / "fast")]
     pipes.append(PalettePipeline.from_pretrained("starter-few-steps"))
-    assert done.stdout.split()[-3:] == [sample(pipe, place / "photo.png") for pipe in pipes]
+    for name, pipe in zip((NAME, "fast", "student"), pipes, strict=True):
+        generator = torch.Generator().manual_seed(3)
+        image = pipe(str(place / "photo.png"), task="colorization", generator=generator).images[0]
+        here, there = np.asarray(image).astype(int), np.load(tmp_path / f"{name.split('/')[-1]}.npy").astype(int)
+        # matrix products may round otherwise where weights lie elsewhere in memory
+        assert abs(here - there).max() <= 1 and (here != there).mean() < 1e-3
     assert "Expected types" not in done.stderr
 
 
