@@ -54,7 +54,7 @@ def goals(run: Path) -> list[tuple[str, str, str, bool]]:
     rows = {(row["task"], row["images"]): row for row in json.loads((run / "results.json").read_text())["rows"]}
     whole = rows["originals", "originals"]["accuracy"]["value"]
     out = []
-    for task in ("inpainting", "colorization"):
+    for task in ("inpainting", "colorization", "jpeg_restoration"):
         share = rows[task, "Palette"]["frechet"]["value"] / rows[task, "degraded"]["frechet"]["value"]
         out.append((f"{task}: distance of the degraded input's", f"{share:.0%}", "at most 50%", share <= 0.5))
     for task in ("colorization", "inpainting", "uncropping", "jpeg_restoration"):
