@@ -41,13 +41,15 @@ ImageInput: TypeAlias = Image.Image | str | os.PathLike | np.ndarray | torch.Ten
 @dataclass(frozen=True)
 class Picture:
     """A decoded picture, upright. image: (1, 3, H, W); alpha: (1, 1, H, W) or None; info: what a file carries
-    along (`icc_profile`, `exif`); file: where it was read from; deep: whether it is gray at 16 bits."""
+    along (`icc_profile`, `exif`); file: where it was read from; deep: whether it is gray at 16 bits; quality: of a
+    JPEG, as `jpeg_quality` finds it."""
 
     image: torch.Tensor
     alpha: torch.Tensor | None = None
     info: dict[str, Any] = field(default_factory=dict)
     file: Path | None = None
     deep: bool = False
+    quality: int | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -215,9 +217,9 @@ def read(source: ImageInput, max_pixels: int = MAX_PIXELS) -> Picture:
         if isinstance(source, (str, os.PathLike)):
             with _open(source) as picture:
                 file = Path(source) if Path(source).is_file() else None
-                return replace(_from_pil(picture, name, max_pixels), file=file)
+                return replace(_from_pil(picture, name, max_pixels), file=file, quality=jpeg_quality(picture))
         if isinstance(source, Image.Image):
-            return _from_pil(source, name, max_pixels)
+            return replace(_from_pil(source, name, max_pixels), quality=jpeg_quality(source))
     except (UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} is not an image that can be read: {error}") from None
     except (FileNotFoundError, IsADirectoryError, PermissionError, ValueError, MemoryError):

@@ -282,6 +282,7 @@ class PalettePipeline(DiffusionPipeline):
         extra: dict[str, Any] = {"generator": generator} if "generator" in takes else {}
         if eta is None and hasattr(self.scheduler, "gamma") and settings.get("sampling_variance") == "zero":
             eta = settings.get("source_eta") if task is not None and task.start is not None else None
+            eta = eta and eta * task.renewal  # type: ignore[union-attr]
         if eta is not None:
             extra["eta"] = eta
         if "variance_noise" not in takes or not (eta or _draws_noise(self.scheduler)):
@@ -370,8 +371,8 @@ class PalettePipeline(DiffusionPipeline):
             num_inference_steps: network evaluations, the checkpoint's default if None.
             strength: share of them that is taken, starting from the source instead of noise (`denoise`).
             eta: how much of the noise each step makes anew: 0 keeps close to what is given, 1 adds the most detail,
-                which need not be the true one. None is the scheduler's own, of the starter 0.5 for JPEG restoration and
-                0 elsewhere. Source: Song et al. 2021 (DDIM).
+                which need not be the true one. None is the scheduler's own: of the starter 0.5 for JPEG restoration,
+                less for files above quality 10, 0 above 30, and 0 in other tasks. Source: Song et al. 2021 (DDIM).
             generator: one for all, or one for each input.
             latents: the start of sampling, at the working size (num_images_per_input, 3, h, w); of one image.
             output_type: "pil" (8 bits; 16 where a gray picture of 16 bits stays gray), "np" ((H, W, 3) in [0, 1]) or
@@ -424,7 +425,8 @@ class PalettePipeline(DiffusionPipeline):
         for group in self._groups(pictures, tasks, num_images_per_input):
             chosen = tasks[group[0]]
             if type(chosen) is JPEGRestoration:
-                chosen = _consistent(chosen, pictures[group[0]], consistent)
+                chosen = copy.copy(_consistent(chosen, pictures[group[0]], consistent))
+                chosen.renewal = _renewal(pictures[group[0]].quality)
             if texture is not None:
                 chosen = copy.copy(chosen)
                 chosen.texture = texture
@@ -740,6 +742,11 @@ def _consistent(task: Task, picture: Picture, wanted: bool | None) -> Task:
         if wanted:
             raise
         return task
+
+
+def _renewal(quality: int | None) -> float:
+    """How much of the starter's new noise a JPEG of this quality (1 to 100) gets: little was lost in a mild one."""
+    return 1.0 if quality is None else min(1.0, max(0.0, (30 - quality) / 20))
 
 
 def _strokes(hints: Any, pictures: list[Picture], tasks: list[Task]) -> list[Hints | None]:

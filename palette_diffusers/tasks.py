@@ -88,7 +88,7 @@ class Task:
     are met (`sizes.py`). start: the log-SNR at which sampling starts from the source, where that is already
     close to the picture; None starts from noise. keeps_gray: whether gray input stays gray; a task whose gray
     sources have coloured targets says False. texture: whether a hole of a photograph above the model's size gets the
-    texture of its surroundings (`texture.py`).
+    texture of its surroundings (`texture.py`). renewal: a factor on the scheduler's `source_eta`.
     """
 
     name = ""
@@ -97,6 +97,7 @@ class Task:
     start: float | None = None
     keeps_gray = True
     texture = True
+    renewal = 1.0
 
     def degrade(self, clean: torch.Tensor, generator: torch.Generator | None = None) -> Given:
         """One clean image (1, 3, H, W) => its source, as in training and evaluation."""

@@ -148,6 +148,21 @@ def test_source_eta_is_of_tasks_that_start_from_their_source(pipe, photo, seeded
         picture("jpeg_restoration", eta=2)
 
 
+@pytest.mark.parametrize(("quality", "share"), [(10, 1), (20, 0.5), (30, 0)])
+def test_mild_jpegs_get_less_new_noise(pipe, photo, seeded, tmp_path, quality, share):
+    photo = photo[:64, :64]
+    Image.fromarray(photo).save(tmp_path / "a.jpg", quality=quality)
+    pipe.scheduler = PaletteScheduler(sampling_spacing="logsnr", sampling_variance="zero", source_eta=0.6)
+    options = dict(task="jpeg_restoration", num_inference_steps=8, output_type="pt")
+    picture = lambda image, **more: pipe(image, generator=seeded(), **options, **more).images  # noqa: E731
+    with Image.open(tmp_path / "a.jpg") as opened:
+        for image in (tmp_path / "a.jpg", opened):
+            own = picture(image)
+            assert torch.equal(own, picture(image, eta=0.6 * share))
+            assert not torch.equal(own, picture(image, eta=0.6 * share + 0.1))
+    assert torch.equal(picture(photo), picture(photo, eta=0.6)), "nothing is known of its quality"
+
+
 def test_strength_is_the_share_of_steps_that_are_taken(photo, seeded):
     pipe = PalettePipeline(toy_unet(), PaletteScheduler(sampling_spacing="logsnr", restart_noise=0.5), default_steps=10)
     pipe.set_progress_bar_config(disable=True)
