@@ -295,11 +295,11 @@ def inpaint(
 ) -> None:  # fmt: skip
     """Fill a hole; every other pixel is kept bit for bit."""
     asked = locals()
-    _run(task="inpainting", options=_textured(asked.pop("texture")), **asked)
+    _run(task="inpainting", options=_given(texture=asked.pop("texture")), **asked)
 
 
-def _textured(wanted: bool | None) -> dict[str, bool]:
-    return {} if wanted is None else {"texture": wanted}
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _amount(value: str) -> int | float:
@@ -336,7 +336,7 @@ def uncrop(
     """Extend a photograph beyond its border; the given pixels are kept bit for bit."""
     asked = locals()
     options: dict[str, Any] = {side: _amount(asked.pop(side)) for side in ("left", "right", "top", "bottom")}
-    options |= {"aspect": _aspect(asked.pop("aspect"))} | _textured(asked.pop("texture"))
+    options |= {"aspect": _aspect(asked.pop("aspect"))} | _given(texture=asked.pop("texture"))
     _run(task="uncropping", options=options, **asked)
 
 
@@ -354,8 +354,7 @@ def restore(
 ) -> None:  # fmt: skip
     """Take the blocks and ringing out of a JPEG."""
     asked = locals()
-    options = {"consistent": asked.pop("consistent")} | ({} if eta is None else {"eta": eta})
-    del asked["eta"]
+    options = {"consistent": asked.pop("consistent")} | _given(eta=asked.pop("eta"))
     _run(task="jpeg_restoration", options=options, **asked)
 
 

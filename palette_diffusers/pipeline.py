@@ -280,9 +280,9 @@ class PalettePipeline(DiffusionPipeline):
             sample = diffuse(estimate, noise, gamma)
             sample = sample / gamma.sqrt() if exploding else sample
         extra: dict[str, Any] = {"generator": generator} if "generator" in takes else {}
-        if eta is None and hasattr(self.scheduler, "gamma") and settings.get("sampling_variance") == "zero":
-            eta = settings.get("source_eta") if task is not None and task.start is not None else None
-            eta = eta and eta * task.renewal  # type: ignore[union-attr]
+        ours = hasattr(self.scheduler, "gamma") and settings.get("sampling_variance") == "zero"
+        if eta is None and ours and settings.get("source_eta") and task is not None and task.start is not None:
+            eta = settings.source_eta * task.renewal
         if eta is not None:
             extra["eta"] = eta
         if "variance_noise" not in takes or not (eta or _draws_noise(self.scheduler)):
@@ -540,10 +540,8 @@ class PalettePipeline(DiffusionPipeline):
         result = torch.zeros(number, *image.shape[1:])
         for block in blocks:
             given = task.prepare(block.look(image).expand(number, -1, -1, -1), None, generators)
-            noise, anew = latents, None
-            if seeds:
-                at = lambda step, b=block: sizes.noise_at(sizes.of_step(seeds, step), b.top, b.left, b.outer)  # noqa: E731
-                noise, anew = at(-1), at
+            noise = sizes.noise_at(seeds, block.top, block.left, block.outer) if seeds else latents
+            anew = partial(sizes.noise_of_step, seeds, block) if seeds else None
             sample = denoise(given, latents=noise, predict=predict, new_noise=anew).cpu().clamp(-1, 1)
             known = block.crop(image).expand(number, -1, -1, -1)
             sizes.lay(result, task.compose(block.back(sample), Given(known=known, condition=known)), block)
@@ -647,7 +645,7 @@ class PalettePipeline(DiffusionPipeline):
             if seeds and begin is not None:
                 noise, inside = sizes.noise_at(seeds, block.top, block.left, block.outer, channels=6).split(3, dim=1)
                 # what is known within one block doesn't say whether the photograph is gray: the estimate does
-                anew = lambda step, b=block: sizes.noise_at(sizes.of_step(seeds, step), b.top, b.left, b.outer)  # noqa: E731
+                anew = partial(sizes.noise_of_step, seeds, block)
                 given = replace(given, known=begin, condition=torch.where(mask > 0, inside, given.condition))
             sample = begin
             if denoise is not None:

@@ -309,9 +309,10 @@ def noise_at(seeds: list[int], top: int, left: int, size: tuple[int, int], chann
     return torch.stack(noise)[..., top % CELL :, left % CELL :][..., :height, :width]
 
 
-def of_step(seeds: list[int], step: int) -> list[int]:
-    """Other seeds for the noise of a step of sampling; -1 keeps them."""
-    return [(seed + (step + 1) * 0x9E3779B97F4A7C15) % 2**62 for seed in seeds]  # 2^64 by the golden ratio
+def noise_of_step(seeds: list[int], block: View, step: int) -> torch.Tensor:
+    """`noise_at` a block, other noise for each step of sampling: (N, 3, *outer)."""
+    others = [(seed + (step + 1) * 0x9E3779B97F4A7C15) % 2**62 for seed in seeds]  # 2^64 by the golden ratio
+    return noise_at(others, block.top, block.left, block.outer)
 
 
 def enlarged(image: torch.Tensor, size: tuple[int, int], block: View) -> torch.Tensor:

@@ -46,7 +46,6 @@ DTYPES = {"": torch.float32, "no": torch.float32, "bf16": torch.bfloat16, "fp16"
 # what a student learns from of its teacher's sampling, all but the first on policy, and its own steps there
 LEARNT = ("slow_noise", "initial_noise", "sampling_spacing", "logsnr_min", "logsnr_max")
 STRAIGHT = dict(sampling_variance="zero", sampling_order=1)
-CALM = dict(source_eta=None)  # few steps have no room for new noise
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]
 
 
@@ -645,9 +644,10 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
     raw, main = unet, accelerator.is_main_process
     teacher = _teacher(settings, accelerator.device, precision_of(accelerator), raw)
     if teacher is not None:  # the noise that the student learns from, and its steps
-        names, own = (LEARNT, STRAIGHT | CALM) if settings.on_policy else (LEARNT[:1], CALM)
+        names, own = (LEARNT, STRAIGHT) if settings.on_policy else (LEARNT[:1], {})
         learnt = {name: teacher.pipe.scheduler.config[name] for name in names}
-        scheduler = build(type(scheduler), scheduler.config, **learnt, **own)
+        # few steps have no room for new noise
+        scheduler = build(type(scheduler), scheduler.config, **learnt, **own, source_eta=None)
     sharded, zero = accelerator.is_fsdp2, accelerator.distributed_type == "DEEPSPEED"
     gives = main or sharded  # what is saved, sampled and published
     spare = copy.deepcopy(unet) if sharded and main else None  # to sample with, and to publish

@@ -92,7 +92,7 @@ def test_ancestral_steps_of_second_order():
     assert spread(2, 24) < 0.2 * spread(1, 24)
 
 
-def test_eta_is_the_share_of_new_noise(pipe, seeded):
+def test_eta_is_the_share_of_new_noise(seeded):
     y, output = torch.randn(1, 3, 8, 8, generator=seeded()), torch.randn(1, 3, 8, 8, generator=seeded(1))
     kinds = ("zero", "fixed_small", "fixed_large")
     of = {v: PaletteScheduler(sampling_spacing="logsnr", sampling_variance=v) for v in kinds}
