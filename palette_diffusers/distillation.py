@@ -25,11 +25,18 @@ from .tasks import Given, get_task
 
 LOGSNR_MAX = 9.0  # of the levels that are trained
 LOGSNR_LAST = 6.0  # the noisiest level that a student's last step may be at
+LAST_SHARE = 0.25  # how often that step is trained, of how often each other is: little is left to learn there
+
+
+class Reached(Exception):
+    """A sampling is where it was to go."""
 
 
 class Start:
     """A network that remembers where its part of a sampling began, `sample` (B, 3, H, W) and its `gamma`: at once, or
-    after so many evaluations of another."""
+    after so many evaluations of another. With `ends`, the sampling is ended there, by `Reached`."""
+
+    ends = False
 
     def __init__(self, predict: Predict, before: Predict | None = None, evaluations: int = 0):
         self.predict, self.before, self.left = predict, before or predict, evaluations
@@ -41,6 +48,8 @@ class Start:
             return self.before(sample, gamma, condition)
         if self.sample is None:
             self.sample, self.gamma = sample, gamma
+            if self.ends:
+                raise Reached
         return self.predict(sample, gamma, condition)
 
 
@@ -107,16 +116,18 @@ class Teacher:
         pipe.set_progress_bar_config(disable=True)
         pipe.unet.requires_grad_(False).eval()
 
-    def pairs(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def pairs(self, batch: dict[str, torch.Tensor], alone: bool = False) -> dict[str, torch.Tensor]:
         """A batch of B samples => one of B x `levels`: `clean` is the teacher's picture, and `noise` what lies on the
         line through it and the teacher's first sample; `gamma` is that first sample's level, then drawn evenly in
-        log-SNR between it and `LOGSNR_MAX`."""
+        log-SNR between it and `LOGSNR_MAX`. Where the student is left `alone`, its own steps are taken, and the teacher
+        does not go on: `clean` stays the photograph, and `taught` is 0 instead of 1."""
         clean, noise, first = batch["clean"].clone(), batch["noise"].clone(), batch["gamma"].clone()
         for number, task in enumerate(self.tasks):
             rows = torch.nonzero(batch["task"] == number).flatten()
             if len(rows):
-                clean[rows], noise[rows], first[rows] = self._pair(batch, rows, task)
-        pairs = {name: batch[name] for name in ("condition", "mask", "task")} | {"clean": clean, "noise": noise}
+                clean[rows], noise[rows], first[rows] = self._pair(batch, rows, task, alone)
+        pairs = {name: batch[name] for name in ("known", "condition", "mask", "task")}
+        pairs |= {"clean": clean, "noise": noise, "taught": torch.full_like(first, not alone)}
         many = {name: value.repeat_interleave(self.levels, 0) for name, value in pairs.items()}
         low = torch.logit(first.double()).repeat_interleave(self.levels)
         share = torch.rand_like(low)
@@ -124,18 +135,22 @@ class Teacher:
         logsnr = torch.lerp(low, low.clamp_min(LOGSNR_MAX), share)
         return batch | many | {"gamma": torch.sigmoid(logsnr).float()}
 
-    def _pair(self, batch: dict[str, torch.Tensor], rows: torch.Tensor, task: Any) -> tuple[torch.Tensor, ...]:
+    def _pair(
+        self, batch: dict[str, torch.Tensor], rows: torch.Tensor, task: Any, alone: bool
+    ) -> tuple[torch.Tensor, ...]:
         """The teacher's pictures of some rows, the noise of their lines, and the level they begin at."""
         known, condition = batch["known"][rows], batch["condition"][rows, :3]
         given = Given(known=known, condition=condition, mask=batch["mask"][rows] if task.takes_mask else None)
         start, scheduler = Start(self.predict), self.pipe.scheduler
         if self.student is not None:
             start, self.pipe.scheduler = self._with_own_steps(task)
-        latents = batch["noise"][rows]
+        latents, start.ends = batch["noise"][rows], alone
         try:
             picture = self.pipe.denoise(
                 given, num_inference_steps=self.steps, latents=latents, predict=start, task=task
             )
+        except Reached:
+            picture = batch["clean"][rows]
         finally:
             self.pipe.scheduler = scheduler
         assert start.sample is not None
@@ -153,7 +168,7 @@ class Teacher:
         skipped = 0 if task.start is None else sum(level < task.start for level in levels)
         if skipped == number:  # too few steps for this task's start: from noise, as if it had none
             return Start(self.predict), self.pipe.scheduler
-        own = int(torch.randint(number - skipped, ()))
+        own = int((number - skipped - 1 + LAST_SHARE) * torch.rand(()))
         begin = levels[skipped + own]
         spacing = (high - low) / max(1, self.steps - 1)
         rest = np.linspace(begin, high, 1 + max(1, round((high - begin) / spacing))) if begin < high else [begin]

@@ -31,6 +31,7 @@ class Tally:
 
     def _reset(self) -> None:
         self._sums = torch.zeros(2, len(self.tasks) * (len(BINS) + 1), dtype=torch.float64)  # losses, counts
+        self._counts = torch.zeros(3, dtype=torch.float64)  # samples, those a critic looked at, and told
         self._waited, self._begin, self._bad = 0.0, time.perf_counter(), False
 
     @contextmanager
@@ -45,8 +46,11 @@ class Tally:
         self._bad |= not bool(torch.isfinite(losses).all())
         logsnr = torch.logit(batch["gamma"].double())
         cell = batch["task"] * (len(BINS) + 1) + torch.bucketize(logsnr, torch.tensor(BINS, dtype=torch.float64))
-        self._sums[0].index_add_(0, cell, losses)
-        self._sums[1].index_add_(0, cell, torch.ones_like(losses))
+        counts = batch.get("taught", torch.ones_like(losses)).double()
+        told = batch.get("told", torch.zeros(0))
+        self._counts += torch.tensor([len(losses), len(told), float(told.sum())])
+        self._sums[0].index_add_(0, cell, losses * counts)
+        self._sums[1].index_add_(0, cell, counts)
         self._unused += torch.tensor([float(batch["skipped"].sum()), float(batch["gray"].sum())])
 
     def finite(self) -> bool:
@@ -55,9 +59,11 @@ class Tally:
     def line(self, accelerator: Any, step: int) -> dict[str, Any]:
         """Closes a line: all processes together, written to the log by the main one."""
         seconds = time.perf_counter() - self._begin
-        sums, unused = self._sums, self._unused
+        sums, unused, samples = self._sums, self._unused, self._counts
         if accelerator.num_processes > 1:
-            sums, unused = (accelerator.reduce(x.float().to(accelerator.device)).cpu() for x in (sums, unused))
+            sums, unused, samples = (
+                accelerator.reduce(x.float().to(accelerator.device)).cpu() for x in (sums, unused, samples)
+            )
         losses, counts = sums.reshape(2, len(self.tasks), -1)
 
         def mean(dim: int) -> list[float | None]:
@@ -66,8 +72,8 @@ class Tally:
 
         line = {
             "step": step,
-            "loss": round((losses.sum() / counts.sum()).item(), 5),
-            "samples_per_second": round(counts.sum().item() / seconds, 1),
+            "loss": round((losses.sum() / counts.sum()).item(), 5) if counts.sum() else None,
+            "samples_per_second": round(samples[0].item() / seconds, 1),
             "waiting": round(self._waited / seconds, 3),
             "tasks": dict(zip(self.tasks, mean(1), strict=True)),
             "logsnr": mean(0),
@@ -75,6 +81,8 @@ class Tally:
             "gray": int(unused[1]),
             "left_out": self.left_out,
         }
+        if samples[1]:
+            line["told"] = round((samples[2] / samples[1]).item(), 3)
         if accelerator.is_main_process:
             half = self.log.is_file() and self.log.read_bytes()[-1:] not in (b"", b"\n")  # left by a kill
             with open(self.log, "a") as log:
@@ -181,9 +189,11 @@ def write_report(folder: Path, settings: TrainSettings) -> Path:
     def curve(get: Any) -> list[tuple[float, float]]:
         return [(line["step"], get(line)) for line in lines if get(line) is not None]
 
+    told = curve(lambda line: line.get("told"))
     charts = [
         _chart("Loss", {"all": curve(lambda line: line["loss"])}),
         _chart("Loss by task", {t: curve(lambda line, t=t: line.get("tasks", {}).get(t)) for t in settings.task_list}),
+        _chart("Patches that the critic tells apart", {"share": told}) if told else "",
         _chart("Samples a second", {"speed": curve(lambda line: line["samples_per_second"])}),
     ]
     edges = ["-inf", *[f"{b:g}" for b in BINS], "inf"]

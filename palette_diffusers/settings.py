@@ -71,6 +71,9 @@ class TrainSettings:
     levels: int = _field(4, "noise levels at which each of those pictures is trained")
     student_steps: int = _field(4, "default steps of the student that is published")
     on_policy: bool = _field(False, "the teacher goes on from where the student's own steps lead, up to that many")
+    adversarial: float = _field(0.0, "weight of a critic's loss, which compares pictures with photographs; 0 = none")
+    critic_rate: float = _field(1e-3, "learning rate of that critic")
+    teacher_every: int = _field(1, "the teacher goes on at each so many-th step; in the others the critic judges alone")
     # optimiser
     steps: int = _field(1_000_000, "optimiser steps in all")
     batch: int = _field(1024, "samples an optimiser step, over all processes and accumulated parts")
@@ -119,13 +122,13 @@ class TrainSettings:
                 raise ValueError(f"{entry.name} is {value!r}, expected one of {', '.join(c for c in choices if c)}")
         for name in (
             "size", "steps", "batch", "accumulate", "save_every", "keep", "log_every", "validate_steps", "levels",
-            "student_steps",
+            "student_steps", "teacher_every",
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         for name in (
             "seed", "warmup", "decay", "workers", "validate_every", "lora_rank", "snr_gamma", "weight_cap", "max_hours",
-            "clip", "shuffle_buffer", "teacher_steps", "bad_steps",
+            "clip", "shuffle_buffer", "teacher_steps", "bad_steps", "adversarial",
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
@@ -136,6 +139,8 @@ class TrainSettings:
             raise ValueError(f"shuffle_buffer is {self.shuffle_buffer}, but nothing streams: give streaming too")
         if not self.rate > 0:
             raise ValueError(f"rate is {self.rate}, expected above 0")
+        if not self.critic_rate > 0:
+            raise ValueError(f"critic_rate is {self.critic_rate}, expected above 0")
         self.numbers("task_weights"), self.numbers("loss_weights")
         if self.regression and self.prediction_type == "epsilon":
             raise ValueError("a regression twin has no noise to predict: prediction_type is 'epsilon'")
@@ -148,6 +153,10 @@ class TrainSettings:
                 f"on_policy is on, expected a teacher ({self.teacher!r}) and student_steps ({self.student_steps}) of 2 "
                 "or more; --no-on-policy leaves it out"
             )
+        if self.adversarial and not self.teacher:
+            raise ValueError(f"adversarial is {self.adversarial}, but there is no teacher, whose encoder a critic has")
+        if self.teacher_every > 1 and not (self.adversarial and self.on_policy):
+            raise ValueError(f"teacher_every is {self.teacher_every}, expected adversarial and on_policy with it, or 1")
         if self.prediction_type != "v_prediction" and self.unet.get("condition_skip") and not self.init:
             raise ValueError(
                 f"prediction_type is {self.prediction_type!r}, but the network's condition_skip needs v_prediction: "

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from .adversarial import Critic
 from .files import alone, write_text
 from .fused import use_fused_blocks
 from .norms import use_channels_last_norms
@@ -40,7 +41,7 @@ from .zero import autocast, configure, gradient_norm, load_optimizer_state, opti
 __all__ = ["PRESETS", "TrainSettings", "parse", "preset", "train"]
 
 DAMAGE = (zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError)
-COUNTED = ("gamma", "task", "skipped", "gray")
+COUNTED = ("gamma", "task", "skipped", "gray", "taught")
 WORKERS = 4  # of each loader, where several take turns
 DTYPES = {"": torch.float32, "no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # what a student learns from of its teacher's sampling, all but the first on policy, and its own steps there
@@ -86,6 +87,11 @@ def capped_weight(gamma: torch.Tensor, cap: float, prediction_type: str) -> torc
 
 def sample_losses(unet: torch.nn.Module, batch: dict[str, torch.Tensor], settings: TrainSettings) -> torch.Tensor:
     """Algorithm 1 of the paper on a batch of `PaletteDataset`: the loss of each sample, (B,)."""
+    return _losses(unet, batch, settings)[0]
+
+
+def _losses(unet: torch.nn.Module, batch: dict[str, torch.Tensor], settings: TrainSettings) -> tuple[torch.Tensor, ...]:
+    """The loss of each sample, what the network said, and of which noisy images."""
     gamma, noise, condition = batch["gamma"], batch["noise"], fill_holes(batch["condition"])
     if settings.regression:
         gamma, noise = torch.full_like(gamma, regression_gamma()), torch.zeros_like(noise)
@@ -99,7 +105,7 @@ def sample_losses(unet: torch.nn.Module, batch: dict[str, torch.Tensor], setting
         losses = losses * snr_weight(gamma, settings.snr_gamma, settings.prediction_type)
     if settings.weight_cap:
         losses = losses * capped_weight(gamma, settings.weight_cap, settings.prediction_type)
-    return losses
+    return losses, output, noisy
 
 
 def training_loss(unet: torch.nn.Module, batch: dict[str, torch.Tensor], settings: TrainSettings) -> torch.Tensor:
@@ -648,6 +654,14 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
         learnt = {name: teacher.pipe.scheduler.config[name] for name in names}
         # few steps have no room for new noise
         scheduler = build(type(scheduler), scheduler.config, **learnt, **own, source_eta=None)
+    critic: Any = None
+    critic_optimizer: Any = None
+    if settings.adversarial:
+        critic = Critic(teacher.pipe.unet, settings.task_list, settings.prediction_type).to(accelerator.device)
+        critic_optimizer = torch.optim.Adam(critic.parameters(), lr=settings.critic_rate, betas=(0.0, 0.99))
+        if state is not None:
+            critic.load_state_dict(state["critic"])
+            critic_optimizer.load_state_dict(state["critic_optimizer"])
     sharded, zero = accelerator.is_fsdp2, accelerator.distributed_type == "DEEPSPEED"
     gives = main or sharded  # what is saved, sampled and published
     spare = copy.deepcopy(unet) if sharded and main else None  # to sample with, and to publish
@@ -688,6 +702,8 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
             parts["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
             if settings.streaming:
                 parts["read"] = everywhere
+            if critic is not None:
+                parts |= dict(critic=critic.state_dict(), critic_optimizer=critic_optimizer.state_dict())
             world = dict(precision=precision_of(accelerator), processes=accelerator.num_processes)
             save_state(folder, step, settings.keep, **world, **parts)
 
@@ -738,19 +754,26 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
                     raise FloatingPointError(f"the gradient is not finite at step {at}: the last state is in {folder}")
 
     def work(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Losses of each sample; gradients of their mean are added to the parameters'."""
+        """Losses of each sample, and how well a critic tells it, (1 or 2, B); their gradients are added to the
+        parameters'."""
         with autocast(accelerator):
-            losses = sample_losses(unet, batch, settings)
-        loss = (losses * shares[batch["task"]]).mean()
+            losses, output, noisy = _losses(unet, batch, settings)
+        loss = (losses * shares[batch["task"]] * batch.get("taught", 1.0)).mean()
+        numbers = [losses.detach()]
+        if critic is not None:
+            student, own, right = critic.compare(critic.picture(output, noisy, batch), batch)
+            loss = loss + settings.adversarial * student.mean()
+            (own.mean() / settings.accumulate).backward()
+            numbers.append(right)
         if zero:
             unet.backward(loss)
             unet.step()  # clips and steps at the last part only
         else:
             accelerator.backward(loss / settings.accumulate)
-        return losses.detach()
+        return torch.stack(numbers)
 
     if settings.cuda_graph:
-        work = Replay(work, trained)
+        work = Replay(work, [*trained, *(critic.parameters() if critic is not None else ())])
     unet.train()
     bar = tqdm(total=settings.steps, initial=start, disable=not (main and sys.stderr.isatty()), unit="step")
     try:
@@ -769,10 +792,14 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
                 last = part == settings.accumulate - 1
                 with nullcontext() if last or zero else accelerator.no_sync(unet):
                     if teacher:
+                        photographs = batch["clean"].repeat_interleave(settings.levels, 0)
                         with autocast(accelerator):
-                            batch = teacher.pairs(batch)
-                    losses = work(batch)
-                later.put(step, losses=losses, **{name: batch[name] for name in COUNTED})
+                            batch = teacher.pairs(batch, alone=step % settings.teacher_every > 0)
+                        if critic is not None:
+                            batch = critic.draw(batch, photographs)
+                    losses, *told = work(batch)
+                numbers = {name: batch[name] for name in COUNTED if name in batch} | ({"told": told[0]} if told else {})
+                later.put(step, losses=losses, **numbers)
             norm = gradient_norm(unet) if zero else accelerator.clip_grad_norm_(trained, settings.clip or math.inf)
             # the same on every process; fp16's scaler expects some that are not finite, and skips those steps
             if accelerator.scaler is None:
@@ -782,6 +809,11 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
             if not settings.bad_steps or accelerator.scaler is not None or _may_step(optimizer, norm, sharded):
                 optimizer.step()
             optimizer.zero_grad()
+            if critic is not None:
+                for p in critic.parameters():
+                    p.grad = accelerator.reduce(p.grad, "mean")
+                critic_optimizer.step()
+                critic_optimizer.zero_grad()
             ema.step(trained)
             step += 1
             bar.update()

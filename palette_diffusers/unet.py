@@ -320,6 +320,29 @@ class PaletteUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
             gamma = timestep_of(gamma, beta_start, beta_end, int(steps))
         return self.time_proj(gamma * config.noise_embedding_scale)
 
+    def encode(
+        self, sample: torch.Tensor, gamma: torch.Tensor, condition: torch.Tensor
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor]:
+        """The half that looks: what `forward` is given, gamma being (B,), => the middle's output, the skip connections
+        from the finest to the coarsest, and the embedding (B, C) of the noise level."""
+        # embedding
+        temb = self.time_embedding(self.embed_noise_level(gamma).to(self.dtype))
+
+        # input
+        hidden = torch.cat([sample, condition], dim=1).to(self.dtype)
+        if self.config.patch_size > 1:
+            hidden = F.pixel_unshuffle(hidden, self.config.patch_size)
+        hidden = self.conv_in(hidden)
+
+        # encoder
+        skips = (hidden,)
+        for block in self.down_blocks:
+            hidden, states = block(hidden, temb)
+            skips += states
+
+        # middle
+        return self.mid_block(hidden, temb), skips, temb
+
     def forward(
         self,
         sample: torch.Tensor,
@@ -347,24 +370,8 @@ class PaletteUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
                 f"sample is {sample.shape[3]}x{sample.shape[2]}, expected multiples of {self.size_multiple} pixels"
             )
 
-        # embedding
         gamma = torch.as_tensor(noise_level, dtype=torch.float32, device=sample.device).expand(sample.shape[0])
-        temb = self.time_embedding(self.embed_noise_level(gamma).to(self.dtype))
-
-        # input
-        hidden = torch.cat([sample, condition], dim=1).to(self.dtype)
-        if self.config.patch_size > 1:
-            hidden = F.pixel_unshuffle(hidden, self.config.patch_size)
-        hidden = self.conv_in(hidden)
-
-        # encoder
-        skips = (hidden,)
-        for block in self.down_blocks:
-            hidden, states = block(hidden, temb)
-            skips += states
-
-        # middle
-        hidden = self.mid_block(hidden, temb)
+        hidden, skips, temb = self.encode(sample, gamma, condition)
 
         # decoder
         for block in self.up_blocks:
