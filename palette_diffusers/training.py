@@ -512,8 +512,9 @@ def _accelerator(settings: TrainSettings) -> Any:
         raise ValueError(
             f"Accelerate is configured for {name}, expected one process, DDP, FSDP with fsdp_version 2 or DeepSpeed"
         )
-    if kind in ("FSDP", "DEEPSPEED") and settings.on_policy:
-        raise ValueError(f"on_policy is on, but Accelerate is configured for {kind}: expected one process or DDP")
+    for name in ("on_policy", "adversarial"):
+        if kind in ("FSDP", "DEEPSPEED") and getattr(settings, name):
+            raise ValueError(f"{name} is on, but Accelerate is configured for {kind}: expected one process or DDP")
     if kind == "FSDP":
         if settings.channels_last:
             raise ValueError("channels_last is on, but FSDP divides only weights in the plain layout: leave it out")

@@ -1,5 +1,6 @@
 import copy
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from conftest import toy_unet
 from test_distillation import TASKS, batch_of, toy_teacher
 from test_replay import record_for
-from test_training import _stopped_at, fresh_accelerator, same, settings
+from test_training import _stopped_at, finish, fresh_accelerator, launch, same, settings
 
 from palette_diffusers import PaletteScheduler, adversarial, training
 from palette_diffusers.adversarial import Critic
@@ -151,6 +152,17 @@ def test_a_run_by_replayed_steps_has_the_same_critic(distilling, tmp_path, monke
     right, found = last_state(tmp_path / "run"), last_state(tmp_path / "replayed")
     for part in ("unet", "optimizer", "critic", "critic_optimizer"):
         torch.testing.assert_close(found[part], right[part], atol=0, rtol=0)
+
+
+def test_two_processes_have_one_critic(distilling, tmp_path):
+    """Each sees other samples, and both step by the mean of their gradients."""
+    names = ("data", "crops", "size", "batch", "steps", "workers", "warmup", "validate_every", "tasks", "init", "teacher",
+        "levels", "student_steps", "adversarial", "prediction_type")  # fmt: skip
+    chosen = [f"--{name.replace('_', '-')}={getattr(distilling, name)}" for name in names]
+    script = Path(__file__).with_name("critics.py")
+    out = finish(launch(*chosen, "--on-policy", f"--output={tmp_path / 'run'}", script=script, processes=2))
+    found = dict(re.findall(r"critic of (\d): (\S+)", out))
+    assert len(found) == 2 and found["0"] == found["1"]
 
 
 def test_its_weight_counts(distilling, tmp_path):
