@@ -47,6 +47,7 @@ FEW = (2, 4, 8, 16)
 FULL_NOISE = {"initial_noise": 1.0, "source_eta": None}  # as every solver of the library starts
 SOLVERS = {
     "checkpoint's own": Solver(PaletteScheduler, (1, 2, 3, 4, 6, 8, 12, 16, 32)),
+    "its own, half of the slow noise": Solver(PaletteScheduler, (4, 8), {"slow_noise": 0.5}),
     "DDIM, even in log-SNR": Solver(
         PaletteScheduler, (*FEW, 32), {"sampling_variance": "zero", "sampling_order": 1, **FULL_NOISE}
     ),

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .pipeline import PalettePipeline
+from .pipeline import FAR, PalettePipeline
 from .scheduler import PaletteScheduler
 from .sizes import Predict
 from .tasks import Given, get_task
@@ -166,7 +166,7 @@ class Teacher:
         last = min(LOGSNR_LAST, high) + (high - min(LOGSNR_LAST, high)) * float(torch.rand(()))
         levels = [float(level) for level in np.linspace(low, last, number)]
         skipped = 0 if task.start is None else sum(level < task.start for level in levels)
-        if skipped == number:  # too few steps for this task's start: from noise, as if it had none
+        if skipped == number or (skipped and levels[skipped] - task.start > FAR):  # too few steps for this task's start
             return Start(self.predict), self.pipe.scheduler
         own = int((number - skipped - 1 + LAST_SHARE) * torch.rand(()))
         begin = levels[skipped + own]

@@ -45,6 +45,7 @@ SHRUNK_EVENED = 0.8808  # the same of photographs that were made smaller, whose 
 SHRUNK_CONTRAST = 0.65  # the share of the contrast above 1 that those get
 CONTRASTED = 4  # steps up to there of which `chroma_contrast` is told; of more, each has less: measured from 2 to 9
 REFINE_FROM = 2.5  # log-SNR at which finer levels start from the coarser picture
+FAR = 6.0  # log-SNR; of two steps a task that starts at -4 would take the last alone, which sees no damage any more
 SOONER = 1.5  # log-SNR by which the last of few steps may come before that; more would leave grain
 
 
@@ -169,6 +170,11 @@ class PalettePipeline(DiffusionPipeline):
         """The network computes in its own dtype; in and out is float32."""
         return sizes.halving(lambda *given: self.unet(*given, return_dict=False)[0])(sample, gamma, condition)
 
+    def _is_far(self, first: int, start: float) -> bool:
+        """Whether a timestep is so far from `start` that more would be left out than a task meant to."""
+        level = torch.logit(noise_level(self.scheduler, self.scheduler.timesteps[first]).double())
+        return float(level) - start > FAR
+
     def _first_step(self, start: float) -> int:
         """The index of the first timestep at a log-SNR of at least `start`; their number where there is none."""
         gammas = torch.stack([noise_level(self.scheduler, t) for t in self.scheduler.timesteps]).cpu().double()
@@ -260,8 +266,10 @@ class PalettePipeline(DiffusionPipeline):
             estimate = _source(given) if first else None
         elif task is not None and task.start is not None:
             first = self._first_step(task.start)
-            if first < len(timesteps):  # too few steps for a start from the source are taken from noise
+            if first < len(timesteps) and not self._is_far(first, task.start):
                 estimate = _source(given)
+            else:  # too few steps for a start from the source are taken from noise
+                first = 0
         settings = self.scheduler.config
         evened = settings.get("chroma_guidance") if task is not None and task.strategy == "chroma" else 0
         exploding, sigma = variance_exploding(self.scheduler), self.scheduler.init_noise_sigma

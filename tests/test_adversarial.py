@@ -156,8 +156,8 @@ def test_a_run_by_replayed_steps_has_the_same_critic(distilling, tmp_path, monke
 
 def test_two_processes_have_one_critic(distilling, tmp_path):
     """Each sees other samples, and both step by the mean of their gradients."""
-    names = ("data", "crops", "size", "batch", "steps", "workers", "warmup", "validate_every", "tasks", "init", "teacher",
-        "levels", "student_steps", "adversarial", "prediction_type")  # fmt: skip
+    names = ("data", "crops", "size", "batch", "steps", "workers", "warmup", "validate_every", "tasks", "init",
+        "teacher", "levels", "student_steps", "adversarial", "prediction_type")  # fmt: skip
     chosen = [f"--{name.replace('_', '-')}={getattr(distilling, name)}" for name in names]
     script = Path(__file__).with_name("critics.py")
     out = finish(launch(*chosen, "--on-policy", f"--output={tmp_path / 'run'}", script=script, processes=2))

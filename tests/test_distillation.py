@@ -92,6 +92,9 @@ def test_a_teacher_goes_on_from_the_students_own_steps(folder, monkeypatch):
         for number, name in enumerate(TASKS):
             task, rows = get_task(name), torch.nonzero(batch["task"] == number).flatten()
             start, joined = teacher._with_own_steps(task)
+            if joined is scheduler:  # of two own steps the first is left out, and the last comes too late
+                assert name == "jpeg_restoration"
+                continue
             levels, own, skipped = np.array(joined.logsnrs), joined.own, joined.own - start.left
             joints.add((name, start.left))
             assert (np.diff(levels) > 0).all() and levels[-1] == 9 and levels[0] == -9

@@ -3,8 +3,8 @@
     accelerate launch train/distill_palette.py --teacher starter --init starter --data PATH
 
 The settings are those of train_palette.py, from the preset distill-64; `--teacher` and `--init` name the pipeline, and
-`--teacher-steps`, `--levels`, `--student-steps` and `--no-on-policy` say how; `--adversarial` adds a critic that compares
-the student's pictures with photographs. A run that was stopped goes on with --resume.
+`--teacher-steps`, `--levels`, `--student-steps` and `--no-on-policy` say how; `--adversarial` adds a critic that
+compares the student's pictures with photographs. A run that was stopped goes on with --resume.
 """
 
 import runpy
