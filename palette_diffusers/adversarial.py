@@ -57,9 +57,9 @@ class Critic(nn.Module):
 
     def picture(self, output: torch.Tensor, noisy: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The picture that an output stands for, with what is known put into it, as in sampling."""
-        y0 = out = predicted_original(output, noisy, batch["gamma"], self.prediction_type)
+        y0 = out = predicted_original(output, noisy, batch["gamma"], self.prediction_type).clamp(-1, 1)
         for number, task in enumerate(self.tasks):  # of all rows: a recording of the step cannot pick some
-            given = Given(batch["known"], batch["condition"][:, :3], batch["mask"])
+            given = Given(batch["known"], batch["condition"][:, :3], batch["mask"] if task.takes_mask else None)
             out = torch.where((batch["task"] == number)[:, None, None, None], task.guide(y0, given), out)
         return out
 

@@ -12,6 +12,7 @@ the picture that the teacher makes from there (on-policy distillation: DAgger, R
 "On-Policy Distillation of Language Models"). Images are (B, 3, H, W), RGB, [-1, 1].
 """
 
+import copy
 import math
 from typing import Any
 
@@ -143,7 +144,7 @@ class Teacher:
         given = Given(known=known, condition=condition, mask=batch["mask"][rows] if task.takes_mask else None)
         start, scheduler = Start(self.predict), self.pipe.scheduler
         if self.student is not None:
-            start, self.pipe.scheduler = self._with_own_steps(task)
+            start, self.pipe.scheduler, task = self._with_own_steps(task)
         latents, start.ends = batch["noise"][rows], alone
         try:
             picture = self.pipe.denoise(
@@ -158,16 +159,18 @@ class Teacher:
         noise = (start.sample - gamma.sqrt() * picture) / (1 - gamma).sqrt()
         return picture, noise, gamma.expand(len(rows))
 
-    def _with_own_steps(self, task: Any) -> tuple[Start, Any]:
-        """The student's first steps, as many as are drawn, then the teacher's, as far apart as they are otherwise."""
+    def _with_own_steps(self, task: Any) -> tuple[Start, Any, Any]:
+        """The student's first steps, as many as are drawn, then the teacher's, as far apart as they are otherwise; and
+        the task, without its start where these steps are too few for it, as in sampling."""
         config = self.pipe.scheduler.config
         low, high = config.logsnr_min, config.logsnr_max
         number = int(torch.randint(2, self.student_steps + 1, ()))
         last = min(LOGSNR_LAST, high) + (high - min(LOGSNR_LAST, high)) * float(torch.rand(()))
         levels = [float(level) for level in np.linspace(low, last, number)]
         skipped = 0 if task.start is None else sum(level < task.start for level in levels)
-        if skipped == number or (skipped and levels[skipped] - task.start > FAR):  # too few steps for this task's start
-            return Start(self.predict), self.pipe.scheduler
+        if skipped == number or (skipped and levels[skipped] - task.start > FAR):
+            task, skipped = copy.copy(task), 0
+            task.start = None
         own = int((number - skipped - 1 + LAST_SHARE) * torch.rand(()))
         begin = levels[skipped + own]
         spacing = (high - low) / max(1, self.steps - 1)
@@ -175,4 +178,4 @@ class Teacher:
         scheduler: Any = Joined.from_config(config)
         scheduler.logsnrs = [*levels[: skipped + own], *map(float, rest)]
         scheduler.own = skipped + own
-        return Start(self.predict, self.student, own), scheduler
+        return Start(self.predict, self.student, own), scheduler, task

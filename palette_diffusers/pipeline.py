@@ -172,7 +172,7 @@ class PalettePipeline(DiffusionPipeline):
 
     def _is_far(self, first: int, start: float) -> bool:
         """Whether a timestep is so far from `start` that more would be left out than a task meant to."""
-        level = torch.logit(noise_level(self.scheduler, self.scheduler.timesteps[first]).double())
+        level = torch.logit(noise_level(self.scheduler, self.scheduler.timesteps[first]).cpu().double())
         return float(level) - start > FAR
 
     def _first_step(self, start: float) -> int:

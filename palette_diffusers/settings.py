@@ -58,7 +58,7 @@ class TrainSettings:
     # tasks and objective
     tasks: str = _field("colorization,inpainting,uncropping,jpeg_restoration", "task names, comma-separated")
     task_weights: str = _field("", "how often tasks are drawn, TASK=NUMBER,TASK=NUMBER; 1 for the others")
-    loss_weights: str = _field("", "factors on the tasks' losses, TASK=NUMBER,TASK=NUMBER; 1 for the others")
+    loss_weights: str = _field("", "factors on the tasks' losses (not a critic's), TASK=NUMBER,TASK=NUMBER; else 1")
     prediction_type: str = _field("epsilon", "what the network predicts", ("epsilon", "v_prediction", "sample"))
     loss: str = _field("l2", "l2 (the paper), l1 or huber", ("l2", "l1", "huber"))
     snr_gamma: float = _field(0.0, "min-SNR weighting's gamma (Hang et al. 2023), 5 is usual; 0 = off")
@@ -71,7 +71,7 @@ class TrainSettings:
     levels: int = _field(4, "noise levels at which each of those pictures is trained")
     student_steps: int = _field(4, "default steps of the student that is published")
     on_policy: bool = _field(False, "the teacher goes on from where the student's own steps lead, up to that many")
-    adversarial: float = _field(0.0, "weight of a critic's loss, which compares pictures with photographs; 0 = none")
+    adversarial: float = _field(0.0, "weight of a critic that compares pictures with photographs; 0 = none")
     critic_rate: float = _field(1e-3, "learning rate of that critic")
     teacher_every: int = _field(1, "the teacher goes on at each so many-th step; in the others the critic judges alone")
     # optimiser
@@ -157,6 +157,8 @@ class TrainSettings:
             raise ValueError(f"adversarial is {self.adversarial}, but there is no teacher, whose encoder a critic has")
         if self.teacher_every > 1 and not (self.adversarial and self.on_policy):
             raise ValueError(f"teacher_every is {self.teacher_every}, expected adversarial and on_policy with it, or 1")
+        if self.teacher_every > 1 and self.levels > 1:  # further points of a line would show the photograph
+            raise ValueError(f"teacher_every is {self.teacher_every} and levels {self.levels}, expected 1 of either")
         if self.prediction_type != "v_prediction" and self.unet.get("condition_skip") and not self.init:
             raise ValueError(
                 f"prediction_type is {self.prediction_type!r}, but the network's condition_skip needs v_prediction: "

@@ -42,6 +42,7 @@ __all__ = ["PRESETS", "TrainSettings", "parse", "preset", "train"]
 
 DAMAGE = (zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError)
 COUNTED = ("gamma", "task", "skipped", "gray", "taught")
+CRITIC_CLIP = 10.0  # largest norm of a critic's gradient, which is 1 or less as a rule
 WORKERS = 4  # of each loader, where several take turns
 DTYPES = {"": torch.float32, "no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # what a student learns from of its teacher's sampling, all but the first on policy, and its own steps there
@@ -283,7 +284,7 @@ def _teacher(settings: TrainSettings, device: torch.device, precision: str, unet
     from .distillation import Teacher
 
     pipe = _pipeline(settings.teacher, settings.size).to(device)
-    if settings.on_policy:
+    if settings.on_policy or settings.adversarial:
         _check_alike(pipe, unet, settings)
     dtype = DTYPES.get(precision, torch.float32)
     predict: Any = None
@@ -297,7 +298,7 @@ def _teacher(settings: TrainSettings, device: torch.device, precision: str, unet
 
 
 def _check_alike(teacher: Any, unet: PaletteUNet2DModel, settings: TrainSettings) -> None:
-    """One sampling has both networks.
+    """One sampling has both networks, or what one says is shown to the other.
 
     Raises:
         ValueError: they predict, or are given, different things.
@@ -307,7 +308,8 @@ def _check_alike(teacher: Any, unet: PaletteUNet2DModel, settings: TrainSettings
         ("hole_skip", bool(teacher.unet.config.hole_skip), bool(unet.config.hole_skip)),
     ):
         if theirs != own:
-            raise ValueError(f"{name} is {own!r}, {settings.teacher}'s {theirs!r}: on_policy needs the same")
+            need = "on_policy needs" if settings.on_policy else "adversarial needs"
+            raise ValueError(f"{name} is {own!r}, {settings.teacher}'s {theirs!r}: {need} the same")
 
 
 @torch.no_grad()
@@ -584,6 +586,7 @@ def dry_run(settings: TrainSettings) -> None:
         f"data: {images}, tasks {', '.join(settings.task_list)}; a batch in {folder / 'batch.png'}\n"
         f"speed: {speed:.1f} samples a second on one {device}, {hours:.1f} hours to step {settings.steps:,}"
         + (" (eager: compile and cuda_graph are not tried)" if settings.compile or settings.cuda_graph else "")
+        + (" (without the teacher's work, and a critic's)" if settings.teacher else "")
     )
 
 
@@ -811,9 +814,11 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
                 optimizer.step()
             optimizer.zero_grad()
             if critic is not None:
-                for p in critic.parameters():
+                judging = list(critic.parameters())
+                for p in judging:
                     p.grad = accelerator.reduce(p.grad, "mean")
-                critic_optimizer.step()
+                if torch.isfinite(torch.nn.utils.clip_grad_norm_(judging, CRITIC_CLIP)):
+                    critic_optimizer.step()
                 critic_optimizer.zero_grad()
             ema.step(trained)
             step += 1
