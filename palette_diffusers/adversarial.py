@@ -63,12 +63,14 @@ class Critic(nn.Module):
             out = torch.where((batch["task"] == number)[:, None, None, None], task.guide(y0, given), out)
         return out
 
-    def features(self, image: torch.Tensor, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        """Of each resolution, and of the middle: (B, C, H, W) in float32."""
+    def features(
+        self, image: torch.Tensor, condition: torch.Tensor, batch: dict[str, torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Of each resolution, and of the middle: (B, C, H, W) in float32. The condition's hole is filled."""
         gamma = batch["critic_gamma"]
         noisy = diffuse(image, batch["critic_noise"], gamma)
         with torch.autocast(image.device.type, enabled=False):
-            middle, skips, _ = self._encode(noisy.to(self._dtype), gamma, fill_holes(batch["condition"]))
+            middle, skips, _ = self._encode(noisy.to(self._dtype), gamma, condition)
         last = {skip.shape[-1]: skip for skip in skips}
         return [feature.float() for feature in (*last.values(), middle)]
 
@@ -79,9 +81,10 @@ class Critic(nn.Module):
     def compare(self, fake: torch.Tensor, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """The student's loss of each sample, (B,), the critic's own, (B,), and the share of patches that it tells
         apart, (B,). Each has gradients for its own side alone; means over the hole where there is one."""
+        condition = fill_holes(batch["condition"])
         with torch.no_grad():
-            real = self.features(batch["real"], batch)
-        seen = self.features(fake, batch)
+            real = self.features(batch["real"], condition, batch)
+        seen = self.features(fake, condition, batch)
         own = self([torch.cat([a, b.detach()]) for a, b in zip(real, seen, strict=True)])
         frozen = {name: value.detach() for name, value in self.named_parameters()}
         judged = functional_call(self, frozen, (seen,))

@@ -660,9 +660,12 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
         scheduler = build(type(scheduler), scheduler.config, **learnt, **own, source_eta=None)
     critic: Any = None
     critic_optimizer: Any = None
+    judging: list[torch.nn.Parameter] = []
     if settings.adversarial:
         critic = Critic(teacher.pipe.unet, settings.task_list, settings.prediction_type).to(accelerator.device)
-        critic_optimizer = torch.optim.Adam(critic.parameters(), lr=settings.critic_rate, betas=(0.0, 0.99))
+        judging = list(critic.parameters())
+        options: dict[str, Any] = dict(lr=settings.critic_rate, betas=(0.0, 0.99), fused=torch.cuda.is_available())
+        critic_optimizer = torch.optim.Adam(judging, **options)
         if state is not None:
             critic.load_state_dict(state["critic"])
             critic_optimizer.load_state_dict(state["critic_optimizer"])
@@ -777,7 +780,7 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
         return torch.stack(numbers)
 
     if settings.cuda_graph:
-        work = Replay(work, [*trained, *(critic.parameters() if critic is not None else ())])
+        work = Replay(work, [*trained, *judging])
     unet.train()
     bar = tqdm(total=settings.steps, initial=start, disable=not (main and sys.stderr.isatty()), unit="step")
     try:
@@ -796,14 +799,13 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
                 last = part == settings.accumulate - 1
                 with nullcontext() if last or zero else accelerator.no_sync(unet):
                     if teacher:
-                        photographs = batch["clean"].repeat_interleave(settings.levels, 0)
+                        photographs = batch["clean"]
                         with autocast(accelerator):
                             batch = teacher.pairs(batch, alone=step % settings.teacher_every > 0)
                         if critic is not None:
-                            batch = critic.draw(batch, photographs)
-                    losses, *told = work(batch)
-                numbers = {name: batch[name] for name in COUNTED if name in batch} | ({"told": told[0]} if told else {})
-                later.put(step, losses=losses, **numbers)
+                            batch = critic.draw(batch, photographs.repeat_interleave(settings.levels, 0))
+                    numbers = dict(zip(("losses", "told"), work(batch), strict=False))
+                later.put(step, **numbers, **{name: batch[name] for name in COUNTED if name in batch})
             norm = gradient_norm(unet) if zero else accelerator.clip_grad_norm_(trained, settings.clip or math.inf)
             # the same on every process; fp16's scaler expects some that are not finite, and skips those steps
             if accelerator.scaler is None:
@@ -814,10 +816,9 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
                 optimizer.step()
             optimizer.zero_grad()
             if critic is not None:
-                judging = list(critic.parameters())
                 for p in judging:
                     p.grad = accelerator.reduce(p.grad, "mean")
-                if torch.isfinite(torch.nn.utils.clip_grad_norm_(judging, CRITIC_CLIP)):
+                if _may_step(critic_optimizer, torch.nn.utils.clip_grad_norm_(judging, CRITIC_CLIP), False):
                     critic_optimizer.step()
                 critic_optimizer.zero_grad()
             ema.step(trained)
