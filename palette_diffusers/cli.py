@@ -21,7 +21,8 @@ Output = Annotated[Path | None, typer.Option("-o", "--output", help="file or fol
 Steps = Annotated[int | None, typer.Option(help="network evaluations; default: the checkpoint's")]
 Texture = Annotated[bool | None, typer.Option(
     help="fills get the texture of their surroundings, where these have one; default: yes")]  # fmt: skip
-Speed = Annotated[str | None, typer.Option(help="fast, balanced or best; default: the checkpoint's solver")]
+Speed = Annotated[str | None, typer.Option(
+    help="fast (the model's student, if it has one), balanced or best; default: its own")]  # fmt: skip
 Seed = Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="the same seed makes the same picture")]
 Samples = Annotated[int, typer.Option(min=1, help="variations to write (OUT-1, OUT-2, ..., and OUT-sheet)")]
 Model = Annotated[str | None, typer.Option(help="folder, Hub id, starter-few-steps or starter (the default)")]

@@ -476,26 +476,28 @@ class Page:
         }
 
 
-def load(model: str | None = None, device: str = "auto") -> PalettePipeline:
-    """The pipeline on the fastest device, warm: a folder, a Hub id, or None for the starter checkpoint."""
+def load(model: str | None = None, device: str = "auto") -> tuple[PalettePipeline, PalettePipeline | None]:
+    """The pipeline on the fastest device, warm: a folder, a Hub id, or None for the starter checkpoint; and its student
+    for few steps, if it names one."""
     bound_caches()
     bound_arenas()
     with ThreadPoolExecutor(1) as other:  # whose team of threads goes with it (`machine.without_team`)
         return other.submit(_warm, model, chosen_device(device)).result()
 
 
-def _warm(model: str | None, device: str) -> PalettePipeline:
+def _warm(model: str | None, device: str) -> tuple[PalettePipeline, PalettePipeline | None]:
     pipe = PalettePipeline.from_pretrained(model, dtype=best_dtype(device)).to(device)
     lay_out(pipe.unet, device)
     pipe.set_progress_bar_config(disable=True)
+    few = pipe.load_student()
     if on_zero_gpu():  # there is none yet
-        return pipe
+        return pipe, few
     task = get_task(pipe.config.default_task)
     needed: dict[str, Any] = {"mask_image": "8,8,24,24"} if task.takes_mask else {}
     if task.name == "uncropping":
         needed = {"right": 8}
     pipe(Image.new("RGB", (64, 64)), num_inference_steps=1, **needed)
-    return pipe
+    return pipe, few
 
 
 def launch(
@@ -509,7 +511,8 @@ def launch(
     if user and not (colon and password):
         raise ValueError("PALETTE_LOGIN has no password, expected user:password")
     own_folder()
-    page = Page(Handlers(load(model or os.environ.get("PALETTE_MODEL"), device), limits))
+    pipe, few = load(model or os.environ.get("PALETTE_MODEL"), device)
+    page = Page(Handlers(pipe, limits, few))
     Image.MAX_IMAGE_PIXELS = limits.max_pixels
 
     async def health(request: Request) -> JSONResponse:

@@ -1,4 +1,5 @@
-"""Visitors share the network: what their jobs ask of it at the same time, at one size, is evaluated as one batch.
+"""Visitors share the network: what their jobs ask of it at the same time, at one size, is evaluated as one batch. Jobs
+of a student beside it share that in the same way, and take turns with the others.
 
 A job keeps a pipeline, a solver, steps, seed, previews and Stop of its own: it only asks here instead of the network,
 which takes a noise level for each sample. So jobs of any task, solver and step meet, come and go at every step, and
@@ -10,11 +11,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from threading import Condition
 
 import torch
 
-from .pipeline import BATCH, PalettePipeline
+from .pipeline import BATCH, PalettePipeline, evaluate
 
 PATIENCE = 0.02  # seconds, and no longer than the last took, that an evaluation waits for jobs between two of theirs
 
@@ -27,14 +29,16 @@ class Stopped(Exception):
 class _Asked:
     """One evaluation: sample (B, 3, H, W), gamma (), condition (B, C, H, W)."""
 
+    network: torch.nn.Module
     sample: torch.Tensor
     gamma: torch.Tensor
     condition: torch.Tensor
     answer: Future[torch.Tensor] = field(default_factory=Future)
 
     @property
-    def size(self) -> tuple[torch.Size, torch.Size]:
-        return self.sample.shape[1:], self.condition.shape[1:]
+    def kind(self) -> tuple[torch.nn.Module, torch.Size, torch.Size]:
+        """What those of a batch agree in."""
+        return self.network, self.sample.shape[1:], self.condition.shape[1:]
 
     @property
     def pixels(self) -> int:
@@ -42,10 +46,11 @@ class _Asked:
 
 
 class SharedNetwork:
-    """The network of `pipe`, for jobs that hold at most `pixels` of photographs together, so that memory is bounded."""
+    """The network of `pipe` (and others of its size), for jobs that hold at most `pixels` of photographs together, so
+    that memory is bounded."""
 
     def __init__(self, pipe: PalettePipeline, pixels: int):
-        self._evaluate = pipe._predict
+        self._evaluate = evaluate
         self._most = BATCH * pipe.unet.config.sample_size**2  # pixels of a batch
         self._asked: list[_Asked] = []
         self._worker = ThreadPoolExecutor(1)
@@ -74,7 +79,7 @@ class SharedNetwork:
             finally:
                 self._line.remove(own)
                 self._changed.notify_all()
-        pipe._predict = self.predict  # type: ignore[method-assign]
+        pipe._predict = partial(self.predict, pipe.unet)  # type: ignore[method-assign]
         try:
             yield
         finally:
@@ -83,13 +88,15 @@ class SharedNetwork:
                 self._held, self._jobs = self._held - pixels, self._jobs - 1
                 self._changed.notify_all()
 
-    def predict(self, sample: torch.Tensor, gamma: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+    def predict(
+        self, network: torch.nn.Module, sample: torch.Tensor, gamma: torch.Tensor, condition: torch.Tensor
+    ) -> torch.Tensor:
         """As `PalettePipeline._predict`; of the tiles of a large photograph, some at a time, so that others get on."""
         step = max(1, self._most // sample[0, 0].numel())
         if self._jobs < 2 or len(sample) <= step:
-            return self._ask(_Asked(sample, gamma, condition))
+            return self._ask(_Asked(network, sample, gamma, condition))
         parts = zip(sample.split(step), condition.split(step), strict=True)
-        return torch.cat([self._ask(_Asked(some, gamma, given)) for some, given in parts])
+        return torch.cat([self._ask(_Asked(network, some, gamma, given)) for some, given in parts])
 
     def _ask(self, asked: _Asked) -> torch.Tensor:
         with self._changed:
@@ -110,7 +117,7 @@ class SharedNetwork:
             first, *others = self._asked
             together, room = [first], self._most - first.pixels
             for other in others:
-                if other.size == first.size and other.pixels <= room:
+                if other.kind == first.kind and other.pixels <= room:
                     together.append(other)
                     room -= other.pixels
             self._asked = [asked for asked in self._asked if asked not in together]
@@ -130,7 +137,7 @@ class SharedNetwork:
                 return
         for asked in together:
             try:
-                asked.answer.set_result(self._evaluate(asked.sample, asked.gamma, asked.condition))
+                asked.answer.set_result(self._evaluate(asked.network, asked.sample, asked.gamma, asked.condition))
             except Exception as error:
                 asked.answer.set_exception(error)
 
@@ -138,4 +145,5 @@ class SharedNetwork:
         numbers = [len(asked.sample) for asked in together]
         sample = torch.cat([asked.sample for asked in together])
         gamma = torch.cat([asked.gamma.to(sample.device).expand(n) for asked, n in zip(together, numbers, strict=True)])
-        return self._evaluate(sample, gamma, torch.cat([asked.condition for asked in together])).split(numbers)
+        condition = torch.cat([asked.condition for asked in together])
+        return self._evaluate(together[0].network, sample, gamma, condition).split(numbers)

@@ -21,7 +21,7 @@ from .demo_jobs import LOST, SOLVERS, Step, Stops, borrowing_gpu, friendly, on_z
 from .demo_limits import Limits, choice, number, open_upload, stem, whole
 from .machine import accelerator_lost, without_team
 from .pipeline import PalettePipeline
-from .speed import SPEEDS
+from .speed import FAST, SPEEDS
 
 SHOWN = 1280  # pixels of the longer side on the page; files are full size
 SEEDS = 2**31 - 1
@@ -33,12 +33,13 @@ BATCH_TASKS = {"Colorize": "colorization", "Restore JPEG": "jpeg_restoration"}
 
 @dataclass(frozen=True)
 class Settings:
-    """What stands below the tabs, checked."""
+    """What stands below the tabs, checked. A speed chooses the solver, and has at most so many steps."""
 
     seed: int
     steps: int
     samples: int
     solver: str | None
+    speed: str | None = None
 
     @classmethod
     def checked(
@@ -47,8 +48,7 @@ class Settings:
         """A speed stands for a solver and its steps, and overrides both."""
         chosen = choice("speed", speed, SPEED_NAMES)
         if chosen:
-            name, number = SPEEDS[chosen]
-            number = min(number, limits.max_steps)
+            name, number = None, min(SPEEDS[chosen][1], limits.max_steps)
         else:
             name, number = choice("solver", solver, SOLVERS), whole("steps", steps, 1, limits.max_steps)
         return cls(
@@ -56,6 +56,7 @@ class Settings:
             steps=number,
             samples=whole("variations", samples, 1, limits.max_samples),
             solver=name,
+            speed=chosen,
         )
 
 
@@ -103,10 +104,11 @@ def gpu_seconds(
 
 
 class Handlers:
-    """Around one pipeline. A visitor's value is of any type until it is checked here."""
+    """Around one pipeline, and its student for few steps where it has `few`. A visitor's value is of any type until it
+    is checked here."""
 
-    def __init__(self, pipe: PalettePipeline, limits: Limits):
-        self.pipe, self.limits = pipe, limits
+    def __init__(self, pipe: PalettePipeline, limits: Limits, few: PalettePipeline | None = None):
+        self.pipe, self.few, self.limits = pipe, few, limits
         self.stops = Stops()
         self.unwell = ""  # what no later job can get round
         # ZeroGPU runs each job in a process of its own
@@ -224,14 +226,18 @@ class Handlers:
         self, picture: canvas.Picture, task: str, seed: int, settings: Settings, job: int, options: dict[str, Any]
     ) -> Iterator[Step | Image.Image]:
         """One variation, watched; what is given and what comes can go from process to process."""
+        pipe = with_solver(self.few if self.few and settings.speed == FAST else self.pipe, settings.solver)
+        number = settings.steps
+        if settings.speed:
+            number = min(number, pipe.speed(settings.speed).config.default_steps)
         steps = watch(
-            with_solver(self.pipe, settings.solver),
+            pipe,
             picture,
             self.stops.event(job),
             self.shared,
             task=task,
             generator=torch.Generator().manual_seed(seed),
-            num_inference_steps=settings.steps,
+            num_inference_steps=number,
             max_pixels=self.limits.max_pixels,
             **options,
         )

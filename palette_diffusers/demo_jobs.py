@@ -99,6 +99,7 @@ def with_solver(pipe: PalettePipeline, name: str | None) -> PalettePipeline:
         tasks=pipe.config.tasks,
         default_task=pipe.config.default_task,
         default_steps=pipe.config.default_steps,
+        few_steps=pipe.config.few_steps,
     )
     own.set_progress_bar_config(disable=True)
     return own

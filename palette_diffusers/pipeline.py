@@ -5,6 +5,7 @@ Images are (B, 3, H, W), RGB, [-1, 1]; masks (1, 1, H, W), 1 = generate.
 
 import copy
 import inspect
+import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -28,9 +29,10 @@ from .color import chroma, even_chroma, luma
 from .hints import Hints, Spread, read_hints
 from .machine import give_memory_back
 from .masks import border_mask, extend
+from .norms import ChannelsLastGroupNorm, lay_out
 from .optimize import Optimized, optimize
 from .scheduler import PaletteScheduler, calm, diffuse, noise_level, output_for, predicted_original, variance_exploding
-from .speed import solver_for
+from .speed import FAST, solver_for
 from .tasks import Colorization, Given, JPEGRestoration, Task, get_task, network_condition
 from .texture import add_texture, patch_size
 from .unet import PaletteUNet2DModel
@@ -56,6 +58,11 @@ class PalettePipelineOutput(BaseOutput):
     images: list[Image.Image] | np.ndarray | torch.Tensor
 
 
+def evaluate(unet: torch.nn.Module, sample: torch.Tensor, gamma: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+    """A network's output, in smaller batches where memory ends."""
+    return sizes.halving(lambda *given: unet(*given, return_dict=False)[0])(sample, gamma, condition)
+
+
 class PalettePipeline(DiffusionPipeline):
     """Image-to-image diffusion for colorization, inpainting, uncropping, JPEG restoration and a user's own tasks.
 
@@ -65,6 +72,9 @@ class PalettePipeline(DiffusionPipeline):
         tasks: the names of the tasks that the network was trained for; one string separates them by commas.
         default_task: the one that is used where none is named.
         default_steps: network evaluations where no number is given.
+        student: the name, as `from_pretrained` takes it, of this checkpoint's student for few steps, which
+            `speed("fast")` takes.
+        few_steps: of such a student, the most steps that it was trained for.
 
     >>> pipe = PalettePipeline.from_pretrained()  # doctest: +SKIP
     >>> pipe("photo.jpg", task="colorization").images[0].save("photo-colorized.png")  # doctest: +SKIP
@@ -80,11 +90,22 @@ class PalettePipeline(DiffusionPipeline):
         tasks: str | list[str] | tuple[str, ...] = ("colorization", "inpainting", "uncropping", "jpeg_restoration"),
         default_task: str = "colorization",
         default_steps: int = 20,
+        student: str | None = None,
+        few_steps: int | None = None,
     ):
         super().__init__()
+        if not isinstance(student, str | None):
+            raise ValueError(f"student is {student!r}, expected a checkpoint's name or None")
+        if few_steps is not None and (type(few_steps) is not int or few_steps < 1):
+            raise ValueError(f"few_steps is {few_steps!r}, expected a whole number of at least 1, or None")
         self.register_modules(unet=unet, scheduler=scheduler)
         tasks = tasks.split(",") if isinstance(tasks, str) else list(tasks)
-        self.register_to_config(tasks=tasks, default_task=default_task, default_steps=default_steps, _format=FORMAT)
+        self.register_to_config(
+            tasks=tasks, default_task=default_task, default_steps=default_steps, student=student, few_steps=few_steps,
+            _format=FORMAT,
+        )  # fmt: skip
+        self._taught = unet  # the network that the student is of
+        self._before_student: tuple[Any, ...] | None = None
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -107,6 +128,8 @@ class PalettePipeline(DiffusionPipeline):
         if Path(name).resolve() in SHIPPED.values():  # hold half precision only
             kwargs.setdefault("variant", "fp16")
             kwargs.setdefault("dtype", torch.float32)
+        if "unet" in kwargs:  # another network than the one whose student is named
+            kwargs.setdefault("student", None)
         if Path(name).resolve() == STUDENT:  # is the starter, with adapters; has no weights of its own
             variant = kwargs.pop("variant")
             if "unet" not in kwargs:
@@ -136,13 +159,58 @@ class PalettePipeline(DiffusionPipeline):
     def speed(self, name: str) -> "PalettePipeline":
         """Solver and steps by a name, "fast", "balanced" or "best" (`speed.SPEEDS`); `save_pretrained` keeps them.
 
+        "fast" changes to the checkpoint's student, where it names one: its network, scheduler and steps, until
+        another name is chosen (both networks stay in memory). A student itself takes its own steps, at most
+        `few_steps`, whatever the name. A network that was changed since it was loaded (by `optimize`, adapters or
+        hand) keeps its own weights.
+
         Raises:
-            ValueError: no such name.
+            ValueError: no such name. OSError, ValueError: the student can't be loaded; nothing has changed then.
         """
         before: Any = self.components["scheduler"]
-        self.scheduler, steps = solver_for(name, before.config)
+        solver, steps = solver_for(name, before.config)
+        if name == FAST and (few := self.load_student()):
+            self._before_student = self.unet, before, self.config.student
+            self.register_modules(unet=few.unet, scheduler=few.scheduler)
+            steps, most = few.config.default_steps, few.config.few_steps
+            self.register_to_config(default_steps=steps, student=None, few_steps=most)
+            return self
+        if name != FAST and self._before_student:
+            unet, before, student = self._before_student
+            # torch's own, since diffusers' warns of modules to be kept in float32, where there are none
+            unet = torch.nn.Module.to(unet, self.unet.device, self.unet.dtype)
+            self.register_modules(unet=unet, scheduler=before)
+            self.register_to_config(student=student, few_steps=None)
+            self._before_student = None
+            solver, steps = solver_for(name, before.config)
+        if self.config.few_steps is None:
+            self.scheduler = solver
+        else:
+            steps = min(steps, self.config.few_steps)
         self.register_to_config(default_steps=steps)
         return self
+
+    def load_student(self) -> "PalettePipeline | None":
+        """The student for few steps that this checkpoint names, on the same device and in the same dtype and layout;
+        None where it names none, or has another network now than the one it was loaded with.
+
+        Raises:
+            OSError, ValueError: it can't be loaded, as of `from_pretrained`, or lacks a task of this checkpoint's.
+        """
+        name = self.config.student
+        if name is None:
+            return None
+        if self.unet is not self._taught or getattr(self.unet, "peft_config", None):
+            message = "the network was changed since it was loaded: %s is not its student"
+            logging.getLogger(__name__).warning(message, name)
+            return None
+        student = type(self).from_pretrained(name, dtype=self.unet.dtype).to(self.unet.device)
+        missing = [task for task in self.config.tasks if task not in student.config.tasks]
+        if missing:
+            raise ValueError(f"{name}, this checkpoint's student, does not know {', '.join(missing)}")
+        if any(isinstance(module, ChannelsLastGroupNorm) for module in self.unet.modules()):
+            lay_out(student.unet, self.unet.device.type)
+        return student
 
     def optimize(self, compile: bool = False, int8: bool = False) -> Optimized:
         """Changes the network to what computes fastest on this machine, by measuring: `print` what comes back.
@@ -168,7 +236,7 @@ class PalettePipeline(DiffusionPipeline):
 
     def _predict(self, sample: torch.Tensor, gamma: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """The network computes in its own dtype; in and out is float32."""
-        return sizes.halving(lambda *given: self.unet(*given, return_dict=False)[0])(sample, gamma, condition)
+        return evaluate(self.unet, sample, gamma, condition)
 
     def _is_far(self, first: int, start: float) -> bool:
         """Whether a timestep is so far from `start` that more would be left out than a task meant to."""

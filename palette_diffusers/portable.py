@@ -121,7 +121,7 @@ def write_portable(pipe: PalettePipeline, folder: Path, kind: str = "onnx") -> f
         config = {k: v for k, v in unet.config.items() if not k.startswith("_")} | {"size_multiple": multiple}
         (part / "unet" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         pipe.scheduler.save_pretrained(part / "scheduler")
-        names = ("tasks", "default_task", "default_steps")
+        names = ("tasks", "default_task", "default_steps", "few_steps")
         about = {name: pipe.config[name] for name in names} | {"scheduler": type(pipe.scheduler).__name__}
         (part / "portable.json").write_text(json.dumps(about, indent=2) + "\n")
         error = 0.0

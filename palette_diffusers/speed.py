@@ -1,7 +1,8 @@
 """How fast or how good: solver and steps by a name.
 
 Chosen from a measured curve of quality against evaluations (`benchmarks/solvers.py`): our second-order sampler is as
-good as UniPC on colorization, inpainting and uncropping, better on JPEGs, and leaves no weave in large fills.
+good as UniPC on colorization, inpainting and uncropping, better on JPEGs, and leaves no weave in large fills. Where a
+checkpoint names a student for few steps, "fast" is that (`PalettePipeline.speed`).
 """
 
 import inspect
@@ -12,9 +13,10 @@ import diffusers
 
 from .scheduler import PaletteScheduler
 
+FAST = "fast"
 SPEEDS = {
     # name: (solver, steps)
-    "fast": ("PaletteScheduler", 4),
+    FAST: ("PaletteScheduler", 4),
     "balanced": ("PaletteScheduler", 8),
     "best": ("PaletteScheduler", 16),
 }

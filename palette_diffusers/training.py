@@ -885,7 +885,10 @@ def _publish(
         unet.fuse_lora()
         unet.unload_lora()
     tasks = settings.task_list
-    pipe = PalettePipeline(unet, scheduler, tasks=tasks, default_task=tasks[0], default_steps=default_steps)
+    pipe = PalettePipeline(
+        unet, scheduler, tasks=tasks, default_task=tasks[0], default_steps=default_steps,
+        few_steps=settings.student_steps if settings.teacher else None,
+    )  # fmt: skip
     pipe.save_pretrained(part)
     write_card(part / "README.md", settings, step, sum(p.numel() for p in unet.parameters()))
     shutil.rmtree(final, ignore_errors=True)

@@ -21,14 +21,14 @@ import numpy as np
 import pytest
 import requests
 import torch
-from conftest import free_port
+from conftest import free_port, toy_unet
 from PIL import Image
 from typer.testing import CliRunner
 
 gr = pytest.importorskip("gradio")
 from gradio_client import Client, handle_file  # noqa: E402
 
-from palette_diffusers import cli, demo, demo_handlers  # noqa: E402
+from palette_diffusers import PalettePipeline, PaletteScheduler, cli, demo, demo_handlers  # noqa: E402
 from palette_diffusers.demo_batches import Stopped  # noqa: E402
 from palette_diffusers.demo_handlers import Handlers, Settings, gpu_seconds  # noqa: E402
 from palette_diffusers.demo_jobs import SOLVERS, Step, watch, with_solver  # noqa: E402
@@ -202,7 +202,7 @@ def test_an_agent_finds_the_tasks_and_calls_one(server, photo):
 def test_it_starts_with_a_model_of_any_task(pipe, tmp_path, task):
     pipe.register_to_config(tasks=[task], default_task=task)
     pipe.save_pretrained(tmp_path)
-    assert demo.load(str(tmp_path)).config.tasks == [task]
+    assert demo.load(str(tmp_path))[0].config.tasks == [task]
 
 
 def test_old_files_are_deleted_while_others_come(monkeypatch, tmp_path, photo):
@@ -362,7 +362,7 @@ def test_a_full_queue_says_so_and_none_are_mixed_up(server, tmp_path, photo):
     ],
 )
 def test_a_network_that_fails(pipe, photo, monkeypatch, error, told, status):
-    monkeypatch.setattr(demo, "load", lambda *args: pipe)
+    monkeypatch.setattr(demo, "load", lambda *args: (pipe, None))
     forward, calls = pipe.unet.forward, 0
 
     def failing(*args, **options):
@@ -456,6 +456,40 @@ def test_a_speed_is_one_request_s_alone(pipe, photo):
         generator = torch.Generator().manual_seed(1)
         alone = own(photo, task="colorization", num_inference_steps=number, generator=generator).images[0]
         assert np.abs(made[speed] - np.asarray(alone)).max() <= 1, speed
+
+
+def test_fast_is_the_student_of_few_steps(pipe, photo):
+    """Beside jobs of the network itself, at the same time: no batch mixes the two."""
+    few = PalettePipeline(toy_unet(5), PaletteScheduler(initial_noise=0.7), default_steps=3, few_steps=3)
+    handlers, payload = Handlers(pipe, Limits(), few), data_url(encoded(Image.fromarray(photo)))
+    made, steps = {}, {}
+
+    def visit(speed):
+        *moments, result = handlers.moments(
+            "colorization", payload, handlers.photo(payload), settings(steps=6, speed=speed), speed
+        )
+        made[speed], steps[speed] = np.asarray(result.after).astype(int), {step.of for step in moments}
+
+    threads = [threading.Thread(target=visit, args=(speed,)) for speed in ("Fast", "Standard", "Balanced")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert steps == {"Fast": {3}, "Standard": {6}, "Balanced": {8}}
+    for speed, own in (("Fast", few), ("Standard", pipe)):
+        generator = torch.Generator().manual_seed(1)
+        alone = with_solver(own, None)(photo, num_inference_steps=steps[speed].pop(), generator=generator).images[0]
+        assert np.abs(made[speed] - np.asarray(alone)).max() <= 1, speed
+
+
+def test_the_demo_loads_the_student_that_a_checkpoint_names(pipe, tmp_path):
+    few = PalettePipeline(toy_unet(5), PaletteScheduler(), default_steps=3, few_steps=3)
+    few.save_pretrained(tmp_path / "few")
+    own = PalettePipeline(pipe.unet, pipe.scheduler, default_steps=8, student=str(tmp_path / "few"))
+    own.save_pretrained(tmp_path / "whole")
+    whole, student = demo.load(str(tmp_path / "whole"))
+    assert student.config.few_steps == 3 and student.unet.dtype == whole.unet.dtype
+    assert demo.load(str(tmp_path / "few"))[1] is None
 
 
 def test_stop_is_within_one_step(pipe, photo):
@@ -604,7 +638,7 @@ def test_the_tree_of_the_space_runs_by_itself(tmp_path):
     assert {"README.md", "app.py", "requirements.txt", "Dockerfile", "palette_diffusers/demo.py"} <= set(names)
     assert "palette_diffusers/starter/model_index.json" in names and "palette_diffusers/photographs/cat.jpg" in names
     assert not [n for n in names if "__pycache__" in n or n.endswith(".pyc")]
-    code = "import app, palette_diffusers.demo as d; print(d.__file__); print(d.load().config.default_task)"
+    code = "import app, palette_diffusers.demo as d; print(d.__file__); print(d.load()[0].config.default_task)"
     command, environment = [sys.executable, "-c", code], os.environ | {"PYTHONPATH": ""}
     out = subprocess.run(command, cwd=tmp_path / "space", env=environment, capture_output=True, text=True)
     assert str(tmp_path / "space") in out.stdout and "colorization" in out.stdout, out.stderr
@@ -679,7 +713,7 @@ def test_a_full_disk_is_told(pipe, photo, tmp_path, monkeypatch):
     def full(self, path, *args, **options):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(demo, "load", lambda *args: pipe)
+    monkeypatch.setattr(demo, "load", lambda *args: (pipe, None))
     app, url, _ = demo.launch(host="127.0.0.1", prevent_thread_lock=True, quiet=True)
     try:
         given = data_url(encoded(image)), 0, 4, "Standard"

@@ -85,7 +85,7 @@ def test_jobs_of_any_task_solver_and_steps_equal_those_alone(pipe, photo, batche
 
 def test_one_alone_waits_for_nobody(pipe):
     shared, given = SharedNetwork(pipe, 10**6), []
-    shared._evaluate = lambda *asked: given.append(asked) or asked[0]
+    shared._evaluate = lambda network, *asked: given.append(asked) or asked[0]
     asked = torch.randn(40, 3, 32, 32), torch.tensor(0.5), torch.randn(40, 3, 32, 32)
     with shared.job(pipe, 1, lambda: False):
         begun = time.monotonic()
@@ -98,17 +98,17 @@ def test_one_alone_waits_for_nobody(pipe):
 
 def test_a_large_job_asks_in_parts_while_others_work(pipe):
     shared, given = SharedNetwork(pipe, 10**6), []
-    shared._evaluate = lambda *asked: given.append(len(asked[0])) or asked[0] + 1
+    shared._evaluate = lambda network, *asked: given.append(len(asked[0])) or asked[0] + 1
     sample = torch.randn(40, 3, 32, 32)
     with shared.job(pipe, 1, lambda: False), shared.job(with_solver(pipe, None), 1, lambda: False):
-        assert (shared.predict(sample, torch.tensor(0.5), sample) == sample + 1).all()
+        assert (shared.predict(pipe.unet, sample, torch.tensor(0.5), sample) == sample + 1).all()
     assert given == [16, 16, 8]
 
 
 def test_a_batch_that_fails_fails_for_one_alone(pipe):
     shared = SharedNetwork(pipe, 10**6)
 
-    def evaluate(sample, gamma, condition):
+    def evaluate(network, sample, gamma, condition):
         if sample.isnan().any():
             raise MemoryError("no memory")
         return sample * gamma.reshape(-1, 1, 1, 1)
@@ -119,7 +119,7 @@ def test_a_batch_that_fails_fails_for_one_alone(pipe):
     def ask(sample, gamma):
         with shared.job(with_solver(pipe, None), 1, lambda: False):
             ready.wait()
-            return shared.predict(sample, torch.tensor(gamma), sample)
+            return shared.predict(pipe.unet, sample, torch.tensor(gamma), sample)
 
     ready = threading.Barrier(3)
     first, second, third = at_once([lambda s=s, g=g: ask(s, g) for s, g in zip(samples, (0.5, 0.5, 0.25), strict=True)])

@@ -290,7 +290,8 @@ def test_the_script_makes_a_student(folder, tmp_path, wrong, monkeypatch, capsys
     done = subprocess.run([sys.executable, DISTILL, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     pipe = PalettePipeline.from_pretrained(tmp_path / "run" / "pipeline")
-    assert pipe.config.default_steps == 2 and pipe.scheduler.config.slow_noise == 0, "the noise that it learnt from"
+    assert pipe.config.default_steps == pipe.config.few_steps == 2
+    assert pipe.scheduler.config.slow_noise == 0, "the noise that it learnt from"
     assert pipe.scheduler.config.sampling_variance == ("fixed_large" if wrong else "zero"), "its own steps"
     assert pipe.scheduler.config.source_eta is None
     before = PalettePipeline.from_pretrained(tmp_path / "teacher").unet.state_dict()

@@ -30,6 +30,100 @@ def test_an_unknown_speed_is_refused(pipe):
         pipe.speed("warp")
 
 
+@pytest.fixture
+def taught(tmp_path):
+    """A checkpoint that names its student, which is beside it."""
+    own = dict(sampling_spacing="logsnr", sampling_variance="zero", initial_noise=0.8)
+    few = PalettePipeline(toy_unet(1), PaletteScheduler(**own), default_steps=3, few_steps=3)
+    few.save_pretrained(tmp_path / "few")
+    scheduler = PaletteScheduler(**own | {"sampling_order": 2, "initial_noise": 0.9})
+    pipe = PalettePipeline(toy_unet(), scheduler, default_steps=8, student=str(tmp_path / "few"))
+    pipe.save_pretrained(tmp_path / "whole")
+    pipe = PalettePipeline.from_pretrained(tmp_path / "whole")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_fast_is_the_student_until_another_speed(taught, photo, seeded, tmp_path):
+    picture = lambda pipe: pipe(photo, generator=seeded(), output_type="pt").images  # noqa: E731
+    few = PalettePipeline.from_pretrained(tmp_path / "few")
+    few.set_progress_bar_config(disable=True)
+    before = picture(taught)
+    assert torch.equal(picture(taught.speed("fast")), picture(few)) and taught.config.default_steps == 3
+    assert torch.equal(picture(taught.speed("fast")), picture(few)), "twice is once"
+    taught.save_pretrained(tmp_path / "saved")
+    saved = PalettePipeline.from_pretrained(tmp_path / "saved")
+    assert saved.config.few_steps == 3 and saved.config.student is None
+    torch.testing.assert_close(picture(saved), picture(few))
+    taught.speed("balanced")
+    assert torch.equal(picture(taught), before) and taught.config.few_steps is None
+    assert torch.equal(picture(taught.speed("fast")), picture(few)), "and back"
+    assert taught.speed("best").config.default_steps == 16 and taught.scheduler.config.initial_noise == 0.9
+
+
+def test_the_student_is_as_its_checkpoint_is_now(taught):
+    """Device, dtype and layout are those of the network whose place it takes."""
+    from palette_diffusers.norms import ChannelsLastGroupNorm, lay_out
+
+    lay_out(taught.unet, "cpu")
+    torch.nn.Module.to(taught.unet, torch.bfloat16)
+    few = taught.speed("fast").unet
+    assert few.dtype == torch.bfloat16 and any(isinstance(part, ChannelsLastGroupNorm) for part in few.modules())
+    torch.nn.Module.to(few, torch.float32)
+    assert taught.speed("best").unet.dtype == torch.float32
+
+
+def test_a_changed_network_has_no_student(taught, tmp_path, caplog):
+    assert PalettePipeline.from_pretrained(tmp_path / "whole", unet=toy_unet(2)).config.student is None
+    own = taught.unet
+    taught.unet = toy_unet(2)
+    unet = taught.unet
+    assert taught.load_student() is None and "was changed since it was loaded" in caplog.text
+    assert taught.speed("fast").unet is unet and taught.config.default_steps == SPEEDS["fast"][1]
+    taught.unet = own
+    assert taught.load_student() is not None
+    own.peft_config = {"default": "adapters"}
+    assert taught.load_student() is None
+
+
+def test_a_student_that_is_not_there_changes_nothing(taught, tmp_path):
+    (tmp_path / "few" / "model_index.json").unlink()
+    before = taught.unet, taught.scheduler, dict(taught.config)
+    with pytest.raises(OSError, match="few"):
+        taught.speed("fast")
+    assert (taught.unet, taught.scheduler, dict(taught.config)) == before
+
+
+def test_a_student_knows_every_task_and_is_named_by_text(taught, tmp_path):
+    with pytest.raises(ValueError, match="student is 5, expected a checkpoint's name or None"):
+        PalettePipeline(taught.unet, taught.scheduler, student=5)
+    for wrong in (0, 2.0, True):
+        with pytest.raises(ValueError, match=f"few_steps is {wrong}, expected a whole number of at least 1"):
+            PalettePipeline(taught.unet, taught.scheduler, few_steps=wrong)
+    few = PalettePipeline(toy_unet(1), PaletteScheduler(), tasks="colorization,inpainting", few_steps=3)
+    few.save_pretrained(tmp_path / "few")
+    with pytest.raises(ValueError, match="few, this checkpoint's student, does not know uncropping, jpeg_restoration"):
+        taught.speed("fast")
+
+
+@pytest.mark.parametrize("name", list(SPEEDS))
+def test_a_student_takes_its_own_steps(tmp_path, taught, name):
+    few = PalettePipeline.from_pretrained(tmp_path / "few")
+    scheduler = few.scheduler
+    few.speed(name)
+    assert few.scheduler is scheduler and few.config.default_steps == 3
+
+
+def test_the_shipped_checkpoints_fast_is_its_shipped_student(photo, seeded):
+    pipe, few = PalettePipeline.from_pretrained(), PalettePipeline.from_pretrained("starter-few-steps")
+    pipe.speed("fast")
+    assert pipe.config.default_steps == few.config.default_steps == few.config.few_steps == 4
+    for one in (pipe, few):
+        one.set_progress_bar_config(disable=True)
+    first, second = (one(photo, generator=seeded(), output_type="pt").images for one in (pipe, few))
+    torch.testing.assert_close(first, second, atol=1e-5, rtol=0)
+
+
 S = 0.5  # standard deviation of the pictures of the Gaussian problem
 
 
