@@ -120,7 +120,7 @@ def page_share(url: str, process: psutil.Process, rounds: int = 5) -> dict[str, 
 
     from palette_diffusers.demo import load as load_pipe
 
-    pipe, shares = load_pipe(), {}
+    (pipe, _), shares = load_pipe(), {}
     for task, endpoint, side in SHARES:
         image, seen = Image.effect_noise((side, side), 60), []
         given = {"data": [{"url": picture(side, side), "meta": {"_type": "gradio.FileData"}}, 0, 8, "Standard"]}

@@ -9,7 +9,7 @@ from importlib import resources
 
 PIPELINE = (
     "color", "masks", "canvas", "coefficients", "machine", "sizes", "hints", "tasks", "scheduler", "texture", "unet",
-    "checkpoint", "speed", "winograd", "optimize", "pipeline",
+    "checkpoint", "speed", "winograd", "optimize", "norms", "pipeline",
 )  # fmt: skip
 FILES = {
     "palette_pipeline.py": PIPELINE,

@@ -87,11 +87,11 @@ def _load(model: str | None, device: str, dtype: str, speed: str | None = None) 
         pipe, device = load_portable(model), "cpu"  # type: ignore[arg-type]
     else:
         pipe = PalettePipeline.from_pretrained(model, dtype=best_dtype(device) if dtype == "auto" else known[dtype])
-        lay_out(pipe.unet, device)
+        lay_out(pipe.to(device).unet, device)
     if speed is not None:
         pipe.speed(speed)
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
-    return pipe.to(device)
+    return pipe
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ BATCH_TASKS = {"Colorize": "colorization", "Restore JPEG": "jpeg_restoration"}
 
 @dataclass(frozen=True)
 class Settings:
-    """What stands below the tabs, checked. A speed chooses the solver, and has at most so many steps."""
+    """What stands below the tabs, checked. A speed chooses solver and steps, which are here those of its name."""
 
     seed: int
     steps: int
@@ -229,7 +229,7 @@ class Handlers:
         pipe = with_solver(self.few if self.few and settings.speed == FAST else self.pipe, settings.solver)
         number = settings.steps
         if settings.speed:
-            number = min(number, pipe.speed(settings.speed).config.default_steps)
+            number = min(pipe.speed(settings.speed).config.default_steps, self.limits.max_steps)
         steps = watch(
             pipe,
             picture,

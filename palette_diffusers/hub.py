@@ -25,7 +25,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from . import __version__, canvas
 from .bundle import COMPONENTS, FILES, bundle
-from .checkpoint import variants
+from .checkpoint import is_local, variants
 from .files import new_folder, occupied
 from .pipeline import SHIPPED, STARTER, PalettePipeline
 from .report import draw_samples
@@ -143,6 +143,8 @@ def write_weights(pipe: PalettePipeline, tree: Path, max_shard_size: str = SHARD
     path = tree / "model_index.json"
     index = json.loads(path.read_text())
     index["tasks"] = ",".join(index["tasks"])  # diffusers takes every list for a component
+    if index["student"] and index["student"] not in SHIPPED and is_local(index["student"]):  # nobody else has it
+        index["student"] = None
     for name, value in index.items():
         if name == "_class_name":
             index[name] = [COMPONENTS[value], value]

@@ -40,6 +40,7 @@ from .unet import PaletteUNet2DModel
 STARTER = Path(__file__).resolve().with_name("starter")
 STUDENT = STARTER.with_name("starter-few-steps")
 SHIPPED = {path.name: path for path in (STARTER, STUDENT)}  # a Hub id has a slash
+ACCESS = ("token", "cache_dir", "local_files_only", "variant")  # of a checkpoint, which hold for its student, too
 BATCH = 16  # samples of a batch, at most
 AT_ONCE = 8_000_000  # pixels of variations that are made together
 EVENED = 0.7311  # gamma up to which chroma is evened out: log-SNR 1
@@ -106,6 +107,7 @@ class PalettePipeline(DiffusionPipeline):
         )  # fmt: skip
         self._taught = unet  # the network that the student is of
         self._before_student: tuple[Any, ...] | None = None
+        self._loaded_with: dict[str, Any] = {}
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -130,6 +132,7 @@ class PalettePipeline(DiffusionPipeline):
             kwargs.setdefault("dtype", torch.float32)
         if "unet" in kwargs:  # another network than the one whose student is named
             kwargs.setdefault("student", None)
+            kwargs.setdefault("few_steps", None)
         if Path(name).resolve() == STUDENT:  # is the starter, with adapters; has no weights of its own
             variant = kwargs.pop("variant")
             if "unet" not in kwargs:
@@ -140,7 +143,9 @@ class PalettePipeline(DiffusionPipeline):
                 kwargs["unet"] = torch.nn.Module.to(unet, kwargs["dtype"])
         if is_local(name) and "unet" not in kwargs:
             check_folder(Path(name), kwargs.get("variant"))
-        return super().from_pretrained(name, **kwargs)
+        pipe = super().from_pretrained(name, **kwargs)
+        pipe._loaded_with = {key: kwargs[key] for key in ACCESS if kwargs.get(key)}
+        return pipe
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:  # type: ignore[override]
@@ -160,34 +165,35 @@ class PalettePipeline(DiffusionPipeline):
         """Solver and steps by a name, "fast", "balanced" or "best" (`speed.SPEEDS`); `save_pretrained` keeps them.
 
         "fast" changes to the checkpoint's student, where it names one: its network, scheduler and steps, until
-        another name is chosen (both networks stay in memory). A student itself takes its own steps, at most
-        `few_steps`, whatever the name. A network that was changed since it was loaded (by `optimize`, adapters or
-        hand) keeps its own weights.
+        another name is chosen (both networks stay in memory). A pipeline that is a student (`few_steps`) stays as it
+        is, whatever the name. What was made of the network since then keeps its own weights: another network in its
+        place (`optimize` puts one there), or adapters that are attached; of one whose weights were changed in place,
+        say `register_to_config(student=None)`.
 
         Raises:
-            ValueError: no such name. OSError, ValueError: the student can't be loaded; nothing has changed then.
+            ValueError: no such name; the network is offloaded. OSError, ValueError: the student can't be loaded.
+                Nothing has changed then.
         """
         before: Any = self.components["scheduler"]
         solver, steps = solver_for(name, before.config)
         if name == FAST and (few := self.load_student()):
-            self._before_student = self.unet, before, self.config.student
+            self._before_student = self.unet, before, self.config.student, few.unet
             self.register_modules(unet=few.unet, scheduler=few.scheduler)
             steps, most = few.config.default_steps, few.config.few_steps
             self.register_to_config(default_steps=steps, student=None, few_steps=most)
             return self
         if name != FAST and self._before_student:
-            unet, before, student = self._before_student
-            # torch's own, since diffusers' warns of modules to be kept in float32, where there are none
-            unet = torch.nn.Module.to(unet, self.unet.device, self.unet.dtype)
-            self.register_modules(unet=unet, scheduler=before)
-            self.register_to_config(student=student, few_steps=None)
+            unet, before, student, few_unet = self._before_student
             self._before_student = None
-            solver, steps = solver_for(name, before.config)
+            if self._is_still(few_unet):
+                # torch's own, since diffusers' warns of modules to be kept in float32, where there are none
+                unet = torch.nn.Module.to(unet, self.unet.device, self.unet.dtype)
+                self.register_modules(unet=unet, scheduler=before)
+                self.register_to_config(student=student, few_steps=None)
+                solver, steps = solver_for(name, before.config)
         if self.config.few_steps is None:
             self.scheduler = solver
-        else:
-            steps = min(steps, self.config.few_steps)
-        self.register_to_config(default_steps=steps)
+            self.register_to_config(default_steps=steps)
         return self
 
     def load_student(self) -> "PalettePipeline | None":
@@ -196,21 +202,45 @@ class PalettePipeline(DiffusionPipeline):
 
         Raises:
             OSError, ValueError: it can't be loaded, as of `from_pretrained`, or lacks a task of this checkpoint's.
+            ValueError: the network is offloaded.
         """
         name = self.config.student
         if name is None:
             return None
-        if self.unet is not self._taught or getattr(self.unet, "peft_config", None):
+        if not self._is_still(self._taught):
             message = "the network was changed since it was loaded: %s is not its student"
             logging.getLogger(__name__).warning(message, name)
             return None
-        student = type(self).from_pretrained(name, dtype=self.unet.dtype).to(self.unet.device)
+        if name in SHIPPED and not SHIPPED[name].is_dir():  # this code is a published repository's
+            logging.getLogger(__name__).warning("the student %s ships with the package palette-diffusers only", name)
+            return None
+        device = self.unet.device
+        if device.type == "meta" or hasattr(self.unet, "_hf_hook"):
+            raise ValueError(f"the network is offloaded (to {device.type}): choose a speed before")
+        student = type(self).from_pretrained(name, dtype=self.unet.dtype, **self._loaded_with)
+        student.to(device, silence_dtype_warnings=True)
         missing = [task for task in self.config.tasks if task not in student.config.tasks]
         if missing:
             raise ValueError(f"{name}, this checkpoint's student, does not know {', '.join(missing)}")
+        if student.config.few_steps is None:
+            student.register_to_config(few_steps=student.config.default_steps)
         if any(isinstance(module, ChannelsLastGroupNorm) for module in self.unet.modules()):
-            lay_out(student.unet, self.unet.device.type)
+            lay_out(student.unet, device.type)
         return student
+
+    def _is_still(self, unet: torch.nn.Module) -> bool:
+        """Whether this is the network, without adapters."""
+        return self.unet is unet and not getattr(unet, "peft_config", None)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """As diffusers' own; a network that was changed since it was loaded has no student any more."""
+        student = self.config.student
+        if not self._is_still(self._taught):
+            self.register_to_config(student=None)
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.register_to_config(student=student)
 
     def optimize(self, compile: bool = False, int8: bool = False) -> Optimized:
         """Changes the network to what computes fastest on this machine, by measuring: `print` what comes back.

@@ -260,21 +260,24 @@ def _pipeline(name: str, size: int) -> Any:
     return pipe
 
 
-def _network(settings: TrainSettings) -> tuple[PaletteUNet2DModel, PaletteScheduler, int]:
+def _network(settings: TrainSettings) -> tuple[PaletteUNet2DModel, PaletteScheduler, int, int | None]:
     """The network, the scheduler and the steps that are published: new ones, or those of `init`."""
     if not settings.init:
         return (
             PaletteUNet2DModel(**settings.unet | {"sample_size": settings.size}),
             make_scheduler(settings),
             1 if settings.regression else 20,
+            None,
         )
     pipe = _pipeline(settings.init, settings.size)
     kind = pipe.scheduler.config.prediction_type
     if kind != settings.prediction_type:
         raise ValueError(f"{settings.init} predicts {kind}, the settings say {settings.prediction_type}")
     if settings.regression:
-        return pipe.unet.float(), make_scheduler(settings), 1
-    return pipe.unet.float(), pipe.scheduler, settings.student_steps if settings.teacher else pipe.config.default_steps
+        return pipe.unet.float(), make_scheduler(settings), 1, None
+    if settings.teacher:
+        return pipe.unet.float(), pipe.scheduler, settings.student_steps, settings.student_steps
+    return pipe.unet.float(), pipe.scheduler, pipe.config.default_steps, pipe.config.few_steps
 
 
 def _teacher(settings: TrainSettings, device: torch.device, precision: str, unet: PaletteUNet2DModel) -> Any:
@@ -340,12 +343,12 @@ def _adapt(unet: PaletteUNet2DModel, settings: TrainSettings) -> None:
             raise ValueError(f"{file} has adapters of layers that the network does not adapt: {', '.join(unknown)}")
 
 
-def _trainable(settings: TrainSettings) -> tuple[PaletteUNet2DModel, PaletteScheduler, int]:
+def _trainable(settings: TrainSettings) -> tuple[PaletteUNet2DModel, PaletteScheduler, int, int | None]:
     """As `_network`, with adapters where the settings ask for them."""
-    unet, scheduler, steps = _network(settings)
+    unet, *others = _network(settings)
     if settings.lora_rank:
         _adapt(unet, settings)
-    return unet, scheduler, steps
+    return unet, *others
 
 
 def _lay_out(unet: PaletteUNet2DModel, settings: TrainSettings) -> None:
@@ -550,7 +553,7 @@ def dry_run(settings: TrainSettings) -> None:
 
     folder = Path(settings.output)
     folder.mkdir(parents=True, exist_ok=True)
-    unet, scheduler, _ = _trainable(settings)
+    unet, scheduler, *_ = _trainable(settings)
     dataset = _dataset(settings, scheduler, bool(unet.config.hole_skip))
     loader = iter(_loader(dataset, settings, 0, 1))
     batch = next(loader)
@@ -625,7 +628,7 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
     # cuDNN's attention is known for NaNs in its backward pass on an H100 and H200 (NVIDIA/cudnn-frontend#160 and #1072,
     # pytorch/pytorch#196678); flash attention takes its place
     torch.backends.cuda.enable_cudnn_sdp(False)
-    unet, scheduler, default_steps = _trainable(settings)
+    unet, scheduler, default_steps, few_steps = _trainable(settings)
     if settings.cuda_graph and unet.config.dropout:
         raise ValueError(f"cuda_graph is on, but the network's dropout, {unet.config.dropout}, would be replayed too")
     _lay_out(unet, settings)
@@ -856,7 +859,7 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
     if gives:
         with averaged() as network:
             if network is not None:
-                _publish(network, scheduler, default_steps, settings, final, step)
+                _publish(network, scheduler, default_steps, few_steps, settings, final, step)
     if main:
         write_report(folder, settings)
         if step < settings.steps:
@@ -871,8 +874,8 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
 
 
 def _publish(
-    unet: PaletteUNet2DModel, scheduler: PaletteScheduler, default_steps: int, settings: TrainSettings, final: Path,
-    step: int,
+    unet: PaletteUNet2DModel, scheduler: PaletteScheduler, default_steps: int, few_steps: int | None,
+    settings: TrainSettings, final: Path, step: int,
 ) -> None:  # fmt: skip
     """The pipeline with its card, written beside and renamed; adapters are merged, and kept on their own too."""
     from .pipeline import PalettePipeline
@@ -886,9 +889,8 @@ def _publish(
         unet.unload_lora()
     tasks = settings.task_list
     pipe = PalettePipeline(
-        unet, scheduler, tasks=tasks, default_task=tasks[0], default_steps=default_steps,
-        few_steps=settings.student_steps if settings.teacher else None,
-    )  # fmt: skip
+        unet, scheduler, tasks=tasks, default_task=tasks[0], default_steps=default_steps, few_steps=few_steps
+    )
     pipe.save_pretrained(part)
     write_card(part / "README.md", settings, step, sum(p.numel() for p in unet.parameters()))
     shutil.rmtree(final, ignore_errors=True)

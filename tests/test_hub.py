@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from palette_diffusers import PalettePipeline, PaletteScheduler
 from palette_diffusers.bundle import FILES, bundle
-from palette_diffusers.hub import measured, publish, read_evaluation
+from palette_diffusers.hub import measured, publish, read_evaluation, write_weights
 
 ROOT = Path(__file__).parents[1]
 NAME = "me/palette-v1.0"  # a dot, as versions have: loaders make module names of it
@@ -158,6 +158,8 @@ for name in ("{NAME}", "me/fast", "me/student"):
     image = pipe({str(place / "photo.png")!r}, task="colorization", generator=generator).images[0]
     assert type(pipe).__name__ == "PalettePipeline" and not type(pipe).__module__.startswith("palette_diffusers")
     numpy.save(name.split("/")[-1] + ".npy", numpy.asarray(image))
+    pipe.register_to_config(student="starter-few-steps", few_steps=None)  # which this code has not
+    assert pipe.speed("fast").config.default_steps == 4 and pipe.load_student() is None
 """
     done = run(hub, tmp_path, code=code, PYTHONPATH="")
     pipes = [PalettePipeline.from_pretrained(name) for name in (place / "run" / "pipeline", tmp_path / "fast")]
@@ -169,6 +171,16 @@ for name in ("{NAME}", "me/fast", "me/student"):
         # matrix products may round otherwise where weights lie elsewhere in memory
         assert abs(here - there).max() <= 1 and (here != there).mean() < 1e-3
     assert "Expected types" not in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["a folder", "me/student", "starter-few-steps"])
+def test_a_student_of_this_machine_is_not_published(tmp_path, kind):
+    pipe, name = small_pipe(), str(tmp_path / "student") if kind == "a folder" else kind
+    small_pipe(1).save_pretrained(tmp_path / "student")
+    pipe.register_to_config(student=name)
+    write_weights(pipe, tmp_path / "out")
+    text = (tmp_path / "out" / "model_index.json").read_text()
+    assert json.loads(text)["student"] == (None if kind == "a folder" else name) and str(tmp_path) not in text
 
 
 def test_login_as_the_readme_says(hub, place, tmp_path):

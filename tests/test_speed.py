@@ -86,6 +86,50 @@ def test_a_changed_network_has_no_student(taught, tmp_path, caplog):
     assert taught.load_student() is None
 
 
+def test_a_changed_network_is_saved_without_its_student(taught, tmp_path):
+    taught.unet = toy_unet(2)
+    taught.save_pretrained(tmp_path / "changed")
+    assert PalettePipeline.from_pretrained(tmp_path / "changed").config.student is None
+    assert taught.config.student == str(tmp_path / "few")
+
+
+def test_a_network_put_in_after_fast_is_kept(taught):
+    own = taught.speed("fast").unet = toy_unet(2)
+    taught.speed("balanced")
+    assert taught.unet is own
+
+
+def test_students_that_do_not_say_their_steps_or_take_many(taught, tmp_path):
+    scheduler = PaletteScheduler(sampling_spacing="logsnr", sampling_variance="zero")
+    for default, few_steps in ((3, None), (8, 8)):
+        PalettePipeline(toy_unet(1), scheduler, default_steps=default, few_steps=few_steps).save_pretrained(
+            tmp_path / "few"
+        )
+        for _ in range(2):
+            taught.speed("fast")
+            assert taught.config.default_steps == taught.config.few_steps == default
+            assert taught.scheduler.config.sampling_order == 1
+        taught.speed("best")
+
+
+def test_the_student_is_fetched_as_its_teacher_was(taught, tmp_path, monkeypatch):
+    pipe = PalettePipeline.from_pretrained(tmp_path / "whole", local_files_only=True, token="secret")
+    asked, plain = {}, PalettePipeline.from_pretrained.__func__
+    monkeypatch.setattr(
+        PalettePipeline, "from_pretrained",
+        classmethod(lambda cls, name, **options: asked.update(options) or plain(cls, name, **options)),
+    )  # fmt: skip
+    pipe.load_student()
+    assert asked == {"dtype": torch.float32, "local_files_only": True, "token": "secret"}
+
+
+def test_a_speed_is_chosen_before_offloading(taught):
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.cpu_offload(taught.unet, torch.device("cpu"))
+    with pytest.raises(ValueError, match="is offloaded .*: choose a speed before"):
+        taught.speed("fast")
+
+
 def test_a_student_that_is_not_there_changes_nothing(taught, tmp_path):
     (tmp_path / "few" / "model_index.json").unlink()
     before = taught.unet, taught.scheduler, dict(taught.config)
@@ -97,6 +141,7 @@ def test_a_student_that_is_not_there_changes_nothing(taught, tmp_path):
 def test_a_student_knows_every_task_and_is_named_by_text(taught, tmp_path):
     with pytest.raises(ValueError, match="student is 5, expected a checkpoint's name or None"):
         PalettePipeline(taught.unet, taught.scheduler, student=5)
+    assert PalettePipeline.from_pretrained(tmp_path / "few", unet=toy_unet(2)).config.few_steps is None
     for wrong in (0, 2.0, True):
         with pytest.raises(ValueError, match=f"few_steps is {wrong}, expected a whole number of at least 1"):
             PalettePipeline(taught.unet, taught.scheduler, few_steps=wrong)
