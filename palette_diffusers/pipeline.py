@@ -178,7 +178,7 @@ class PalettePipeline(DiffusionPipeline):
         solver, steps = solver_for(name, before.config)
         if name == FAST and (few := self.load_student()):
             self._before_student = self.unet, before, self.config.student, few.unet
-            self.register_modules(unet=few.unet, scheduler=few.scheduler)
+            self.register_modules(**few.components)
             steps, most = few.config.default_steps, few.config.few_steps
             self.register_to_config(default_steps=steps, student=None, few_steps=most)
             return self

@@ -345,10 +345,10 @@ def _adapt(unet: PaletteUNet2DModel, settings: TrainSettings) -> None:
 
 def _trainable(settings: TrainSettings) -> tuple[PaletteUNet2DModel, PaletteScheduler, int, int | None]:
     """As `_network`, with adapters where the settings ask for them."""
-    unet, *others = _network(settings)
+    network = _network(settings)
     if settings.lora_rank:
-        _adapt(unet, settings)
-    return unet, *others
+        _adapt(network[0], settings)
+    return network
 
 
 def _lay_out(unet: PaletteUNet2DModel, settings: TrainSettings) -> None:
