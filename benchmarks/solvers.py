@@ -3,16 +3,17 @@
     python benchmarks/solvers.py --data PATH/TO/tiny-imagenet --count 200 --output benchmarks/results/solvers.json
     python benchmarks/solvers.py --solvers "paper's" --steps 1000 ...       # adds its rows to the file
     python benchmarks/solvers.py --solvers ... --steps 4,8 --start 2 ...    # from the sources, partly noised
-    python benchmarks/solvers.py --model starter-few-steps --solvers "checkpoint's own" --steps 1,2,4 ...
+    python benchmarks/solvers.py --model starter-few-steps --solvers "checkpoint's own" --steps 1,2,4 --seeds 0,1,2 ...
 
 Quality is the Frechet distance of the small classifier's features (`classifier.py`), lower is better; every solver sees
 the same sources and seeds, from all of the noise (`slow_noise` 1) and without `chroma_guidance`. A killed run goes on
-with the same command. --table prints the file as Markdown and --figure draws it.
+with the same command. --table prints the file as Markdown and --figure draws it, both with the mean over seeds.
 """
 
 import argparse
 import copy
 import json
+import statistics
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,13 +88,16 @@ class Bench:
             self.sources[task] = [Given.cat(each[i : i + BATCH]) for i in range(0, len(each), BATCH)]
         return self.sources[task]
 
-    def measure(self, solver: Solver, steps: int, task: str, start: float | None = None) -> dict[str, Any]:
-        """One point of the curve; `start` is the log-SNR at which sampling starts from the source."""
+    def measure(
+        self, solver: Solver, steps: int, task: str, start: float | None = None, seed: int = 0
+    ) -> dict[str, Any]:
+        """One point of the curve; `start` is the log-SNR at which sampling starts from the source, `seed` says which of
+        a picture's seeds is taken."""
         self.pipe.scheduler = build(solver.kind, self.config, **solver.config)
         rules = copy.copy(get_task(task))
         if start is not None:
             rules.start = start
-        evaluations, seed, out, begin = 0, 0, [], time.process_time()
+        evaluations, done, out, begin = 0, 0, [], time.process_time()
 
         def counting(*inputs: torch.Tensor) -> torch.Tensor:
             nonlocal evaluations
@@ -101,15 +105,15 @@ class Bench:
             return self.pipe._predict(*inputs)
 
         for given in self.given(task):
-            generators = [torch.Generator().manual_seed(sampling_seed(seed + i, 0)) for i in range(len(given.known))]
+            generators = [torch.Generator().manual_seed(sampling_seed(done + i, seed)) for i in range(len(given.known))]
             sample = self.pipe.denoise(given, generators, steps, predict=counting, task=rules)
             out.append(rules.compose(sample.cpu(), given))
-            seed += len(given.known)
+            done += len(given.known)
         distance = frechet_distance(self.features(torch.cat(out))[0], self.reference)
         return {
             "evaluations": evaluations // len(self.given(task)),
             "distance": round(distance, 3),
-            "seconds": round((time.process_time() - begin) / seed, 4),
+            "seconds": round((time.process_time() - begin) / done, 4),
         }
 
 
@@ -125,7 +129,7 @@ def table(rows: list[dict]) -> str:
             "| --- " * (len(columns) + 1) + "|",
         ]
         for name in dict.fromkeys(label(row) for row in here):
-            cells = {row["evaluations"]: f"{row['distance']:.2f}" for row in here if label(row) == name}
+            cells = {n: f"{distance:.2f}" for n, distance in points(here, name).items()}
             out.append(f"| {name} | " + " | ".join(cells.get(n, "") for n in columns) + " |")
     return "\n".join(out)
 
@@ -133,6 +137,13 @@ def table(rows: list[dict]) -> str:
 def label(row: dict) -> str:
     model = f"{row['model']}, " if row.get("model") else ""
     return model + row["solver"] + ("" if row["start"] is None else f", from log-SNR {row['start']:g}")
+
+
+def points(rows: list[dict], name: str) -> dict[int, float]:
+    """Evaluations => the mean of the seeds' distances, of the rows with this label."""
+    mine = [row for row in rows if label(row) == name]
+    each = sorted({row["evaluations"] for row in mine})
+    return {n: statistics.mean(row["distance"] for row in mine if row["evaluations"] == n) for n in each}
 
 
 def figure(rows: list[dict], path: Path) -> None:
@@ -147,10 +158,10 @@ def figure(rows: list[dict], path: Path) -> None:
     drawing, axes = plt.subplots(1, len(tasks), figsize=(4 * len(tasks), 3.8), squeeze=False)
     for panel, task in zip(axes[0], tasks, strict=True):
         for i, name in enumerate(names):
-            points = sorted((r["evaluations"], r["distance"]) for r in rows if (label(r), r["task"]) == (name, task))
-            if points:
+            curve = points([row for row in rows if row["task"] == task], name)
+            if curve:
                 style = dict(marker="os^vDPX"[i % 7], markersize=4, color=f"C{i}", linestyle="-" if i < 10 else ":")
-                panel.plot(*zip(*points, strict=True), label=name, **style)
+                panel.plot(list(curve), list(curve.values()), label=name, **style)
         panel.set(title=task, xscale="log", yscale="log", xlabel="network evaluations")
         panel.set_xticks(ticks := [1, 2, 4, 8, 16, 32, 1000], labels=map(str, ticks))
         panel.minorticks_off()
@@ -168,14 +179,14 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def extend(
-    path: Path, data: str, points: list[tuple[str, int, str]], count: int, model: str | None = None,
+    path: Path, data: str, wanted: list[tuple[str, int, str, int]], count: int, model: str | None = None,
     start: float | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Measures the points (solver, steps, task) that the file does not have, and writes each as it comes."""
+    """Measures the points (solver, steps, task, seed) that the file does not have, and writes each as it comes."""
     rows = read(path)
     shared = {"start": start, "count": count, "model": model and Path(model).name}
-    keys = [{"solver": n, "steps": s, "task": t} | shared for n, s, t in points]
-    keys = [key for key in keys if not any(key.items() <= ({"model": None} | row).items() for row in rows)]
+    keys = [{"solver": n, "steps": s, "task": t, "seed": k} | shared for n, s, t, k in wanted]
+    keys = [key for key in keys if not any(key.items() <= ({"model": None, "seed": 0} | row).items() for row in rows)]
     if not keys:
         return rows
     diffusers.utils.logging.set_verbosity_error()  # its solvers don't know all of our configuration
@@ -184,7 +195,7 @@ def extend(
     pipe.set_progress_bar_config(disable=True)
     bench = Bench(pipe, Photographs(data, pipe.unet.config.sample_size, count), load_features(CLASSIFIER))
     for key in keys:
-        rows.append(key | bench.measure(SOLVERS[key["solver"]], key["steps"], key["task"], start))
+        rows.append(key | bench.measure(SOLVERS[key["solver"]], key["steps"], key["task"], start, key["seed"]))
         print(json.dumps(rows[-1]), flush=True)
         write_text(path, json.dumps({"rows": rows}, indent=1) + "\n")
     return rows
@@ -198,6 +209,7 @@ def main() -> None:
     parser.add_argument("--tasks", default=",".join(PROTOCOLS["starter"]))
     parser.add_argument("--solvers", default=";".join(SOLVERS), help="names with semicolons between")
     parser.add_argument("--steps", default="", help="with commas; default: the solver's own list")
+    parser.add_argument("--seeds", default="0", help="with commas: each is a run of its own")
     parser.add_argument("--start", type=float, default=None, help="log-SNR to start from the source at")
     parser.add_argument("--output", type=Path, required=True, help="JSON file; rows that it has are not measured again")
     parser.add_argument("--table", action="store_true", help="print the file's rows as Markdown")
@@ -209,13 +221,14 @@ def main() -> None:
         unknown = set(args.solvers.split(";")) - set(SOLVERS)
         if unknown:
             parser.error(f"--solvers is {args.solvers!r}, expected some of {'; '.join(SOLVERS)}")
-        points = [
-            (name, steps, task)
+        wanted = [
+            (name, steps, task, seed)
             for name in args.solvers.split(";")
             for steps in (map(int, args.steps.split(",")) if args.steps else SOLVERS[name].steps)
             for task in args.tasks.split(",")
+            for seed in map(int, args.seeds.split(","))
         ]
-        rows = extend(args.output, args.data, points, args.count, args.model, args.start)
+        rows = extend(args.output, args.data, wanted, args.count, args.model, args.start)
     same = [row for row in rows if row["count"] == args.count]
     if args.table:
         print(table(same))
