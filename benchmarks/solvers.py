@@ -33,6 +33,8 @@ from palette_diffusers.tasks import Given, get_task
 
 CLASSIFIER = f"{Path(__file__).with_name('classifier.py')}:load_classifier"
 BATCH = 50
+LEVELS = (2, 2.5, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20)  # of distance, with a line in the figure
+NOISE = -20.0  # log-SNR at which a source is noise
 
 
 @dataclass(frozen=True)
@@ -136,23 +138,31 @@ def table(rows: list[dict]) -> str:
 
 def label(row: dict) -> str:
     model = f"{row['model']}, " if row.get("model") else ""
-    return model + row["solver"] + ("" if row["start"] is None else f", from log-SNR {row['start']:g}")
+    name, start = model + row["solver"], row["start"]
+    if start is None:
+        return name
+    return f"{name}, from noise" if start <= NOISE else f"{name}, from log-SNR {start:g}"
 
 
 def points(rows: list[dict], name: str) -> dict[int, float]:
-    """Evaluations => the mean of the seeds' distances, of the rows with this label."""
+    """Evaluations => the mean of the seeds' distances, of the rows with this label; of the fewest steps that take so
+    many."""
     mine = [row for row in rows if label(row) == name]
-    each = sorted({row["evaluations"] for row in mine})
-    return {n: statistics.mean(row["distance"] for row in mine if row["evaluations"] == n) for n in each}
+    curve: dict[int, float] = {}
+    for evaluations, steps in sorted({(row["evaluations"], row["steps"]) for row in mine}):
+        same = [row["distance"] for row in mine if (row["evaluations"], row["steps"]) == (evaluations, steps)]
+        curve.setdefault(evaluations, statistics.mean(same))
+    return curve
 
 
 def figure(rows: list[dict], path: Path) -> None:
-    """A panel a task: distance over evaluations, a line a solver."""
+    """A panel a task: distance over evaluations, a line a solver; of those that start later, only the task's own."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    rows = [row for row in rows if row["start"] is None or row["start"] <= NOISE]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     names = list(dict.fromkeys(label(row) for row in rows))
     drawing, axes = plt.subplots(1, len(tasks), figsize=(4 * len(tasks), 3.8), squeeze=False)
@@ -164,6 +174,9 @@ def figure(rows: list[dict], path: Path) -> None:
                 panel.plot(list(curve), list(curve.values()), label=name, **style)
         panel.set(title=task, xscale="log", yscale="log", xlabel="network evaluations")
         panel.set_xticks(ticks := [1, 2, 4, 8, 16, 32, 1000], labels=map(str, ticks))
+        low, high = panel.get_ylim()
+        shown_levels = [level for level in LEVELS if low <= level <= high]
+        panel.set_yticks(shown_levels, labels=[f"{level:g}" for level in shown_levels])
         panel.minorticks_off()
         panel.grid(alpha=0.3)
     axes[0][0].set_ylabel("FD-classifier (lower is better)")

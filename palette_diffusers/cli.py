@@ -410,6 +410,8 @@ def info(model: Model = None) -> None:
     print(f"model: {model or 'starter'}, {parameters / 1e6:.1f}M parameters, {pipe.unet.config.sample_size} pixels")
     print(f"tasks: {', '.join(pipe.config.tasks)} (default {pipe.config.default_task})")
     print(f"solver: {type(pipe.scheduler).__name__}, {pipe.config.default_steps} steps")
+    if pipe.config.student:
+        print(f"student, for --speed fast: {pipe.config.student}")
     half = "yes" if best_dtype("cpu") == torch.bfloat16 else "no"
     print(f"devices: cpu{', cuda' if torch.cuda.is_available() else ''}; bfloat16 {half}")
 

@@ -150,6 +150,17 @@ def test_date_and_place_can_be_left_out(files, photo):
         assert (files / "again.png").read_bytes() == target.read_bytes()
 
 
+def test_fast_is_the_shipped_student(tmp_path, photo):
+    """Of the same bits, laid out in the same way."""
+    Image.fromarray(photo).save(tmp_path / "in.png")
+    for name, options in (("fast", ["--speed", "fast"]), ("student", ["--model", "starter-few-steps"])):
+        out = invoke("colorize", tmp_path / "in.png", "-o", tmp_path / f"{name}.png", *options)
+        assert out.exit_code == 0, out.output
+    fast, student = (np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int) for name in ("fast", "student"))
+    assert abs(fast - student).max() <= 1 and (fast != student).mean() < 1e-3
+    assert "starter-few-steps" in invoke("info").output
+
+
 def test_info(files):
     out = invoke("info", "--model", files / "model")
     assert out.exit_code == 0 and "colorization" in out.output
