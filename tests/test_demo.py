@@ -431,23 +431,28 @@ def test_every_solver_works_and_leaves_the_pipeline_alone(pipe, photo, solver):
     assert (type(pipe.scheduler), dict(pipe.scheduler.config)) == before
 
 
-def test_a_speed_is_one_request_s_alone(pipe, photo):
-    """Fast jobs beside standard ones, at the same time, on one network: each gets what its own pipeline makes."""
-    handlers, payload = Handlers(pipe, Limits()), data_url(encoded(Image.fromarray(photo)))
-    before = type(pipe.scheduler), dict(pipe.scheduler.config), pipe.config.default_steps
-    made, steps = {}, {}
+def at_once(handlers, photo, number, speeds):
+    """Jobs of these speeds, together: their pictures, and of how many steps each told."""
+    payload, made, steps = data_url(encoded(Image.fromarray(photo))), {}, {}
 
     def visit(speed):
         *moments, result = handlers.moments(
-            "colorization", payload, handlers.photo(payload), settings(steps=12, speed=speed), speed
+            "colorization", payload, handlers.photo(payload), settings(steps=number, speed=speed), speed
         )
         made[speed], steps[speed] = np.asarray(result.after).astype(int), {step.of for step in moments}
 
-    threads = [threading.Thread(target=visit, args=(speed,)) for speed in ("Fast", "Standard", "Best")]
+    threads = [threading.Thread(target=visit, args=(speed,)) for speed in speeds]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
+    return made, steps
+
+
+def test_a_speed_is_one_request_s_alone(pipe, photo):
+    """Fast jobs beside standard ones, at the same time, on one network: each gets what its own pipeline makes."""
+    before = type(pipe.scheduler), dict(pipe.scheduler.config), pipe.config.default_steps
+    made, steps = at_once(Handlers(pipe, Limits()), photo, 12, ("Fast", "Standard", "Best"))
     assert (type(pipe.scheduler), dict(pipe.scheduler.config), pipe.config.default_steps) == before
     assert steps == {"Fast": {4}, "Standard": {12}, "Best": {16}}
     for speed, number in (("Standard", 12), ("Fast", None), ("Best", None)):
@@ -461,20 +466,7 @@ def test_a_speed_is_one_request_s_alone(pipe, photo):
 def test_fast_is_the_student_of_few_steps(pipe, photo):
     """Beside jobs of the network itself, at the same time: no batch mixes the two."""
     few = PalettePipeline(toy_unet(5), PaletteScheduler(initial_noise=0.7), default_steps=5, few_steps=5)
-    handlers, payload = Handlers(pipe, Limits(), few), data_url(encoded(Image.fromarray(photo)))
-    made, steps = {}, {}
-
-    def visit(speed):
-        *moments, result = handlers.moments(
-            "colorization", payload, handlers.photo(payload), settings(steps=6, speed=speed), speed
-        )
-        made[speed], steps[speed] = np.asarray(result.after).astype(int), {step.of for step in moments}
-
-    threads = [threading.Thread(target=visit, args=(speed,)) for speed in ("Fast", "Standard", "Balanced")]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    made, steps = at_once(Handlers(pipe, Limits(), few), photo, 6, ("Fast", "Standard", "Balanced"))
     assert steps == {"Fast": {5}, "Standard": {6}, "Balanced": {8}}
     for speed, own in (("Fast", few), ("Standard", pipe)):
         generator = torch.Generator().manual_seed(1)
