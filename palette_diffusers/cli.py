@@ -76,7 +76,10 @@ def _load(model: str | None, device: str, dtype: str, speed: str | None = None) 
     from .norms import lay_out
     from .pipeline import PalettePipeline
     from .portable import is_portable, load_portable
+    from .speed import check
 
+    if speed is not None:
+        check(speed)
     bound_caches()
     diffusers.utils.logging.disable_progress_bar()  # of loading two parts; a download has its own
     device = chosen_device(device)

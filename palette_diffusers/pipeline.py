@@ -194,6 +194,9 @@ class PalettePipeline(DiffusionPipeline):
         if self.config.few_steps is None:
             self.scheduler = solver
             self.register_to_config(default_steps=steps)
+        elif name != FAST:
+            message = "speed %r changes nothing: this is a student of at most %d steps"
+            logging.getLogger(__name__).warning(message, name, self.config.few_steps)
         return self
 
     def load_student(self) -> "PalettePipeline | None":
@@ -217,7 +220,11 @@ class PalettePipeline(DiffusionPipeline):
         device = self.unet.device
         if device.type == "meta" or hasattr(self.unet, "_hf_hook"):
             raise ValueError(f"the network is offloaded (to {device.type}): choose a speed before")
-        student = type(self).from_pretrained(name, dtype=self.unet.dtype, **self._loaded_with)
+        plain = {key: value for key, value in self._loaded_with.items() if key != "variant"}
+        try:
+            student = type(self).from_pretrained(name, dtype=self.unet.dtype, **self._loaded_with)
+        except ValueError:  # it may not have its teacher's variant
+            student = type(self).from_pretrained(name, dtype=self.unet.dtype, **plain)
         student.to(device, silence_dtype_warnings=True)
         missing = [task for task in self.config.tasks if task not in student.config.tasks]
         if missing:

@@ -23,14 +23,21 @@ SPEEDS = {
 SECOND_ORDER = {"sampling_spacing": "logsnr", "sampling_variance": "zero", "sampling_order": 2}
 
 
+def check(name: str) -> None:
+    """Raises:
+    ValueError: no such preset; the message lists those that are known.
+    """
+    if name not in SPEEDS:
+        raise ValueError(f"speed is {name!r}, expected {', '.join(SPEEDS)}")
+
+
 def solver_for(name: str, config: Any) -> tuple[Any, int]:
     """A preset's solver, built from a scheduler's configuration, and its number of steps.
 
     Raises:
         ValueError: no such preset; the message lists those that are known.
     """
-    if name not in SPEEDS:
-        raise ValueError(f"speed is {name!r}, expected {', '.join(SPEEDS)}")
+    check(name)
     solver, steps = SPEEDS[name]
     return named(solver, config), steps
 

@@ -152,11 +152,21 @@ def test_a_student_knows_every_task_and_is_named_by_text(taught, tmp_path):
 
 
 @pytest.mark.parametrize("name", list(SPEEDS))
-def test_a_student_takes_its_own_steps(tmp_path, taught, name):
+def test_a_student_takes_its_own_steps(tmp_path, taught, name, caplog):
     few = PalettePipeline.from_pretrained(tmp_path / "few")
     scheduler = few.scheduler
     few.speed(name)
     assert few.scheduler is scheduler and few.config.default_steps == 3
+    assert ("changes nothing: this is a student of at most 3 steps" in caplog.text) == (name != "fast")
+
+
+def test_a_student_need_not_have_its_teachers_variant(taught, tmp_path):
+    taught.save_pretrained(tmp_path / "half", variant="fp16")
+    pipe = PalettePipeline.from_pretrained(tmp_path / "half", variant="fp16")
+    assert pipe.load_student().config.few_steps == 3, "which was saved without one"
+    PalettePipeline.from_pretrained(tmp_path / "few").save_pretrained(tmp_path / "few-half", variant="fp16")
+    pipe.register_to_config(student=str(tmp_path / "few-half"))
+    assert pipe.load_student().config.few_steps == 3, "and one that has it alone"
 
 
 def test_the_shipped_checkpoints_fast_is_its_shipped_student(photo, seeded):
