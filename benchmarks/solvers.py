@@ -1,6 +1,6 @@
 """Quality against network evaluations, of every task and several solvers.
 
-    python benchmarks/solvers.py --data PATH/TO/tiny-imagenet --count 200 --output benchmarks/results/solvers.json
+    python benchmarks/solvers.py --data PATH/TO/tiny-imagenet --count 100 --output benchmarks/results/solvers.json
     python benchmarks/solvers.py --solvers "paper's" --steps 1000 ...       # adds its rows to the file
     python benchmarks/solvers.py --solvers ... --steps 4,8 --start 2 ...    # from the sources, partly noised
     python benchmarks/solvers.py --model starter-few-steps --solvers "checkpoint's own" --steps 1,2,4 --seeds 0,1,2 ...

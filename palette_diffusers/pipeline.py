@@ -32,7 +32,7 @@ from .masks import border_mask, extend
 from .norms import ChannelsLastGroupNorm, lay_out
 from .optimize import Optimized, optimize
 from .scheduler import PaletteScheduler, calm, diffuse, noise_level, output_for, predicted_original, variance_exploding
-from .speed import FAST, solver_for
+from .speed import FAST, check, solver_for
 from .tasks import Colorization, Given, JPEGRestoration, Task, get_task, network_condition
 from .texture import add_texture, patch_size
 from .unet import PaletteUNet2DModel
@@ -174,25 +174,23 @@ class PalettePipeline(DiffusionPipeline):
             ValueError: no such name; the network is offloaded. OSError, ValueError: the student can't be loaded.
                 Nothing has changed then.
         """
-        before: Any = self.components["scheduler"]
-        solver, steps = solver_for(name, before.config)
+        check(name)
         if name == FAST and (few := self.load_student()):
-            self._before_student = self.unet, before, self.config.student, few.unet
+            self._before_student = self.unet, self.components["scheduler"], self.config.student, few.unet
             self.register_modules(**few.components)
             steps, most = few.config.default_steps, few.config.few_steps
             self.register_to_config(default_steps=steps, student=None, few_steps=most)
             return self
         if name != FAST and self._before_student:
-            unet, before, student, few_unet = self._before_student
+            unet, scheduler, student, few_unet = self._before_student
             self._before_student = None
             if self._is_still(few_unet):
                 # torch's own, since diffusers' warns of modules to be kept in float32, where there are none
                 unet = torch.nn.Module.to(unet, self.unet.device, self.unet.dtype)
-                self.register_modules(unet=unet, scheduler=before)
+                self.register_modules(unet=unet, scheduler=scheduler)
                 self.register_to_config(student=student, few_steps=None)
-                solver, steps = solver_for(name, before.config)
         if self.config.few_steps is None:
-            self.scheduler = solver
+            self.scheduler, steps = solver_for(name, self.components["scheduler"].config)
             self.register_to_config(default_steps=steps)
         elif name != FAST:
             message = "speed %r changes nothing: this is a student of at most %d steps"
@@ -220,11 +218,13 @@ class PalettePipeline(DiffusionPipeline):
         device = self.unet.device
         if device.type == "meta" or hasattr(self.unet, "_hf_hook"):
             raise ValueError(f"the network is offloaded (to {device.type}): choose a speed before")
-        plain = {key: value for key, value in self._loaded_with.items() if key != "variant"}
+        access = {"dtype": self.unet.dtype} | self._loaded_with
         try:
-            student = type(self).from_pretrained(name, dtype=self.unet.dtype, **self._loaded_with)
+            student = type(self).from_pretrained(name, **access)
         except ValueError:  # it may not have its teacher's variant
-            student = type(self).from_pretrained(name, dtype=self.unet.dtype, **plain)
+            if not access.pop("variant", None):
+                raise
+            student = type(self).from_pretrained(name, **access)
         student.to(device, silence_dtype_warnings=True)
         missing = [task for task in self.config.tasks if task not in student.config.tasks]
         if missing:
