@@ -19,6 +19,7 @@ from .masks import box_mean
 
 MOST_HOLES, PART = 32, 2500  # that are sampled one by one; pixels a side that are sampled together if they are more
 BLOCK, LAP = 1472, 48  # pixels a side that are sampled at a time, so that memory stays bounded; how far they overlap
+TILES = 16  # of a large photograph that are evaluated at once, where they have 64 pixels a side
 CELL = 64  # pixels a side of noise that has one seed
 
 Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -433,7 +434,7 @@ def halving(predict: Predict) -> Predict:
     return halved
 
 
-def tiled(predict: Predict, tile: int, overlap: int, where: torch.Tensor | None = None, batch: int = 16) -> Predict:
+def tiled(predict: Predict, tile: int, overlap: int, where: torch.Tensor | None = None, batch: int = TILES) -> Predict:
     """Wraps a noise-predicting callable: tiles overlap, and their estimates are blended at every step.
 
     Tiles start at multiples of 16 pixels, so that a JPEG's 8x8 grid keeps its phase. A picture that fits into
