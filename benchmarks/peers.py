@@ -6,13 +6,15 @@ The checkouts are of Janspiry/Palette-Image-to-Image-Diffusion-Models and openai
 left out. diffusers' `UNet2DModel` is always there. Nothing of theirs is in this project. Calls take turns (A/B in one
 process); medians, and half of the range between the quartiles. Forwards are in evaluation mode. The peak is that of a
 3x3 convolution of 256 channels on a CPU, of a matrix product of 8192 on a GPU, and takes its turn among them; ours is
-in channels-last layout where it says so. float32 takes TF32 on a GPU, everyone's.
+in channels-last layout where it says so. float32 takes TF32 on a GPU, everyone's. What is measured is written
+after each round, so that a run that is ended early leaves it.
 """
 
 import argparse
 import copy
 import importlib
 import json
+import math
 import platform
 import statistics
 import sys
@@ -27,6 +29,7 @@ from diffusers import UNet2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from palette_diffusers import PaletteUNet2DModel
+from palette_diffusers.files import write_text
 from palette_diffusers.fused import use_fused_blocks
 from palette_diffusers.machine import best_device
 from palette_diffusers.norms import use_channels_last_norms
@@ -63,17 +66,37 @@ def machine() -> dict[str, str]:
     return about | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
 
-def interleaved(calls: dict[str, Callable], rounds: int) -> dict[str, tuple[float, float]]:
-    """Seconds of each call, one of each in turn, after one that is not counted: median, half the quartiles' range."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
+Times = dict[str, tuple[float, float]]
+
+
+def interleaved(
+    calls: dict[str, Callable], rounds: int, seconds: float = math.inf, report: Callable[[Times], None] | None = None
+) -> Times:
+    """Seconds of each call, one of each in turn, after one that is not counted: median, half the quartiles' range.
+
+    After so many seconds no call is begun any more, and what was not counted by then is left out. `report` gets what
+    there is after each round.
+    """
+    times: dict[str, list[float]] = {}
+    end = time.perf_counter() + seconds
     for i in range(rounds + 1):
         for name, call in calls.items():
             begin = time.perf_counter()
+            if begin > end:
+                break
             call()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if i:
-                times[name].append(time.perf_counter() - begin)
+                times.setdefault(name, []).append(time.perf_counter() - begin)
+            elif report is not None:
+                print(f"{name}: {time.perf_counter() - begin:.1f} s at first", file=sys.stderr, flush=True)
+        if report is not None:
+            report(_medians(times))
+    return _medians(times)
+
+
+def _medians(times: dict[str, list[float]]) -> Times:
     return {name: (statistics.median(values), _spread(values)) for name, values in times.items()}
 
 
@@ -177,7 +200,10 @@ def measure(
     compiled: bool,
     batch: int = 0,
     only: Sequence[str] = (),
+    seconds: float = math.inf,
+    report: Callable[[list[dict]], None] = lambda rows: None,
 ) -> list[dict]:
+    """A row of each call; `report` gets those that there are after every round."""
     *_, size, usual = NETWORKS[name]
     batch = batch or usual
     device = torch.get_default_device().type
@@ -255,13 +281,15 @@ def measure(
     work = {what: flops(name, y, gamma, x, train=what == "training") for what in ("forward", "training")}
     work["peak"] = PEAKS[device][1]
     made = {key: row for key, row in rows.items() if not only or any(text in "|".join(key) for text in only)}
-    seconds = interleaved({"|".join(key): row() for key, row in made.items()}, rounds)
-    return [_row(key, seconds, name, batch, device, work) for key in made]
+
+    def rows_of(times: Times) -> list[dict]:
+        return [_row(key, times, name, batch, device, work) for key in made if "|".join(key) in times]
+
+    calls = {"|".join(key): row() for key, row in made.items()}
+    return rows_of(interleaved(calls, rounds, seconds, lambda times: report(rows_of(times))))
 
 
-def _row(
-    key: tuple[str, str, str], seconds: dict[str, tuple[float, float]], name: str, batch: int, device: str, work: dict
-) -> dict:
+def _row(key: tuple[str, str, str], seconds: Times, name: str, batch: int, device: str, work: dict) -> dict:
     what, who, dtype = key
     median, spread = seconds["|".join(key)]
     row = {"network": name, "batch": batch, "what": what, "who": who, "dtype": dtype, "seconds": round(median, 4)}
@@ -278,6 +306,8 @@ def _row(
 def page(result: dict) -> str:
     """All rows as one Markdown table."""
     about = ", ".join(result["machine"].values())
+    if not result["rows"]:
+        return f"{about}\n\nnothing was measured in the time"
     keys = list(result["rows"][0])
     lines = [f"{about}\n", "| " + " | ".join(keys) + " |", "| --- " * len(keys) + "|"]
     rows = [[str(row.get(key, "")) for key in keys] for row in result["rows"]]
@@ -291,6 +321,7 @@ def main() -> None:
     parser.add_argument("--networks", default=";".join(USUAL), help="names with semicolons between")
     parser.add_argument("--batch", type=int, default=0, help="pictures at a time; default: the network's own for a CPU")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="then no call is begun: less rounds, or rows")
     parser.add_argument("--only", default="", help="rows with one of these: ours|bfloat16,Janspiry")
     parser.add_argument("--device", default=best_device(), help="default: the best there is")
     parser.add_argument("--compile", action="store_true", help="rows of torch.compile too (minutes)")
@@ -299,13 +330,20 @@ def main() -> None:
     torch.set_default_device(args.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.benchmark = True
     result: dict[str, Any] = {"machine": machine(), "rows": []}
-    for name in args.networks.split(";"):
-        only = [text for text in args.only.split(",") if text]
-        those = args.janspiry, args.guided_diffusion
-        result["rows"] += measure(name, *those, args.rounds, args.compile, args.batch, only)
+    only = [text for text in args.only.split(",") if text]
+    end = time.perf_counter() + args.minutes * 60
+
+    def write(rows: list[dict]) -> None:
         if args.output:
-            args.output.write_text(json.dumps(result, indent=2) + "\n")
-            args.output.with_suffix(".md").write_text(page(result) + "\n")
+            now = result | {"rows": result["rows"] + rows}
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            write_text(args.output, json.dumps(now, indent=2) + "\n")
+            write_text(args.output.with_suffix(".md"), page(now) + "\n")
+
+    for name in args.networks.split(";"):
+        settings = args.rounds, args.compile, args.batch, only, end - time.perf_counter()
+        result["rows"] += measure(name, args.janspiry, args.guided_diffusion, *settings, write)
+        write([])
     print(page(result))
 
 
