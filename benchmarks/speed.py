@@ -1,7 +1,7 @@
 """Speed and memory of this machine:  python benchmarks/speed.py [--output FILE]
 
 The networks against the peers' are in peers.py.
-sample: a 64-pixel picture by the starter at its default steps, once it is loaded (uncropping: to 96x64).
+sample: a 64-pixel picture by the starter, balanced and fast, once it is loaded (uncropping: to 96x64).
 large: whole photographs of 1 to 48 megapixels, time and peak memory, each in a process of its own.
 cold: `palette colorize` from the shell to the file, without anything loaded.
 data: degraded samples a second on one core, of the folders that --data and --crops name, in the first epoch and in
@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +24,19 @@ from peers import interleaved, machine, our_network
 from PIL import Image
 
 from palette_diffusers import PalettePipeline
+from palette_diffusers.norms import lay_out
+
+
+def load(speed: str) -> PalettePipeline:
+    """As the command line and the demo have it on a CPU that multiplies in bfloat16."""
+    pipe = PalettePipeline.from_pretrained(dtype=torch.bfloat16)
+    pipe.speed(speed)
+    pipe.set_progress_bar_config(disable=True)
+    lay_out(pipe.unet, "cpu")
+    return pipe
 
 
 def sample(rounds: int) -> dict:
-    pipe = PalettePipeline.from_pretrained(dtype=torch.bfloat16)
-    pipe.set_progress_bar_config(disable=True)
     from skimage import data
 
     photo = Image.fromarray(data.astronaut()).resize((64, 64))
@@ -39,23 +48,30 @@ def sample(rounds: int) -> dict:
         "uncropping": {"right": 0.5},
         "jpeg_restoration": {},
     }
-    calls = {task: (lambda task=task, extra=extra: pipe(photo, task=task, **extra)) for task, extra in jobs.items()}
-    row = {"steps": pipe.config.default_steps, "seconds": interleaved(calls, rounds)}
-    row["seconds"] = {k: round(v, 3) for k, (v, _) in row["seconds"].items()}
+    pipes = {speed: load(speed) for speed in SPEEDS}
+    calls = {
+        f"{task}, {speed}": (lambda pipe=pipe, task=task, extra=extra: pipe(photo, task=task, **extra))
+        for task, extra in jobs.items()
+        for speed, pipe in pipes.items()
+    }
+    row = {"steps": {speed: pipe.config.default_steps for speed, pipe in pipes.items()}}
+    row["seconds"] = {k: round(v, 3) for k, (v, _) in interleaved(calls, rounds).items()}
     print(json.dumps(row), flush=True)
     return row
 
 
 LARGE = (("colorization", 12), ("colorization", 48), ("inpainting", 12), ("uncropping", 1), ("jpeg_restoration", 1))
+SPEEDS = ("balanced", "fast")
 
 
 def large() -> list[dict]:
     """Each in a process of its own, since peak memory is a process's. The hole is 10% of one megapixel."""
     code = """
-import os, resource, sys, time, torch, numpy as np
+import os, resource, sys, time, numpy as np
 from PIL import Image
 from skimage import data
-from palette_diffusers import PalettePipeline
+sys.path.insert(0, sys.argv[4])
+from speed import load
 task, megapixels = sys.argv[1], float(sys.argv[2])
 width, height = round((megapixels * 4 / 3 * 1e6) ** 0.5), round((megapixels * 3 / 4 * 1e6) ** 0.5)
 photo = Image.fromarray(data.astronaut()).resize((width, height), Image.Resampling.BICUBIC)
@@ -66,8 +82,7 @@ if task == "inpainting":
     extra = {"mask_image": mask}
 elif task == "uncropping":
     extra = {"right": 0.25}
-pipe = PalettePipeline.from_pretrained(dtype=torch.bfloat16)
-pipe.set_progress_bar_config(disable=True)
+pipe = load(sys.argv[3])
 pipe(photo.resize((64, 64)))
 begin = time.perf_counter()
 pipe(photo, task=task, **extra)
@@ -77,9 +92,11 @@ if os.path.exists("/proc/self/status"):  # ru_maxrss is inherited from the paren
 print(seconds, peak / 2**20)
 """
     rows = []
-    for task, megapixels in LARGE:
-        seconds, peak = map(float, _run([sys.executable, "-c", code, task, str(megapixels)]).split()[-2:])
-        rows.append({"task": task, "megapixels": megapixels, "seconds": round(seconds, 1), "peak GiB": round(peak, 2)})
+    for (task, megapixels), speed in product(LARGE, SPEEDS):
+        command = [sys.executable, "-c", code, task, str(megapixels), speed, str(Path(__file__).parent)]
+        seconds, peak = map(float, _run(command).split()[-2:])
+        row = {"task": task, "megapixels": megapixels, "speed": speed}
+        rows.append(row | {"seconds": round(seconds, 1), "peak GiB": round(peak, 2)})
         print(json.dumps(rows[-1]), flush=True)
     return rows
 
