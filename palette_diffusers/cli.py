@@ -129,10 +129,14 @@ class _Work:
 
         entry = recipes.fingerprint(Path(mask)) if mask is not None and Path(mask).is_file() else mask
         options = {k: recipes.fingerprint(Path(v)) if k == "hints" else v for k, v in self.options.items()}
+        files = {"source": recipes.fingerprint(source), "mask": entry, "options": options}
+        return self.settings() | files | {"sample": 0, "samples": self.samples}
+
+    def settings(self) -> dict[str, Any]:
+        """What a recipe says of a picture whatever its files."""
         return {
-            "task": self.task, "source": recipes.fingerprint(source), "mask": entry, "model": self.model,
-            "dtype": self.dtype, "steps": self.steps, "seed": self.seed, "sample": 0, "samples": self.samples,
-            "speed": self.speed, "options": options, "no_exif": self.no_exif,
+            "task": self.task, "model": self.model, "dtype": self.dtype, "steps": self.steps, "seed": self.seed,
+            "speed": self.speed, "options": self.options, "no_exif": self.no_exif,
         }  # fmt: skip
 
     def finish(self, image: Any, recipe: dict[str, Any]) -> Any:
@@ -263,12 +267,32 @@ def _folder(work: _Work, mask: str | None) -> None:
         return [work.finish(image, work.recipe(job.source, job.mask)) for image, job in zip(images, some, strict=True)]
 
     with alone(work.output, rank):
-        report = folders.run(jobs[rank::processes], restore, work.overwrite, work.limit, sys.stderr.isatty())
+        mine = jobs[rank::processes]
+        otherwise = [] if work.overwrite else _made_otherwise(mine, work.settings())
+        report = folders.run(mine, restore, work.overwrite, work.limit, sys.stderr.isatty())
     print(f"{report.done} done, {report.skipped} there already, {len(report.failed)} failed")
+    if otherwise:
+        number = f"{len(otherwise)} of those" if len(otherwise) > 1 else "one of those"
+        print(f"palette: {number} made otherwise ({otherwise[0]}): --overwrite makes them anew", file=sys.stderr)
     for path, why in report.failed:
         print(f"palette: {path}: {' '.join(why.split())}", file=sys.stderr)
     if report.failed:
         raise typer.Exit(1)
+
+
+def _made_otherwise(jobs: list, settings: dict[str, Any]) -> list[str]:
+    """Of each result that is there by other settings, which: "seed 0, now 1". Without a recipe nobody knows."""
+    from . import recipes
+
+    found = []
+    for job in jobs:
+        try:
+            recipe = recipes.read(job.target)
+        except (OSError, ValueError):
+            continue
+        other = [f"{k} {recipe.get(k)}, now {v}" for k, v in settings.items() if recipe.get(k) != v]
+        found += ["; ".join(other)] if other else []
+    return found
 
 
 @app.command()

@@ -125,6 +125,29 @@ def test_an_accelerator_that_is_lost(album, tmp_path, pipe, monkeypatch):
     assert len(kept) == 1
 
 
+def test_results_of_other_settings_are_told(album, tmp_path, pipe, monkeypatch):
+    """They stay, since nobody asked to lose them; what made them is in the files."""
+    pipe.set_progress_bar_config(disable=True)
+    monkeypatch.setattr(cli, "_load", lambda *args: pipe)
+
+    def uncrop(*more):
+        told = CliRunner().invoke(cli.app, ["uncrop", str(album), "-o", str(tmp_path / "out"), "--steps", "1", *more])
+        assert told.exit_code == 0, told.output
+        return told.output
+
+    side = ["--right", "25%"]
+    assert "otherwise" not in uncrop(*side)
+    before = (tmp_path / "out" / "0.png").read_bytes()
+    assert uncrop(*side) == "0 done, 4 there already, 0 failed\n"
+    other = uncrop("--right", "16", "--seed", "1")
+    assert "4 of those made otherwise (seed 0, now 1; options {" in other and "--overwrite" in other, other
+    assert (tmp_path / "out" / "0.png").read_bytes() == before
+    Image.open(album / "1.png").save(tmp_path / "out" / "1.png")  # no recipe: nobody knows
+    assert "3 of those made otherwise (seed 0, now 1)" in uncrop(*side, "--seed", "1")
+    assert uncrop(*side, "--seed", "1", "--overwrite") == "4 done, 0 there already, 0 failed\n"
+    assert uncrop(*side, "--seed", "1") == "0 done, 4 there already, 0 failed\n"
+
+
 def test_bounded_look_ahead(album, tmp_path, monkeypatch):
     monkeypatch.setattr(folders, "AHEAD_PIXELS", 20_000)
     sizes = []
