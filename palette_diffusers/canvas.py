@@ -8,6 +8,7 @@ import itertools
 import math
 import os
 import re
+import struct
 import tempfile
 import warnings
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,21 @@ from PIL.PngImagePlugin import PngInfo
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")  # of photographs, where a folder is searched
 DEEP = ("PNG", "TIFF")  # formats that hold 16 bits
+KINDS = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".webp": "WEBP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".bmp": "BMP",
+    ".jp2": "JPEG2000",
+    ".avif": "AVIF",
+}  # suffix => format of what is written
+OPAQUE = ("JPEG", "BMP")  # formats without transparency that others would see
+TIFF_TAGS = (270, 271, 272, 305, 306, 315, 33432)  # of a TIFF that describe its picture, not its file
+SUBFOLDERS = (0x8769, 0x8825)  # of metadata: the camera's, and the place
+SRGB = {b"r": (0.4361, 0.2225, 0.0139), b"g": (0.3851, 0.7169, 0.0971), b"b": (0.1431, 0.0606, 0.7141)}  # XYZ, D50
 RECIPE = "palette"  # the text chunk of a PNG that says how it was made
 MAX_PIXELS = 50_000_000  # a decompression bomb is refused before it is decoded
 MAX_DOWNLOAD = 200_000_000  # bytes that are fetched from a URL
@@ -89,8 +105,9 @@ def _download(url: str) -> bytes:
 def _upright(picture: Image.Image, name: str) -> tuple[Image.Image, bytes]:
     """Orientation applied and its tag removed; and the metadata that is left, without what is damaged or too long."""
     try:
+        described = _described(picture) if picture.format == "TIFF" else None  # what is turned has none of it
         picture = ImageOps.exif_transpose(picture)
-        exif = picture.getexif()
+        exif = picture.getexif() if described is None else described
         content = exif.tobytes() if len(exif) else b""
     except Exception as error:  # its parser raises whatever it stumbles over, and the pixels are sound
         warnings.warn(f"{name}: damaged metadata is left out ({error})", LossWarning, stacklevel=4)
@@ -100,6 +117,19 @@ def _upright(picture: Image.Image, name: str) -> tuple[Image.Image, bytes]:
         warnings.warn(message, LossWarning, stacklevel=4)
         return picture, b""
     return picture, content
+
+
+def _described(picture: Image.Image) -> Image.Exif:
+    """A TIFF's metadata, without the tags that say how its pixels are stored."""
+    found, exif = picture.getexif(), Image.Exif()
+    for tag in TIFF_TAGS:
+        if tag in found:
+            exif[tag] = found[tag]
+    for tag in SUBFOLDERS:
+        entries = found.get_ifd(tag)
+        if entries:
+            exif[tag] = dict(entries)
+    return exif
 
 
 def _tell_depth(picture: Image.Image, name: str) -> None:
@@ -113,10 +143,11 @@ def _tell_depth(picture: Image.Image, name: str) -> None:
     tags = getattr(picture, "tag_v2", {})
     arguments = [tile[3] for tile in getattr(picture, "tile", [])]
     modes = [one if isinstance(one, str) else one[0] for one in arguments if isinstance(one, (str, tuple))]
-    deep = any(";16" in str(mode) for mode in modes)
-    if not deep and max(tags.get(258, (8,))) > 8:
+    deep, wide = any(";16" in str(mode) for mode in modes), max(tags.get(258, (8,))) > 8
+    apart = tags.get(284, 1) == 2 and tags.get(259, 1) == 1
+    if wide and (apart if not modes else not deep):
         raise ValueError(f"{name} has 16 bits a channel in separate planes, expected interleaved or compressed ones")
-    if deep:
+    if deep or wide:
         message = f"{name} has 16 bits a channel: colour is read at 8, so the finer half of each level is lost"
         warnings.warn(message, LossWarning, stacklevel=5)
 
@@ -128,7 +159,8 @@ def _from_pil(picture: Image.Image, name: str, max_pixels: int) -> Picture:
     if width < 1 or height < 1:
         raise ValueError(f"{name} is {width}x{height}, expected at least 1x1")
     profile = picture.info.get("icc_profile")
-    info = {"icc_profile": profile} if profile and len(profile) <= MAX_PROFILE else {}
+    known = profile and len(profile) <= MAX_PROFILE and profile[16:20] in (b"RGB ", b"GRAY")  # no inks, no Lab
+    info = {"icc_profile": profile} if known else {}
     _tell_depth(picture, name)
     picture.load()
     picture, exif = _upright(picture, name)
@@ -137,9 +169,6 @@ def _from_pil(picture: Image.Image, name: str, max_pixels: int) -> Picture:
     alpha = None
     if picture.mode == "La":  # which Pillow converts to LA alone
         picture = picture.convert("LA")
-    if picture.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        alpha = torch.from_numpy(np.asarray(picture.getchannel("A")).copy())[None, None].float() / 255
     if picture.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I", "F"):
         levels = np.asarray(picture).astype(np.float64)
         if not np.isfinite(levels).all():
@@ -147,9 +176,16 @@ def _from_pil(picture: Image.Image, name: str, max_pixels: int) -> Picture:
         deep = picture.mode.startswith("I;16") or levels.max() > 255
         high = 65535.0 if deep else 255.0 if levels.max() > 1 or picture.mode != "F" else 1.0
         gray = torch.from_numpy((levels / high).clip(0, 1) * 2 - 1).float()
-        return Picture(gray.expand(1, 3, -1, -1).contiguous(), alpha, info, deep=deep)
-    if picture.mode == "CMYK":
-        info.pop("icc_profile", None)  # describes inks, not the RGB that follows
+        clear = picture.info.get("transparency")
+        if isinstance(clear, int):
+            alpha = torch.from_numpy(levels != clear)[None, None].float()
+            if deep:
+                message = f"{name} has 16 bits and transparency: it is written at 8 bits"
+                warnings.warn(message, LossWarning, stacklevel=4)
+        return Picture(gray.expand(1, 3, -1, -1).contiguous(), alpha, info, deep=deep and alpha is None)
+    if picture.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        alpha = torch.from_numpy(np.asarray(picture.getchannel("A")).copy())[None, None].float() / 255
     pixels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)[None].contiguous()
     return Picture(pixels.float().div_(127.5).sub_(1), alpha, info)  # in place: a large photograph is large here
 
@@ -159,7 +195,9 @@ def _from_array(array: np.ndarray) -> Picture:
         array = array[..., None]
     if array.ndim != 3 or array.shape[-1] not in (1, 3, 4) or 0 in array.shape:
         raise ValueError(f"array is {array.shape}, expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)")
-    if array.dtype == np.uint8:
+    if array.dtype == np.bool_:
+        values = torch.from_numpy(array.astype(np.float32))
+    elif array.dtype == np.uint8:
         values = torch.from_numpy(array.astype(np.float32)) / 255
     elif array.dtype == np.uint16:
         values = torch.from_numpy(array.astype(np.float32)) / 65535
@@ -167,7 +205,7 @@ def _from_array(array: np.ndarray) -> Picture:
         values = torch.from_numpy(array.astype(np.float32))
         _check_range(values, 0.0, "array")
     else:
-        raise TypeError(f"array has dtype {array.dtype}, expected uint8, uint16 or a float in [0, 1]")
+        raise TypeError(f"array has dtype {array.dtype}, expected bool, uint8, uint16 or a float in [0, 1]")
     values = values.permute(2, 0, 1)[None]
     alpha = values[:, 3:] if values.shape[1] == 4 else None
     color = values[:, :3] if values.shape[1] > 1 else values.expand(-1, 3, -1, -1)
@@ -196,7 +234,7 @@ def _from_tensor(tensor: torch.Tensor) -> Picture:
 def read(source: ImageInput, max_pixels: int = MAX_PIXELS) -> Picture:
     """PIL image (any mode), path, URL, array or tensor => `Picture`, upright.
 
-    Arrays are (H, W[, 1, 3 or 4]), uint8, uint16 or float in [0, 1]; tensors (3, H, W) in [-1, 1].
+    Arrays are (H, W[, 1, 3 or 4]), bool, uint8, uint16 or float in [0, 1]; tensors (3, H, W) in [-1, 1].
 
     Raises:
         FileNotFoundError, IsADirectoryError: no such file.
@@ -268,7 +306,7 @@ def jpeg_quality(picture: Image.Image) -> int | None:
 
 
 def read_mask(source: ImageInput, size: tuple[int, int]) -> torch.Tensor:
-    """A mask, white = generate => (1, 1, H, W) of 0 and 1, the size of its picture.
+    """A mask, white = generate => (1, 1, H, W) of 0 and 1, the size of its picture. What is transparent is not white.
 
     Raises:
         ValueError: another size than the picture, or nothing to generate, or nothing to keep.
@@ -283,6 +321,7 @@ def read_mask(source: ImageInput, size: tuple[int, int]) -> torch.Tensor:
     else:
         picture = read(source, max(MAX_PIXELS, size[0] * size[1]))  # as large as its picture was allowed to be
         mask = (picture.image.mean(1, keepdim=True) > 0).float()
+        mask = mask if picture.alpha is None else mask * (picture.alpha > 0.5)
     if tuple(mask.shape[-2:]) != tuple(size):
         raise ValueError(
             f"mask is {mask.shape[-1]}x{mask.shape[-2]}, the image {size[1]}x{size[0]}: they must have the same size"
@@ -352,7 +391,51 @@ def to_pil(image: torch.Tensor, picture: Picture | None = None) -> Image.Image:
             pixels = np.concatenate([pixels, alpha[..., None]], axis=-1)
         out = Image.fromarray(pixels)
     out.info.update(info)
-    return out
+    return with_profile(out)
+
+
+def with_profile(image: Image.Image) -> Image.Image:
+    """An RGB picture whose profile is of gray gets one of RGB with the same curve, so that its levels stay and look the
+    same; a gray one loses a profile of RGB. In place."""
+    profile = image.info.get("icc_profile")
+    gray = image.mode in ("L", "LA") or image.mode.startswith("I")
+    if not profile or profile[16:20] == (b"GRAY" if gray else b"RGB "):
+        return image
+    made = None if gray or profile[16:20] != b"GRAY" else rgb_profile(profile)
+    if made is None:
+        del image.info["icc_profile"]
+        warnings.warn("the colour profile is left out: it does not fit the picture", LossWarning, stacklevel=4)
+    else:
+        image.info["icc_profile"] = made
+    return image
+
+
+def rgb_profile(profile: bytes) -> bytes | None:
+    """An ICC profile of gray => one of RGB (sRGB's primaries) with the same curve, in which R = G = B is that gray.
+    None where it has no such curve.
+
+    Source: ICC.1:2022, 7 and 8.3 to 8.4.
+    """
+    count = int.from_bytes(profile[128:132], "big")
+    found = {}
+    for i in range(min(count, 100)):
+        name, start, size = struct.unpack_from(">4sII", profile.ljust(132 + 12 * count, b"\0"), 132 + 12 * i)
+        found[name] = profile[start : start + size]
+    if not found.get(b"kTRC") or profile[20:24] != b"XYZ ":
+        return None
+    tags = {name: found[name] for name in (b"desc", b"cprt", b"wtpt") if name in found}
+    for name, values in SRGB.items():
+        tags[name + b"XYZ"] = b"XYZ \0\0\0\0" + struct.pack(">3i", *(round(65536 * value) for value in values))
+    tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), found[b"kTRC"])
+    start = 132 + 12 * len(tags)
+    table, data, places = struct.pack(">I", len(tags)), b"", {}
+    for name, content in tags.items():
+        if content not in places:
+            places[content] = start + len(data)
+            data += content + b"\0" * (-len(content) % 4)
+        table += struct.pack(">4sII", name, places[content], len(content))
+    header = struct.pack(">I", start + len(data)) + profile[4:12] + b"mntrRGB XYZ " + profile[24:84] + bytes(44)
+    return header + table + data
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -366,6 +449,21 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def kind_of(path: Path) -> str:
+    """The format that a picture of this name is written in.
+
+    Raises:
+        ValueError: a suffix that is not among `KINDS`. FileNotFoundError: its folder is not there.
+    """
+    kind = KINDS.get(path.suffix.lower())
+    Image.init()
+    if kind not in Image.SAVE:
+        raise ValueError(f"{path.name}: unknown suffix {path.suffix!r}, expected one of {', '.join(KINDS)}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} is no folder: the picture can't be written there")
+    return kind
+
+
 def save(image: Image.Image, path: str | os.PathLike) -> None:
     """Writes beside and renames, so that no half-written file stays behind; the suffix gives the format.
 
@@ -373,15 +471,14 @@ def save(image: Image.Image, path: str | os.PathLike) -> None:
         ValueError: an unknown suffix. OSError: the folder is missing or not writable, or the disk is full.
     """
     path = Path(path)
-    kind = Image.registered_extensions().get(path.suffix.lower())
-    if kind is None:
-        raise ValueError(f"{path.name} has suffix {path.suffix!r}, expected .png, .jpg, .webp, .tif or another image's")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent} is no folder: the picture can't be written there")
-    options: dict[str, Any] = {k: image.info[k] for k in ("icc_profile", "exif") if k in image.info}
-    if kind == "JPEG" or (image.mode == "I;16" and kind not in DEEP):
+    kind = kind_of(path)
+    if kind in OPAQUE and image.mode in ("RGBA", "LA") and np.asarray(image.getchannel("A")).min() < 255:
+        warnings.warn(f"{path.name}: transparency is left out, a {kind} has none", LossWarning, stacklevel=2)
+    if kind in OPAQUE or (image.mode == "I;16" and kind not in DEEP):
         image, metadata = to_rgb(image), image.info
         image.info.update(metadata)
+        with_profile(image)
+    options: dict[str, Any] = {k: image.info[k] for k in ("icc_profile", "exif") if k in image.info}
     if kind == "JPEG":
         options |= {"quality": 95, "subsampling": "4:4:4"}
     if kind == "WEBP":

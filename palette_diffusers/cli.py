@@ -17,14 +17,16 @@ app = typer.Typer(
 )
 
 Source = Annotated[Path, typer.Argument(help="the photograph, or a folder of them")]
-Output = Annotated[Path | None, typer.Option("-o", "--output", help="file or folder; default: IN-TASK.png beside IN")]
-Steps = Annotated[int | None, typer.Option(help="network evaluations; default: the checkpoint's")]
+Output = Annotated[
+    Path | None, typer.Option("-o", "--output", help="file, of a folder a folder; default: IN-TASK.png beside IN")
+]
+Steps = Annotated[int | None, typer.Option(max=10_000, help="network evaluations; default: the checkpoint's")]
 Texture = Annotated[bool | None, typer.Option(
     help="fills get the texture of their surroundings, where these have one; default: yes")]  # fmt: skip
 Speed = Annotated[str | None, typer.Option(
     help="fast (the model's student, if it has one), balanced or best; default: its own")]  # fmt: skip
 Seed = Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="the same seed makes the same picture")]
-Samples = Annotated[int, typer.Option(min=1, help="variations to write (OUT-1, OUT-2, ..., and OUT-sheet)")]
+Samples = Annotated[int, typer.Option(min=1, max=64, help="variations to write (OUT-1, OUT-2, ..., and OUT-sheet)")]
 Model = Annotated[str | None, typer.Option(help="folder, Hub id, starter-few-steps or starter (the default)")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps")]
 DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
@@ -174,14 +176,12 @@ def _file(work: _Work, mask: str | None) -> None:
     from PIL import Image
 
     target = work.output or work.source.with_name(f"{work.source.stem}-{work.task}.png")
-    if target.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"{target.name}: unknown suffix {target.suffix!r}, expected .png, .jpg, .webp or .tif")
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"{target.parent} is no folder: the picture can't be written there")
-    if target.resolve() == work.source.resolve():
-        raise ValueError(f"{target} is the input: name another output")
     from . import canvas
 
+    names = [str(i + 1) for i in range(work.samples)] + ["sheet"]
+    targets = [target] if work.samples == 1 else [target.with_stem(f"{target.stem}-{name}") for name in names]
+    canvas.kind_of(target)
+    _spare(targets, work.source, mask, work.options.get("hints"))
     picture = canvas.read(work.source, work.limit)  # before the model is loaded: bad input answers at once
     hole = None
     if mask is not None:
@@ -195,15 +195,23 @@ def _file(work: _Work, mask: str | None) -> None:
         _say_plan(work, work.source, picture, hole)
         return
     images, recipe = _sample(work, picture, hole), work.recipe(work.source, mask)
-    for i, image in enumerate(images):
-        path = target if work.samples == 1 else target.with_stem(f"{target.stem}-{i + 1}")
+    for i, (image, path) in enumerate(zip(images, targets, strict=False)):
         canvas.save(work.finish(image, recipe | {"sample": i}), path)
         print(path)
     if work.samples > 1:
-        path = target.with_stem(f"{target.stem}-sheet")
-        canvas.save(canvas.sheet(images), path)
-        print(path)
+        canvas.save(canvas.sheet(images), targets[-1])
+        print(targets[-1])
         print(f"diversity: {canvas.diversity(images):.1f} levels of 255 between two samples on average")
+
+
+def _spare(targets: list[Path], *inputs: Path | str | None) -> None:
+    """Raises:
+    ValueError: a result would be written over what it is made from.
+    """
+    for given in (Path(name) for name in inputs if name is not None):
+        for target in targets if given.is_file() else []:
+            if target.resolve() == given.resolve() or (target.exists() and target.samefile(given)):
+                raise ValueError(f"{target} is an input: name another output")
 
 
 def _say_plan(work: _Work, source: Path, picture: Any, mask: Any) -> None:
@@ -401,6 +409,8 @@ def again(
         from . import canvas, recipes
 
         recipe = recipes.read(picture)
+        target = output or picture.with_stem(f"{picture.stem}-again")
+        canvas.kind_of(target)
         kept, recipe = recipe, recipe | {"options": dict(recipe["options"])}
         folder, hole = picture.parent, recipe.get("mask")
         if isinstance(hole, dict):
@@ -413,9 +423,7 @@ def again(
             no_exif=recipe.get("no_exif", False), speed=recipe.get("speed"),
             **{k: recipe[k] for k in ("task", "model", "dtype", "steps", "seed", "samples", "options")},
         )  # fmt: skip
-        target = output or picture.with_stem(f"{picture.stem}-again")
-        if target.resolve() == work.source.resolve():
-            raise ValueError(f"{target} is the input: name another output")
+        _spare([target], work.source, hole, recipe["options"].get("hints"))
         image = _sample(work, canvas.read(work.source, work.limit), hole)[recipe["sample"]]
         canvas.save(work.finish(image, kept), target)
         print(target)

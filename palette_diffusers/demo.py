@@ -306,9 +306,13 @@ class Page:
         aspect = choice("shape", name, ASPECTS)
         if not aspect or not payload:
             return [gr.skip()] * 4
-        fractions = sizes.sides_for(self.handlers.photo(payload).size, aspect)
-        sides = {side: 100 * fraction for side, fraction in fractions.items()}
-        return [round(sides[side], 2) for side in ("left", "right", "top", "bottom")]
+        height, width = self.handlers.photo(payload).size
+        try:
+            pixels = sizes.sides_for((height, width), aspect)
+        except ValueError:  # it has that shape already
+            return [0.0] * 4
+        wholes = {"left": width, "right": width, "top": height, "bottom": height}
+        return [round(100 * pixels[side] / whole, 2) for side, whole in wholes.items()]
 
     def _pick(self, full: Any, pairs: Any, event: gr.SelectData) -> tuple:
         i = event.index

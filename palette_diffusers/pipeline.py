@@ -7,6 +7,7 @@ import copy
 import inspect
 import logging
 import math
+import numbers
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -824,7 +825,7 @@ def _meet(
         if aspect is not None:
             if any(sides.values()):
                 raise ValueError("uncropping takes either an aspect or left, right, top and bottom")
-            sides = sizes.sides_for(picture.size, aspect)
+            sides = dict(sizes.sides_for(picture.size, aspect))
         return _grow(picture, max_pixels=max_pixels, **sides)
     if not task.takes_mask:
         if mask is not None:
@@ -885,7 +886,7 @@ def _grow(
     ):  # fmt: skip
         if not np.isfinite(value) or value < 0:
             raise ValueError(f"{name} is {value}, expected pixels (int) or a fraction of the side (float), at least 0")
-        pixels[name] = round(value * side) if isinstance(value, float) else int(value)
+        pixels[name] = int(value) if isinstance(value, numbers.Integral) else round(float(value) * side)
     if not any(pixels.values()):
         raise ValueError("left, right, top and bottom are all zero, expected at least one side to extend")
     new = (height + pixels["top"] + pixels["bottom"], width + pixels["left"] + pixels["right"])

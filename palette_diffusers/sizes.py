@@ -246,18 +246,22 @@ def rings(mask: torch.Tensor) -> Iterator[torch.Tensor]:
         before = now
 
 
-def sides_for(size: tuple[int, int], aspect: float) -> dict[str, float]:
-    """(height, width) => what to add at each side, as a fraction of it, so that width / height becomes `aspect`.
+def sides_for(size: tuple[int, int], aspect: float) -> dict[str, int]:
+    """(height, width) => pixels to add at each side, so that width / height becomes `aspect`, to the nearest pixel.
 
-    >>> sides_for((100, 100), 2.0)
-    {'left': 0.5, 'right': 0.5, 'top': 0.0, 'bottom': 0.0}
+    Raises:
+        ValueError: an aspect that is not above 0, or that the picture has already.
+
+    >>> sides_for((100, 101), 2.0)
+    {'left': 49, 'right': 50, 'top': 0, 'bottom': 0}
     """
     if not 0 < aspect < math.inf:
         raise ValueError(f"aspect is {aspect}, expected width / height above 0")
     height, width = size
-    across = max(0.0, (height * aspect - width) / width) / 2
-    down = max(0.0, (width / aspect - height) / height) / 2
-    return {"left": across, "right": across, "top": down, "bottom": down}
+    across, down = max(0, round(height * aspect) - width), max(0, round(width / aspect) - height)
+    if not (across or down):
+        raise ValueError(f"the picture is {width}x{height}, which is aspect {aspect:.4g} already: nothing to extend")
+    return {"left": across // 2, "right": across - across // 2, "top": down // 2, "bottom": down - down // 2}
 
 
 def full(height: int, width: int, multiple: int) -> View:

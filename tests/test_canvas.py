@@ -5,7 +5,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from palette_diffusers import canvas
 
@@ -427,11 +427,133 @@ def test_transparency_of_every_mode(mode):
 
 def test_a_profile_of_inks_is_not_one_of_the_picture(photo):
     image = Image.fromarray(photo).convert("CMYK")
-    image.info["icc_profile"] = b"inks"
+    image.info["icc_profile"] = bytes(16) + b"CMYK" + bytes(108)
     assert not canvas.read(image).info
     image = Image.fromarray(photo)
-    image.info["icc_profile"] = b"x" * canvas.MAX_PROFILE
+    image.info["icc_profile"] = bytes(16) + b"RGB " + b"x" * (canvas.MAX_PROFILE - 20)
     assert canvas.read(image).info == {"icc_profile": image.info["icc_profile"]}
+
+
+def gray_profile(gamma=1.8, connection=b"XYZ "):
+    """What scanners and Photoshop give gray pictures: a curve, to a version 2 of the format."""
+    name = b"Gray" + b"\0"
+    tags = {
+        b"desc": b"desc\0\0\0\0" + struct.pack(">I", len(name)) + name + bytes(78),
+        b"wtpt": b"XYZ \0\0\0\0" + struct.pack(">3i", 63190, 65536, 54061),
+        b"kTRC": b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)),
+        b"cprt": b"text\0\0\0\0none\0",
+    }
+    table, data = struct.pack(">I", len(tags)), b""
+    for tag, content in tags.items():
+        table += tag + struct.pack(">II", 132 + 12 * len(tags) + len(data), len(content))
+        data += content + bytes(-len(content) % 4)
+    size = 128 + len(table) + len(data)
+    header = struct.pack(">I4sI", size, b"lcms", 0x02100000) + b"mntrGRAY" + connection
+    header += struct.pack(">6H", 2020, 1, 1, 0, 0, 0) + b"acsp" + bytes(28) + struct.pack(">3i", 63190, 65536, 54061)
+    return header.ljust(128, b"\0") + table + data
+
+
+def test_a_profile_of_gray_goes_on_in_colour(tmp_path):
+    """Its curve does: the levels are the same bits, and look the same to who manages colours."""
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    path = png(tmp_path, Image.fromarray(levels), icc_profile=gray_profile())
+    picture = canvas.read(path)
+    canvas.save(canvas.to_pil(picture.image, picture), tmp_path / "b.png")
+    out = Image.open(tmp_path / "b.png")
+    assert out.mode == "RGB" and np.array_equal(np.asarray(out)[..., 1], levels)
+
+    def seen(image):
+        own, common = (ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"])), ImageCms.createProfile("sRGB"))
+        return np.asarray(ImageCms.profileToProfile(image, own, common, outputMode="RGB")).astype(int)
+
+    assert np.abs(seen(out) - seen(Image.open(path))).max() <= 1
+    assert np.abs(seen(out)[..., 0] - levels).max() > 10  # as sRGB it would look otherwise
+    deep = png(tmp_path, Image.fromarray(levels.astype(np.uint16) * 257), "c.png", icc_profile=gray_profile())
+    picture = canvas.read(deep)
+    assert canvas.to_pil(picture.image, picture).info["icc_profile"] == gray_profile()  # gray again
+    canvas.save(canvas.to_pil(picture.image, picture), tmp_path / "c.jpg")
+    assert Image.open(tmp_path / "c.jpg").info["icc_profile"][16:20] == b"RGB "
+
+
+@pytest.mark.parametrize("profile", [gray_profile(connection=b"Lab "), gray_profile()[:160], bytes(16) + b"GRAY"])
+def test_a_profile_of_gray_without_a_curve_is_left_out(profile):
+    image = Image.new("L", (4, 4))
+    image.info["icc_profile"] = profile
+    picture = canvas.read(image)
+    with pytest.warns(canvas.LossWarning, match="the colour profile is left out"):
+        assert "icc_profile" not in canvas.to_pil(picture.image, picture).info
+
+
+def test_what_a_tiff_says_of_its_picture_is_kept(tmp_path, photo):
+    """And nothing of how its pixels lie in the file."""
+    exif = Image.Exif()
+    exif[271], exif[306], exif[315], exif[33432], exif[274] = "Maker", "2001:02:03 04:05:06", "Me", "mine", 6
+    exif[0x8769], exif[0x8825] = {36867: "2000:01:01 00:00:00"}, {1: "N", 3: "E"}
+    path = png(tmp_path, Image.fromarray(photo), "a.tif", exif=exif.tobytes())
+    picture = canvas.read(path)
+    assert picture.size == (200, 150)  # upright
+    for name in ("b.png", "b.jpg", "b.tif"):
+        canvas.save(canvas.to_pil(picture.image, picture), tmp_path / name)
+        kept = Image.open(tmp_path / name).getexif()
+        assert [kept.get(tag) for tag in (271, 306, 315, 33432)] == [exif[tag] for tag in (271, 306, 315, 33432)]
+        assert 274 not in kept
+        assert kept.get_ifd(0x8769)[36867] == "2000:01:01 00:00:00" and kept.get_ifd(0x8825)[3] == "E"
+        assert name == "b.tif" or not {258, 259, 273, 279} & set(kept)
+        assert Image.open(tmp_path / name).size == (150, 200)
+
+
+def test_gray_of_16_bits_with_a_transparent_level(tmp_path):
+    """Pillow's conversion to alpha makes all that is above 255 white."""
+    levels = np.linspace(0, 65535, 12 * 10).astype(np.uint16).reshape(12, 10)
+    path = png(tmp_path, Image.fromarray(levels), transparency=0)
+    with pytest.warns(canvas.LossWarning, match="16 bits and transparency"):
+        picture = canvas.read(path)
+    assert torch.allclose(picture.image[0, 0], torch.from_numpy(levels / 32767.5 - 1).float(), atol=1e-4)
+    assert picture.alpha[0, 0, 0, 0] == 0 and picture.alpha.sum() == levels.size - 1 and not picture.deep
+    out = canvas.to_pil(picture.image, picture)
+    assert out.mode == "RGBA" and np.abs(np.asarray(out)[..., 0] - levels / 257).max() < 1
+
+
+def test_a_tiff_of_16_bits_that_was_opened_is_read_twice(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 65536, (9, 7, 3), np.uint16)
+    image = Image.open(tiff_of_16_bits(tmp_path / "a.tif", pixels, separate=False))
+    for _ in range(2):
+        with pytest.warns(canvas.LossWarning, match="16 bits a channel"):
+            assert canvas.read(image).size == (9, 7)
+    image = Image.open(tiff_of_16_bits(tmp_path / "b.tif", pixels, separate=True))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="in separate planes"):
+            canvas.read(image)
+        image.load()
+
+
+def test_what_is_transparent_in_a_mask_is_not_white(tmp_path):
+    """As editors export a layer: white where something was painted, and often under what is not shown."""
+    layer = np.zeros((10, 10, 4), np.uint8)
+    layer[..., :3] = 255
+    layer[2:5, 3:9, 3] = 255
+    mask = canvas.read_mask(Image.fromarray(layer), (10, 10))
+    assert mask.sum() == 18 and mask[0, 0, 2:5, 3:9].all()
+    assert torch.equal(canvas.read_mask(layer[..., 3] > 0, (10, 10)), mask)  # an array of bool
+
+
+def test_transparency_that_a_format_lacks_is_told(tmp_path):
+    image = Image.new("RGBA", (4, 4), (10, 20, 30, 0))
+    for name in ("a.jpg", "a.bmp"):
+        with pytest.warns(canvas.LossWarning, match=rf"{name}: transparency is left out"):
+            canvas.save(image, tmp_path / name)
+        assert Image.open(tmp_path / name).mode == "RGB"
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("suffix", canvas.KINDS)
+def test_every_suffix_that_is_offered_is_written(tmp_path, photo, suffix):
+    if canvas.KINDS[suffix] not in Image.SAVE:
+        pytest.skip(f"this Pillow writes no {suffix}")
+    path = tmp_path / f"a{suffix}"
+    canvas.save(Image.fromarray(photo), path)
+    out = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    assert np.abs(out - photo).mean() < 3 and len(list(tmp_path.iterdir())) == 1
 
 
 def test_limits_are_told_with_the_name(tmp_path, photo):

@@ -239,7 +239,44 @@ def test_making_again_does_not_overwrite_the_photograph(files):
     before = (files / "in.png").read_bytes()
     assert invoke("colorize", files / "in.png", "--model", files / "model", "--steps", 1).exit_code == 0
     out = invoke("again", files / "in-colorization.png", "-o", files / "in.png")
-    assert out.exit_code == 2 and "is the input" in out.output and (files / "in.png").read_bytes() == before
+    assert out.exit_code == 2 and "is an input" in out.output and (files / "in.png").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("source", "arguments"),
+    [
+        ("scan-1.png", ["colorize", "scan-1.png", "-o", "scan.png", "--samples", 2]),
+        ("scan-sheet.png", ["restore", "scan-sheet.png", "-o", "scan.png", "--samples", 2]),
+        ("mask.png", ["inpaint", "in.png", "--mask", "mask.png", "-o", "mask.png"]),
+        ("strokes.png", ["colorize", "in.png", "--hints", "strokes.png", "-o", "./strokes.png"]),
+        ("in.png", ["colorize", "in.png", "-o", "link.png"]),
+    ],
+)
+def test_nothing_is_written_over_what_it_is_made_from(files, source, arguments, monkeypatch):
+    """Before the model is loaded."""
+    for name in ("scan-1.png", "scan-sheet.png", "strokes.png"):
+        Image.open(files / "in.png").save(files / name)
+    (files / "link.png").hardlink_to(files / "in.png")
+    monkeypatch.chdir(files)
+    before = (files / source).read_bytes()
+    out = invoke(*arguments, "--model", "nowhere")
+    assert out.exit_code == 2 and "is an input" in out.output and (files / source).read_bytes() == before, out.output
+
+
+@pytest.mark.parametrize("name", ["a.psd", "a.cur", "a.gif", "a", "a.xyz"])
+def test_a_file_that_cannot_be_written_is_refused_at_once(files, name):
+    for command in (["colorize", files / "in.png"], ["again", files / "kept.png"]):
+        image = Image.open(files / "in.png").convert("RGB")
+        image.info[canvas.RECIPE] = json.dumps(SOUND)
+        canvas.save(image, files / "kept.png")
+        out = invoke(*command, "-o", files / name, *(["--model", "nowhere"] if command[0] == "colorize" else []))
+        assert out.exit_code == 2 and "unknown suffix" in out.output and ".png, .jpg" in out.output, out.output
+
+
+def test_no_recipe_is_written_that_is_refused_later(files):
+    for option, most in recipes.MOST.items():
+        out = invoke("colorize", files / "in.png", f"--{option}", most + 1)
+        assert out.exit_code == 2 and str(most) in out.output.replace("10_000", "10000"), out.output
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,19 @@ def test_an_accelerator_that_is_lost(album, tmp_path, pipe, monkeypatch):
     assert len(kept) == 1
 
 
+def test_a_mask_belongs_to_its_own_photograph(tmp_path):
+    """IMG.2.png is not the mask of IMG.jpg, though it comes first."""
+    for folder, suffix in (("photos", "jpg"), ("masks", "png")):
+        (tmp_path / folder).mkdir()
+        for stem in ("IMG", "IMG.2", "[a]"):
+            Image.new("L", (8, 8)).save(tmp_path / folder / f"{stem}.{suffix}")
+    jobs = plan(tmp_path / "photos", tmp_path / "out", masks=tmp_path / "masks")
+    assert len(jobs) == 3 and all(job.mask.stem == job.source.stem for job in jobs)
+    (tmp_path / "masks" / "IMG.png").unlink()
+    with pytest.raises(FileNotFoundError, match="no mask for IMG.jpg"):
+        plan(tmp_path / "photos", tmp_path / "out", masks=tmp_path / "masks")
+
+
 def test_results_of_other_settings_are_told(album, tmp_path, pipe, monkeypatch):
     """They stay, since nobody asked to lose them; what made them is in the files."""
     pipe.set_progress_bar_config(disable=True)
