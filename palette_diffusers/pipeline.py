@@ -32,7 +32,16 @@ from .machine import give_memory_back
 from .masks import border_mask, extend
 from .norms import ChannelsLastGroupNorm, lay_out
 from .optimize import Optimized, optimize
-from .scheduler import PaletteScheduler, calm, diffuse, noise_level, output_for, predicted_original, variance_exploding
+from .scheduler import (
+    PaletteScheduler,
+    calm,
+    check_solver,
+    diffuse,
+    noise_level,
+    output_for,
+    predicted_original,
+    variance_exploding,
+)  # fmt: skip
 from .speed import FAST, check, solver_for
 from .tasks import Colorization, Given, JPEGRestoration, Task, get_task, network_condition
 from .texture import add_texture, patch_size
@@ -333,13 +342,15 @@ class PalettePipeline(DiffusionPipeline):
 
         Raises:
             ValueError: fewer than one step, a strength outside (0, 1], an eta outside [0, 1] or that the scheduler does
-                not take. FloatingPointError: the sample is not finite; the step is named.
+                not take, a solver whose pictures would be wrong (`scheduler.UNFIT`).
+            FloatingPointError: the sample is not finite; the step is named.
         """
         steps = self.config.default_steps if num_inference_steps is None else num_inference_steps
         if int(steps) != steps or steps < 1:
             raise ValueError(f"num_inference_steps is {steps}, expected a whole number of at least 1")
         if strength is not None and not 0 < strength <= 1:
             raise ValueError(f"strength is {strength}, expected above 0 and at most 1")
+        check_solver(self.scheduler)
         takes = inspect.signature(self.scheduler.step).parameters
         if eta is not None and not 0 <= eta <= 1:
             raise ValueError(f"eta is {eta}, expected 0 (no new noise) to 1 (ancestral)")

@@ -147,6 +147,25 @@ def variance_exploding(scheduler: Any) -> bool:
     return float(scheduler.init_noise_sigma) > 1.5
 
 
+# solvers of diffusers that give wrong pictures here: the first two begin midway wrongly, others are for other networks
+UNFIT = (
+    "PNDMScheduler", "LMSDiscreteScheduler", "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler",
+    "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler",
+)  # fmt: skip
+
+
+def check_solver(scheduler: Any) -> None:
+    """Raises:
+    ValueError: a solver among `UNFIT`, whose pictures would be wrong.
+    """
+    name = type(scheduler).__name__
+    if name in UNFIT:
+        raise ValueError(
+            f"{name} doesn't fit these networks, expected PaletteScheduler, UniPCMultistepScheduler, "
+            "DPMSolverMultistepScheduler, DDIMScheduler, EulerDiscreteScheduler or another one in sigmas or alphas"
+        )
+
+
 def noise_level(scheduler: Any, timestep: torch.Tensor | float) -> torch.Tensor:
     """gamma at a timestep of any diffusers scheduler: a float32 scalar tensor.
 
@@ -221,7 +240,7 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
     '6.6e-21'
     """
 
-    _compatibles = [e.name for e in KarrasDiffusionSchedulers]
+    _compatibles = [e.name for e in KarrasDiffusionSchedulers if e.name not in UNFIT]
     order = 1
 
     @register_to_config

@@ -8,6 +8,7 @@ import torch
 from palette_diffusers import PaletteScheduler
 from palette_diffusers.color import chroma, luma
 from palette_diffusers.scheduler import (
+    UNFIT,
     calm,
     condition_velocity,
     diffuse,
@@ -391,3 +392,13 @@ def test_slow_noise_is_a_share():
     for wrong in (-0.1, 1.5):
         with pytest.raises(ValueError, match=rf"slow_noise is {wrong}, expected 0 \(none\) to 1"):
             PaletteScheduler(slow_noise=wrong)
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_solvers_that_would_make_wrong_pictures_are_refused(name, pipe, photo):
+    """PNDM and LMS made noise of what begins midway; EDM washed it out."""
+    kind = getattr(diffusers, name)
+    pipe.scheduler = kind.from_config(pipe.scheduler.config) if "FlowMatch" not in name else kind()
+    with pytest.raises(ValueError, match=f"{name} doesn't fit .* expected PaletteScheduler"):
+        pipe(photo, num_inference_steps=2)
+    assert name not in PaletteScheduler._compatibles
