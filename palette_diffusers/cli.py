@@ -37,6 +37,7 @@ PlanOnly = Annotated[bool, typer.Option("--plan", help="only say what it will ta
 NoExif = Annotated[bool, typer.Option("--no-exif", help="drop date, place and camera; the colour profile stays")]
 
 
+MILD = 50  # above this quality of a JPEG, what troubles the eye is likely of an earlier file
 LOST = "the accelerator failed or is gone; what was finished is there, and the same command goes on from it"
 
 
@@ -190,7 +191,10 @@ def _file(work: _Work, mask: str | None) -> None:
     if work.task == "jpeg_restoration":
         with Image.open(work.source) as file:
             quality = canvas.jpeg_quality(file)
-        print(f"{work.source}: " + ("no JPEG" if quality is None else f"a JPEG of quality {quality}"), file=sys.stderr)
+        found = "no JPEG" if quality is None else f"a JPEG of quality {quality}"
+        if quality is not None and quality > MILD and work.options.get("consistent") is None:
+            found += "; if it was saved at a lower one before, --no-consistent mends that, too"
+        print(f"{work.source}: {found}", file=sys.stderr)
     if work.plan:
         _say_plan(work, work.source, picture, hole)
         return

@@ -116,7 +116,13 @@ def test_a_picture_is_made_again(files, command, sample):
 
 def test_the_quality_of_a_jpeg_is_told(files, photo):
     Image.fromarray(photo).save(files / "in.jpg", quality=17)
-    for name, words in (("in.jpg", "in.jpg: a JPEG of quality 17"), ("in.png", "in.png: no JPEG")):
+    Image.fromarray(photo).save(files / "mild.jpg", quality=90)
+    known = {
+        "in.jpg": "in.jpg: a JPEG of quality 17\n",
+        "in.png": "in.png: no JPEG\n",
+        "mild.jpg": "mild.jpg: a JPEG of quality 90; if it was saved at a lower one before, --no-consistent mends that",
+    }
+    for name, words in known.items():
         out = invoke("restore", files / name, "-o", files / "out.png", "--model", files / "model", "--steps", 1)
         assert out.exit_code == 0 and words in out.stderr and words not in out.stdout
 
