@@ -24,15 +24,13 @@ from peers import interleaved, machine, our_network
 from PIL import Image
 
 from palette_diffusers import PalettePipeline
-from palette_diffusers.norms import lay_out
+from palette_diffusers.cli import _load
 
 
 def load(speed: str) -> PalettePipeline:
-    """As the command line and the demo have it on a CPU that multiplies in bfloat16."""
-    pipe = PalettePipeline.from_pretrained(dtype=torch.bfloat16)
-    pipe.speed(speed)
+    """The command line's, on a CPU that multiplies in bfloat16."""
+    pipe = _load(None, "cpu", "bfloat16", speed)
     pipe.set_progress_bar_config(disable=True)
-    lay_out(pipe.unet, "cpu")
     return pipe
 
 

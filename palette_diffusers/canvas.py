@@ -37,7 +37,9 @@ KINDS = {
 OPAQUE = ("JPEG", "BMP")  # formats without transparency that others would see
 TIFF_TAGS = (270, 271, 272, 305, 306, 315, 33432)  # of a TIFF that describe its picture, not its file
 SUBFOLDERS = (0x8769, 0x8825)  # of metadata: the camera's, and the place
-SRGB = {b"r": (0.4361, 0.2225, 0.0139), b"g": (0.3851, 0.7169, 0.0971), b"b": (0.1431, 0.0606, 0.7141)}  # XYZ, D50
+PRIMARIES = {  # of sRGB, for D50
+    b"rXYZ": (0.4361, 0.2225, 0.0139), b"gXYZ": (0.3851, 0.7169, 0.0971), b"bXYZ": (0.1431, 0.0606, 0.7141),
+}  # fmt: skip
 RECIPE = "palette"  # the text chunk of a PNG that says how it was made
 MAX_PIXELS = 50_000_000  # a decompression bomb is refused before it is decoded
 MAX_DOWNLOAD = 200_000_000  # bytes that are fetched from a URL
@@ -416,24 +418,23 @@ def rgb_profile(profile: bytes) -> bytes | None:
 
     Source: ICC.1:2022, 7 and 8.3 to 8.4.
     """
-    count = int.from_bytes(profile[128:132], "big")
-    found = {}
-    for i in range(min(count, 100)):
-        name, start, size = struct.unpack_from(">4sII", profile.ljust(132 + 12 * count, b"\0"), 132 + 12 * i)
-        found[name] = profile[start : start + size]
-    if not found.get(b"kTRC") or profile[20:24] != b"XYZ ":
+    count = min(100, int.from_bytes(profile[128:132], "big"), (len(profile) - 132) // 12)  # it may be a stranger's
+    entries = [struct.unpack_from(">4sII", profile, 132 + 12 * i) for i in range(count)]
+    places = {name: (start, start + size) for name, start, size in entries}
+    tags = {name: profile[slice(*places[name])] for name in (b"desc", b"cprt", b"wtpt", b"kTRC") if name in places}
+    curve = tags.pop(b"kTRC", b"")
+    if not curve or profile[20:24] != b"XYZ ":
         return None
-    tags = {name: found[name] for name in (b"desc", b"cprt", b"wtpt") if name in found}
-    for name, values in SRGB.items():
-        tags[name + b"XYZ"] = b"XYZ \0\0\0\0" + struct.pack(">3i", *(round(65536 * value) for value in values))
-    tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), found[b"kTRC"])
+    for name, values in PRIMARIES.items():
+        tags[name] = b"XYZ \0\0\0\0" + struct.pack(">3i", *(round(65536 * value) for value in values))
+    tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)
     start = 132 + 12 * len(tags)
-    table, data, places = struct.pack(">I", len(tags)), b"", {}
+    table, data, starts = struct.pack(">I", len(tags)), b"", {}
     for name, content in tags.items():
-        if content not in places:
-            places[content] = start + len(data)
+        if content not in starts:  # the three curves are one
+            starts[content] = start + len(data)
             data += content + b"\0" * (-len(content) % 4)
-        table += struct.pack(">4sII", name, places[content], len(content))
+        table += struct.pack(">4sII", name, starts[content], len(content))
     header = struct.pack(">I", start + len(data)) + profile[4:12] + b"mntrRGB XYZ " + profile[24:84] + bytes(44)
     return header + table + data
 

@@ -174,11 +174,9 @@ def _run(mask: str | None = None, options: dict[str, Any] | None = None, **asked
 
 
 def _file(work: _Work, mask: str | None) -> None:
-    from PIL import Image
-
-    target = work.output or work.source.with_name(f"{work.source.stem}-{work.task}.png")
     from . import canvas
 
+    target = work.output or work.source.with_name(f"{work.source.stem}-{work.task}.png")
     names = [str(i + 1) for i in range(work.samples)] + ["sheet"]
     targets = [target] if work.samples == 1 else [target.with_stem(f"{target.stem}-{name}") for name in names]
     canvas.kind_of(target)
@@ -189,8 +187,7 @@ def _file(work: _Work, mask: str | None) -> None:
         picture, hole = canvas.with_mask(picture, mask)
         hole = hole.bool()  # a quarter of the memory
     if work.task == "jpeg_restoration":
-        with Image.open(work.source) as file:
-            quality = canvas.jpeg_quality(file)
+        quality = picture.quality
         found = "no JPEG" if quality is None else f"a JPEG of quality {quality}"
         if quality is not None and quality > MILD and work.options.get("consistent") is None:
             found += "; if it was saved at a lower one before, --no-consistent mends that, too"
@@ -212,10 +209,10 @@ def _spare(targets: list[Path], *inputs: Path | str | None) -> None:
     """Raises:
     ValueError: a result would be written over what it is made from.
     """
-    for given in (Path(name) for name in inputs if name is not None):
-        for target in targets if given.is_file() else []:
-            if target.resolve() == given.resolve() or (target.exists() and target.samefile(given)):
-                raise ValueError(f"{target} is an input: name another output")
+    files = [Path(given) for given in inputs if given is not None and Path(given).is_file()]
+    for target in targets:
+        if target.exists() and any(target.samefile(file) for file in files):
+            raise ValueError(f"{target} is an input: name another output")
 
 
 def _say_plan(work: _Work, source: Path, picture: Any, mask: Any) -> None:

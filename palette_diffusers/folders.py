@@ -81,8 +81,8 @@ def _mask_of(name: Path, masks: Path | str | None) -> Path | str | None:
     if masks is None or not Path(masks).is_dir():
         return masks
     pattern = glob.escape(str(masks / name.with_suffix(""))) + ".*"
-    those = [path for path in sorted(map(Path, glob.glob(pattern))) if path.stem == name.stem]  # no other dots
-    found = [path for path in those if path.suffix.lower() in SUFFIXES]
+    those = sorted(map(Path, glob.glob(pattern)))
+    found = [path for path in those if path.suffix.lower() in SUFFIXES and path.stem == name.stem]
     if not found:
         raise FileNotFoundError(f"{masks} has no mask for {name}: {name.stem}.png was expected")
     return found[0]

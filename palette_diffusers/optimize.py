@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from .machine import best_dtype
 from .norms import use_channels_last_norms
-from .sizes import TILES
+from .sizes import at_once
 from .tasks import Given
 from .winograd import WinogradConv2d, use_winograd
 
@@ -179,8 +179,8 @@ def _psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 def _both(networks: list[Any], given: Given, rounds: int) -> tuple[list[float], list[float]]:
     """Seconds a picture of each network: one picture alone, and as many as tiles are evaluated at once."""
     one = _seconds(networks, given, rounds)
-    number = TILES * 64 * 64 // math.prod(given.known.shape[-2:])
-    if number <= 1:
+    number = at_once(given.known[0, 0].numel())
+    if number == 1:
         return one, one
     tiles = _seconds(networks, given, max(1, rounds // 2), number)
     return one, [seconds / number for seconds in tiles]

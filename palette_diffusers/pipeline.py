@@ -9,7 +9,7 @@ import logging
 import math
 import numbers
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -41,7 +41,7 @@ from .scheduler import (
     output_for,
     predicted_original,
     variance_exploding,
-)  # fmt: skip
+)
 from .speed import FAST, check, solver_for
 from .tasks import Colorization, Given, JPEGRestoration, Task, get_task, network_condition
 from .texture import add_texture, patch_size
@@ -827,7 +827,7 @@ def _meet(
     task: Task,
     max_pixels: int,
     aspect: float | None,
-    sides: dict[str, int | float],
+    sides: Mapping[str, int | float],
 ) -> tuple[Picture, torch.Tensor | None]:
     """What a task works on: the picture, on a larger canvas for uncropping, and its hole."""
     if task.name == "uncropping":
@@ -836,7 +836,7 @@ def _meet(
         if aspect is not None:
             if any(sides.values()):
                 raise ValueError("uncropping takes either an aspect or left, right, top and bottom")
-            sides = dict(sizes.sides_for(picture.size, aspect))
+            sides = sizes.sides_for(picture.size, aspect)
         return _grow(picture, max_pixels=max_pixels, **sides)
     if not task.takes_mask:
         if mask is not None:

@@ -438,6 +438,11 @@ def halving(predict: Predict) -> Predict:
     return halved
 
 
+def at_once(pixels: int, batch: int = TILES) -> int:
+    """How many tiles of so many pixels are evaluated at once; more fall out of a processor's caches."""
+    return max(1, batch * 64 * 64 // pixels)
+
+
 def tiled(predict: Predict, tile: int, overlap: int, where: torch.Tensor | None = None, batch: int = TILES) -> Predict:
     """Wraps a noise-predicting callable: tiles overlap, and their estimates are blended at every step.
 
@@ -457,7 +462,7 @@ def tiled(predict: Predict, tile: int, overlap: int, where: torch.Tensor | None 
         window = (ramp[0][:, None] * ramp[1][None]).to(sample)
         total, weight = torch.zeros_like(sample), torch.zeros_like(sample[:1, :1])
         places = tile_places(height, width, tile, overlap, where)
-        step = max(1, batch * 64 * 64 // (h * w * sample.shape[0]))  # more fall out of a processor's caches
+        step = at_once(h * w * sample.shape[0], batch)
         for i in range(0, len(places), step):
             some = places[i : i + step]
             outputs = predict(

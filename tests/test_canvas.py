@@ -475,7 +475,10 @@ def test_a_profile_of_gray_goes_on_in_colour(tmp_path):
     assert Image.open(tmp_path / "c.jpg").info["icc_profile"][16:20] == b"RGB "
 
 
-@pytest.mark.parametrize("profile", [gray_profile(connection=b"Lab "), gray_profile()[:160], bytes(16) + b"GRAY"])
+MANY = gray_profile()[:128] + b"\xff" * 4 + bytes(36)  # of a stranger: four thousand million tags
+
+
+@pytest.mark.parametrize("profile", [gray_profile(connection=b"Lab "), gray_profile()[:160], bytes(16) + b"GRAY", MANY])
 def test_a_profile_of_gray_without_a_curve_is_left_out(profile):
     image = Image.new("L", (4, 4))
     image.info["icc_profile"] = profile
