@@ -19,9 +19,9 @@ from quality import CLASSIFIER
 from skimage.color import rgb2lab
 
 from palette_diffusers import PalettePipeline
-from palette_diffusers.data import image_column, load_images
 from palette_diffusers.evaluation import Photographs, evaluate, load_features, load_restorer
 from palette_diffusers.evaluation.restorers import from_pipeline
+from palette_diffusers.sources import image_column, load_images
 
 SIZE = 64
 

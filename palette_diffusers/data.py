@@ -7,96 +7,26 @@ Images are (3, H, W), RGB, [-1, 1]; masks (1, H, W), 1 = generate.
 
 import math
 import mmap
+import tarfile
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 from .scheduler import PaletteScheduler
+from .sources import Unusable, decode_photos, image_column, undecoded
 from .tasks import Given, Task, get_task, unfilled_condition
 
 CACHE = 2**30  # bytes of decoded full-size photographs, for each worker
+IN_A_ROW = 100  # unusable rows that random access may meet
 KEPT = 2**31  # bytes of decoded photographs of the very size that is trained, for all workers of a training process
-UNREADABLE = (OSError, SyntaxError, AttributeError, UnidentifiedImageError, Image.DecompressionBombError)
-
-
-class Unusable(Exception):
-    """A row that no sample can be made of; the message says why."""
-
-
-def load_images(path: str, split: str = "train", streaming: bool = False):
-    """A folder of parquet files (SPLIT-*.parquet), of WebDataset shards (*.tar) or of images, or a Hub id => a
-    `datasets.Dataset`, or an `IterableDataset` that reads as it goes.
-
-    Raises:
-        FileNotFoundError: the folder has none of these.
-        ValueError: no column holds images; the message lists the columns.
-    """
-    from datasets import Image as ImageFeature
-    from datasets import load_dataset
-
-    folder = Path(path)
-    options: dict[str, Any] = dict(split="train", streaming=streaming)
-    if folder.is_dir():
-        parquet, shards = (sorted(map(str, folder.glob(pattern))) for pattern in (f"{split}-*.parquet", "*.tar"))
-        if parquet:
-            data = load_dataset("parquet", data_files=parquet, **options)
-        elif shards:
-            data = load_dataset("webdataset", data_files={"train": shards}, **options)
-        elif any(p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".bmp") for p in folder.rglob("*")):
-            data = load_dataset("imagefolder", data_dir=str(folder), **options)
-        else:
-            raise FileNotFoundError(f"{path} holds no {split}-*.parquet, no *.tar and no images")
-    elif folder.exists() or path.startswith((".", "/")):
-        raise FileNotFoundError(f"{path} is no folder: expected one of parquet files, *.tar or images, or a Hub id")
-    else:
-        data = load_dataset(path, split=split, streaming=streaming)
-    if data.features is None:  # a stream without a schema: read from its first rows
-        data = data._resolve_features()
-    if not any(isinstance(feature, ImageFeature) for feature in data.features.values()):
-        raise ValueError(f"{path} has no column of images; its columns are {', '.join(data.features)}")
-    return data
-
-
-def image_column(data, column: str = "") -> str:
-    """The name of the first column of images, or `column` once it is known to hold images.
-
-    Raises:
-        ValueError: no such column; the message lists those there.
-    """
-    from datasets import Image as ImageFeature
-
-    known = [name for name, feature in data.features.items() if isinstance(feature, ImageFeature)]
-    if column and column not in known:
-        raise ValueError(f"column {column!r} holds no images; those that do: {', '.join(known)}")
-    return column or known[0]
-
-
-def load_sources(text: str, streaming: bool = False) -> tuple[list, list[float]]:
-    """ "PATH@WEIGHT,PATH" => the data sets and their weights, 1 where none is given."""
-    data, weights = [], []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        path, _, weight = part.rpartition("@") if "@" in part else (part, "", "1")
-        try:
-            weights.append(float(weight))
-        except ValueError:
-            raise ValueError(f"{part!r} was expected to be PATH@WEIGHT, the weight a number") from None
-        data.append(load_images(path, streaming=streaming))
-    return data, weights
-
-
-def only_images(data):
-    """The column of images alone, under the name `image`, so that data sets can be concatenated."""
-    column = image_column(data)
-    data = data.select_columns(column)
-    return data if column == "image" else data.rename_column(column, "image")
 
 
 def _is_gray(picture: np.ndarray) -> bool:
@@ -138,37 +68,6 @@ def _tensors(pictures: list[np.ndarray]) -> list[torch.Tensor]:
     """uint8 (H, W, 3) => (1, 3, H, W) in [-1, 1], each."""
     planes = [torch.from_numpy(np.ascontiguousarray(p.transpose(2, 0, 1))) for p in pictures]
     return [p.float().div_(127.5).sub_(1)[None] for p in planes]
-
-
-def _undecoded(data, columns: Sequence[str]):
-    """The data set with the bytes of its images, not yet decoded, so that a broken one can be counted."""
-    from datasets import Image as ImageFeature
-
-    for column in columns:
-        data = data.cast_column(column, ImageFeature(decode=False))
-    return data
-
-
-def decode_photos(row: dict, columns: Sequence[str], size: int) -> list[np.ndarray]:
-    """The images of a row, upright, uint8 (H, W, 3) each; a pair's may differ in size, not in shape.
-
-    Raises:
-        Unusable: one can't be decoded, or is below `size` pixels.
-        ValueError: the pictures of a pair have different shapes.
-    """
-    from datasets import Image as ImageFeature
-
-    try:
-        photos = [np.asarray(ImageFeature().decode_example(row[column]).convert("RGB")) for column in columns]
-    except UNREADABLE as error:
-        raise Unusable(f"can't be decoded: {error}") from None
-    shapes = [photo.shape[1] / photo.shape[0] for photo in photos]
-    if max(shapes) > 1.02 * min(shapes):
-        raise ValueError(f"target and source have shapes {[photo.shape[:2] for photo in photos]}")
-    height, width = min((photo.shape[:2] for photo in photos), key=min)
-    if min(height, width) < size:
-        raise Unusable(f"is {width}x{height}, below {size} pixels")
-    return photos
 
 
 def _given(task: Task, pictures: list[np.ndarray], generator: torch.Generator) -> tuple[torch.Tensor, Given]:
@@ -231,11 +130,11 @@ class Samples:
             if self.source_column:
                 columns.append(image_column(source, self.source_column))
             self._columns.append(columns)
-            self._sources[number] = _undecoded(source, columns)
+            self._sources[number] = undecoded(source, columns)
         self._crops, self._crop_columns = None, [""]
         if self.crops is not None:
             self._crop_columns = [image_column(self.crops)]
-            self._crops = _undecoded(self.crops, self._crop_columns)
+            self._crops = undecoded(self.crops, self._crop_columns)
         self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
         self._cached = 0
 
@@ -251,9 +150,9 @@ class Samples:
         rows were unusable."""
         raise NotImplementedError
 
-    def _refused(self, name: str, why: object, before: int) -> None:
-        """Counts an unusable row, unless it is one too many."""
-        if self.strict or before >= 99:
+    def _refused(self, name: str, why: object, before: int, too_many: bool) -> None:
+        """An unusable row is an error where it is one too many, or `strict`."""
+        if self.strict or too_many:
             more = "" if self.strict else f" (and {before} before it could not be used either)"
             raise ValueError(f"{name} {why}{more}")
 
@@ -269,7 +168,7 @@ class Samples:
             try:
                 (photo,) = decode_photos(self._crops[index], self._crop_columns, self.size)
             except Unusable as why:
-                self._refused(f"photograph {index} of the crops", why, skipped)
+                self._refused(f"photograph {index} of the crops", why, skipped, skipped + 1 >= IN_A_ROW)
                 skipped += 1
                 continue
             self._cache[index] = photo
@@ -398,7 +297,7 @@ class PaletteDataset(Samples, Dataset):
             try:
                 return self._decoded(number, index), skipped
             except Unusable as why:
-                self._refused(f"image {index} of source {number}", why, skipped)
+                self._refused(f"image {index} of source {number}", why, skipped, skipped + 1 >= IN_A_ROW)
             skipped += 1
             position = int(rng.integers(len(self._sources[number])))
 
@@ -463,25 +362,32 @@ class PaletteStream(Samples, IterableDataset):
         while True:
             part.set_epoch(epoch)
             number = 0
-            for columns in part.iter(batch_size=32):  # a plain iteration would divide the rows over workers again
-                for values in zip(*columns.values(), strict=True):
-                    number += 1
-                    if number > read:
-                        yield dict(zip(columns, values, strict=True)), epoch, number
+            try:
+                for columns in part.iter(batch_size=32):  # a plain iteration would divide the rows over workers again
+                    for values in zip(*columns.values(), strict=True):
+                        number += 1
+                        if number > read:
+                            yield dict(zip(columns, values, strict=True)), epoch, number
+            except tarfile.TarError as error:
+                raise ValueError(f"a shard of the stream can't be read, past row {number}: {error}") from None
             if number == 0:
                 raise ValueError(f"the stream has no rows for reader {reader + 1} of {readers}")
             epoch, read = epoch + 1, 0
 
     def _usable(self, rows: Iterator) -> tuple[list[np.ndarray], int, list[int]]:
-        """The photographs of the next row that has usable ones, how many had not, and the place after it."""
-        skipped = 0
+        """The photographs of the next row that has usable ones, how many had not, and the place after it. A stream may
+        begin with thousands that are too small: only a whole epoch of them is an error."""
+        skipped, end = 0, [0, 0]
         while True:
             row, *place = next(rows)
+            end = end if skipped else [place[0] + 1, place[1] - 1]
             try:
                 return decode_photos(row, self._columns[0], self.size), skipped, place
             except Unusable as why:
-                self._refused(f"row {place[1] - 1} of the stream", why, skipped)
+                self._refused(f"row {place[1] - 1} of the stream", why, skipped, place >= end)
             skipped += 1
+            if skipped == IN_A_ROW:
+                warnings.warn(f"{skipped} rows of the stream, up to {place[1]}, could not be used", stacklevel=1)
 
     def _photos(self, position: int | None, rng: np.random.Generator) -> tuple[list[np.ndarray], int]:
         photos, skipped, self._place = self._usable(self._reader)

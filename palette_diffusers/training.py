@@ -397,7 +397,8 @@ def _dataset(settings: TrainSettings, scheduler: PaletteScheduler, holes: bool, 
     """The samples of a run; `place` says where a stream goes on (`PaletteStream`)."""
     from datasets import concatenate_datasets
 
-    from .data import PaletteDataset, PaletteStream, load_images, load_sources, only_images
+    from .data import PaletteDataset, PaletteStream
+    from .sources import load_images, load_sources, only_images
 
     if not settings.data:
         raise ValueError("data is empty: name a folder of parquet files, *.tar shards or images, or a Hub id")

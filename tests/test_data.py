@@ -1,7 +1,10 @@
 import io
 import json
+import os
 import pickle
+import struct
 import tarfile
+import zlib
 
 import numpy as np
 import pytest
@@ -12,8 +15,9 @@ from test_training import _stopped_at, finish, fresh_accelerator, launch, option
 from torch.utils.data import DataLoader, default_collate
 
 from palette_diffusers import PaletteScheduler, data
-from palette_diffusers.data import PaletteDataset, PaletteStream, load_images, load_sources
+from palette_diffusers.data import PaletteDataset, PaletteStream
 from palette_diffusers.report import read_log
+from palette_diffusers.sources import Unusable, decode_photos, load_images, load_sources, split_sources, undecoded
 from palette_diffusers.tasks import Given, fill_holes, network_condition
 from palette_diffusers.training import TrainSettings, last_state, sample_losses, train
 
@@ -261,3 +265,114 @@ def test_a_batch_is_filled_as_each_of_its_samples(tmp_path):
     settings = TrainSettings(prediction_type="v_prediction")
     losses = [sample_losses(unet, batch | {"condition": shown}, settings) for shown in (batch["condition"], filled)]
     assert torch.equal(*losses) and losses[0].min() > 0
+
+
+def names_in(folder, split="train", **options) -> list[str]:
+    rows = undecoded(load_images(str(folder), split, **options), ["image"])
+    return [os.path.basename(row["image"]["path"]) for row in rows]
+
+
+def test_names_of_files_and_folders_mean_nothing(tmp_path):
+    """Words like `train` and `test` in a name, which would be taken for splits, and characters of patterns."""
+    folder = tmp_path / "br [1] *?"
+    names = ["train_station.png", "test-1.png", "dev/a.png", "b/val.png", "c.TIF", "d.webp", "[e].png", "f@2.jpg"]
+    for name in [*names, ".hidden.png", ".cache/g.png", "__MACOSX/._a.png"]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(3).save(folder / name)
+    (folder / "notes.txt").write_text("of no picture")
+    (folder / "b" / "above").symlink_to(folder)
+    for streaming in (False, True):
+        assert sorted(names_in(folder, streaming=streaming)) == sorted(os.path.basename(name) for name in names)
+    assert len(PaletteDataset(load_images(str(folder)), PaletteScheduler(), ["inpainting"], size=32)) == len(names)
+    assert split_sources(f"{tmp_path / 'br [1] *?'}@2") == [(str(folder), 2)]
+    folder.rename(tmp_path / "me@home")
+    assert split_sources(f"{tmp_path / 'me@home'},{tmp_path / 'me@home'}@3") == [
+        (str(tmp_path / "me@home"), 1), (str(tmp_path / "me@home"), 3),
+    ]  # fmt: skip
+
+
+def test_a_folder_of_splits_gives_the_split(tmp_path):
+    """Where there is nothing else; a folder that is called `train` among others is one of trains."""
+    for name in ("train/cat/a.png", "train/dog/b.png", "val/cat/c.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(3).save(tmp_path / name)
+    assert names_in(tmp_path) == ["a.png", "b.png"] and names_in(tmp_path, "validation") == ["c.png"]
+    rows = load_images(str(tmp_path))
+    assert rows.features["label"].names == ["cat", "dog"] and list(rows["label"]) == [0, 1]
+    (tmp_path / "plane").mkdir()
+    picture(3).save(tmp_path / "plane" / "d.png")
+    assert sorted(names_in(tmp_path)) == ["a.png", "b.png", "c.png", "d.png"]
+    only = tmp_path / "plane" / "test"
+    only.mkdir()
+    (tmp_path / "plane" / "d.png").rename(only / "d.png")
+    assert names_in(tmp_path / "plane") == ["d.png"]  # no split of that name
+
+
+def test_other_folders_with_characters_of_patterns(shards, parquet):
+    for folder in (shards, parquet):
+        folder.rename(folder.with_name(f"{folder.name} [1]"))
+        assert len(load_images(f"{folder} [1]")) == ROWS
+
+
+def test_levels_and_transparency_are_seen_as_they_are_shown(tmp_path):
+    """Sixteen bits are not white, what is transparent shows white, a broken row says which file it is."""
+    ramp = np.tile(np.linspace(0, 1, 40), (40, 1))
+    deep = Image.fromarray((ramp * 65535).astype(np.uint16))
+    half = np.full((40, 40, 4), 60, np.uint8)
+    half[:, :20, 3], half[:, 20:, 3] = 0, 255
+    clear = Image.fromarray(np.full((40, 40), 7, np.uint8)).convert("P")
+    for name, image in (("a.png", deep), ("b.tif", deep), ("c.png", Image.fromarray(half)), ("e.png", clear)):
+        image.save(tmp_path / name, **(dict(transparency=7) if name == "e.png" else {}))
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "d.tif")
+    rows = undecoded(load_images(str(tmp_path)), ["image"])
+    a, b, c, d, e = (decode_photos(row, ["image"], 32)[0] for row in rows)
+    for picture_ in (a, b, d):
+        assert np.abs(picture_[..., 1] - ramp * 255).max() <= 1
+    assert (c[:, :20] == 255).all() and (c[:, 20:] == 60).all() and (e == 255).all()
+
+
+@pytest.mark.parametrize("kind", ["text", "text chunk", "nothing", "none"])
+def test_whatever_breaks_a_file_makes_its_row_unusable(tmp_path, kind):
+    text = b"zTXta\0\0" + zlib.compress(b"x" * 3_000_000)  # too much of it for Pillow
+    chunk = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
+    whole = file_of(picture(3))
+    content = {"text": b"no picture", "text chunk": whole[:33] + chunk + whole[33:]}.get(kind, b"")
+    (tmp_path / "a.png").write_bytes(content)
+    row = {"image": {"bytes": None, "path": None if kind == "none" else str(tmp_path / "a.png")}}
+    with pytest.raises(Unusable, match="can't be decoded: .*" + ("" if kind == "none" else r"a\.png")):
+        decode_photos(row, ["image"], 32)
+
+
+def test_a_stream_may_begin_with_many_small_pictures(tmp_path):
+    """It is told; only where a whole epoch has none that can be used, the run ends."""
+    for number in range(130):
+        Image.new("RGB", (9, 9)).save(tmp_path / f"{number:03d}.png")
+    stream = PaletteStream(load_images(str(tmp_path), streaming=True), PaletteScheduler(), ["inpainting"], size=32)
+    with pytest.raises(ValueError, match="of the stream is 9x9, below 32 pixels: .*and 130 before"):
+        next(iter(stream))
+    picture(3).save(tmp_path / "200.png")
+    stream = PaletteStream(load_images(str(tmp_path), streaming=True), PaletteScheduler(), ["inpainting"], size=32)
+    with pytest.warns(UserWarning, match="100 rows of the stream, up to 100, could not be used"):
+        samples = [sample for _, sample in zip(range(2), stream, strict=False)]
+    assert [int(sample["skipped"]) for sample in samples] == [130, 130]
+
+
+def test_a_shard_that_was_cut_off_is_named(shards):
+    whole = (shards / "2.tar").read_bytes()
+    (shards / "2.tar").write_bytes(whole[:1000])
+    with pytest.raises(ValueError, match="shards has a file that can't be read"):
+        load_images(str(shards))
+    stream = PaletteStream(load_images(str(shards), streaming=True), PaletteScheduler(), ["inpainting"], size=32)
+    with pytest.raises(ValueError, match="a shard of the stream can't be read, past row 0"):
+        [sample for _, sample in zip(range(ROWS), stream, strict=False)]
+
+
+def test_a_mistyped_folder_is_told_without_a_network(monkeypatch):
+    import datasets
+
+    def no_network(*_, **__):
+        raise ConnectionError("no such host")
+
+    monkeypatch.setattr(datasets, "load_dataset", no_network)
+    with pytest.raises(FileNotFoundError, match="photso/mine is no folder here, and can't be fetched"):
+        load_images("photso/mine")

@@ -13,10 +13,11 @@ from test_replay import record_forward
 from torch.utils.data import default_collate
 
 from palette_diffusers import PalettePipeline, PaletteScheduler, distillation, tasks
-from palette_diffusers.data import PaletteDataset, load_images
+from palette_diffusers.data import PaletteDataset
 from palette_diffusers.distillation import Teacher
 from palette_diffusers.replay import ReplayedForward
 from palette_diffusers.scheduler import diffuse, predicted_original
+from palette_diffusers.sources import load_images
 from palette_diffusers.tasks import Given, get_task
 from palette_diffusers.training import TrainSettings, _check_alike, _own, preset, training_loss
 

@@ -21,10 +21,11 @@ from safetensors.torch import save_file
 from test_replay import record_for
 
 from palette_diffusers import Given, PalettePipeline, PaletteScheduler, Task, register_task, tasks, training, zero
-from palette_diffusers.data import PaletteDataset, load_images, load_sources, random_crop
+from palette_diffusers.data import PaletteDataset, random_crop
 from palette_diffusers.replay import Replay
 from palette_diffusers.report import read_log
 from palette_diffusers.scheduler import training_target
+from palette_diffusers.sources import load_images, load_sources
 from palette_diffusers.training import (
     PRESETS,
     Later,
@@ -603,7 +604,7 @@ def test_pairs(tmp_path, photo):
             PaletteDataset(images, PaletteScheduler(), ["paired"], size=32, column="target", source_column=wrong)
     shapes = data.map(lambda row: {"source": row["source"].resize((30, 60))}, features=features)
     shapes.to_parquet(tmp_path / "shapes" / "train-0.parquet")
-    with pytest.raises(ValueError, match="target and source have shapes"):
+    with pytest.raises(ValueError, match="is a pair of different shapes: target and source are 80x60 and 30x60"):
         PaletteDataset(load_images(str(tmp_path / "shapes")), PaletteScheduler(), ["paired"], size=32, column="target",
             source_column="source")[0]  # fmt: skip
     run = settings(tmp_path / "pairs", tmp_path / "run", column="target", source_column="source", validate_every=4)
@@ -627,7 +628,7 @@ def test_images_that_cannot_be_used_are_counted(tmp_path, photo, folder):
         strict = PaletteDataset(mixed, PaletteScheduler(), ["colorization"], size=32, strict=True)
         for i in range(len(mixed)):
             strict[i]
-    with pytest.raises(ValueError, match="below 512 pixels .and 99 before"):
+    with pytest.raises(ValueError, match="below 512 pixels: .*png .and 99 before"):
         PaletteDataset(images, PaletteScheduler(), ["colorization"], size=512)[0]
 
 

@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from palette_diffusers import PalettePipeline, PaletteUNet2DModel
-from palette_diffusers.data import PaletteDataset, PositionSampler, load_images
+from palette_diffusers.data import PaletteDataset, PositionSampler
 from palette_diffusers.files import alone, write_text
 from palette_diffusers.machine import best_device
 from palette_diffusers.scheduler import predicted_original
+from palette_diffusers.sources import load_images
 from palette_diffusers.tasks import fill_holes
 from palette_diffusers.training import (
     DTYPES,

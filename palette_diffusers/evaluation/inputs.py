@@ -152,7 +152,7 @@ class Photographs:
             self.labels.append(int(label[0]) if label else -1)
 
     def _load(self, path: str, split: str) -> None:
-        from ..data import image_column, load_images
+        from ..sources import image_column, load_images
 
         self._rows: Any = load_images(path, split)
         self._column = image_column(self._rows)
