@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from palette_diffusers import Task, register_task
-from palette_diffusers.training import parse, train
+from palette_diffusers.training import main
 
 
 def gaussian_blur(image: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -48,4 +48,4 @@ class Denoising(Task):
 
 
 if __name__ == "__main__":
-    train(parse(tasks="deblurring,denoising"))
+    main(tasks="deblurring,denoising")

@@ -6,7 +6,7 @@ Super-resolution: a quarter of the resolution => all of it. Every option of trai
 import torch.nn.functional as F
 
 from palette_diffusers import Task, register_task
-from palette_diffusers.training import parse, train
+from palette_diffusers.training import main
 
 
 @register_task
@@ -20,4 +20,4 @@ class SuperResolution(Task):
 
 
 if __name__ == "__main__":
-    train(parse(tasks="super_resolution"))
+    main(tasks="super_resolution")

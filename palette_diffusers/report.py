@@ -103,6 +103,18 @@ def read_log(path: Path) -> list[dict]:
     return [lines[step] for step in sorted(lines)]
 
 
+def cut_back(folder: Path, step: int) -> None:
+    """A run's log and sheets of samples end where its last state does: a run that died was ahead of it, and one that
+    begins anew has none."""
+    log = folder / "log.jsonl"
+    lines = [line for line in read_log(log) if line["step"] <= step]
+    if log.is_file():
+        write_text(log, "".join(json.dumps(line) + "\n" for line in lines))
+    for sheet in (folder / "samples").glob("step-*.png"):
+        if int(sheet.stem.removeprefix("step-")) > step:
+            sheet.unlink()
+
+
 def draw_grid(rows: list[tuple[str, torch.Tensor]], path: Path) -> None:
     """Named rows of pictures (N, 3, H, W), in [-1, 1] => one PNG."""
     height, width = rows[0][1].shape[-2:]
@@ -200,10 +212,16 @@ def write_report(folder: Path, settings: TrainSettings) -> Path:
     bins = ""
     if lines and "logsnr" in lines[-1]:
         cells = "".join(
-            f"<tr><td>{low} to {high}</td><td>{value}</td></tr>"
+            f"<tr><td>{low} to {high}</td><td>{'–' if value is None else value}</td></tr>"
             for low, high, value in zip(edges[:-1], edges[1:], lines[-1]["logsnr"], strict=True)
         )
         bins = f"<h2>Loss by log-SNR, last line</h2><table><tr><th>log-SNR</th><th>loss</th></tr>{cells}</table>"
+    unused = ""
+    if lines and (lines[-1].get("skipped") or lines[-1].get("gray")):
+        unused = (
+            f"<p>Since the last start, images that could not be used were drawn {lines[-1]['skipped']} times, gray "
+            f"ones where colour is learnt {lines[-1]['gray']} times; others took their place.</p>"
+        )
     sheets = sorted((folder / "samples").glob("step-*.png"))
     pictures = "".join(
         f'<h2>Samples, {sheet.stem}</h2><img src="samples/{sheet.name}" alt="source, sample, original by task">'
@@ -217,32 +235,56 @@ def write_report(folder: Path, settings: TrainSettings) -> Path:
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         "<title>Training run</title><style>body{font:15px system-ui;max-width:760px;margin:2em auto;padding:0 1em}"
         "svg,img{max-width:100%}svg text{font-size:12px}td,th{padding:2px 12px 2px 0;text-align:left}</style>"
-        f"<h1>Training run</h1>{''.join(charts)}{bins}{pictures}<h2>Settings</h2><table>{rows}</table></html>"
+        f"<h1>Training run</h1>{''.join(charts)}{bins}{unused}{pictures}<h2>Settings</h2><table>{rows}</table></html>"
     )
     path = folder / "report.html"
     write_text(path, page)
     return path
 
 
+def _given(text: str) -> list[tuple[str, float]]:
+    from .sources import split_sources
+
+    return split_sources(text)
+
+
+def _of_hub(path: str) -> bool:
+    return "/" in path and not os.path.exists(path) and not path.startswith((".", "/", "~"))
+
+
+def _named(path: str) -> str:
+    """A Hub id as it is; of a folder its own name, without where it lies."""
+    folder = Path(path).expanduser().resolve()
+    run = folder.name == "pipeline" and (folder.parent / "settings.json").is_file()
+    return f"`{path if _of_hub(path) else folder.parent.name if run else folder.name}`"
+
+
 def write_card(path: Path, settings: TrainSettings, step: int, parameters: int) -> None:
     """The model card of a run: what was trained, on what, how long; no word of quality that nobody measured."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    name = os.path.basename(settings.data.split(",")[0].rpartition("@")[0] or settings.data.split(",")[0])
+    sources = [
+        _named(path) + (f" (weight {weight:g})" if weight != 1 else "") for path, weight in _given(settings.data)
+    ]
+    crops = [_named(path) for path, _ in _given(settings.crops)]
     data = ModelCardData(
         library_name="diffusers", pipeline_tag="image-to-image", tags=["palette", *settings.task_list],
-        base_model=settings.init if "/" in settings.init and not os.path.exists(settings.init) else None,
+        datasets=[path for path, _ in [*_given(settings.data), *_given(settings.crops)] if _of_hub(path)] or None,
+        base_model=settings.init if _of_hub(settings.init) else None,
     )  # fmt: skip
     kind = "Low-rank adapters, merged" if settings.lora_rank else "All weights"
-    origin = f", from `{os.path.basename(settings.init)}`" if settings.init else ""
+    origin = f", from {_named(settings.init)}" if settings.init else ""
     facts = {
         "tasks": ", ".join(settings.task_list),
-        "trained": f"{kind}{origin}: {step:,} steps of {settings.batch} samples on {name or 'unnamed data'}",
+        "trained": f"{kind}{origin}: {step:,} steps of {settings.batch} samples",
+        "data": ", ".join(sources),
         "size": f"{settings.size} pixels, {parameters / 1e6:.1f}M parameters",
         "objective": f"{settings.loss}, {'regression' if settings.regression else settings.prediction_type}",
         "optimiser": f"{settings.optimizer}, rate {settings.rate:g}, {settings.schedule}; EMA {settings.ema:g}",
         "precision": settings.precision or "as Accelerate was configured",
     }
+    if crops:
+        facts["crops"] = f"of {', '.join(crops)}: JPEG restoration's samples, {settings.crop_share:.0%} of other tasks'"
     text = "\n".join(f"- {name}: {value}" for name, value in facts.items())
     extra = {"inpainting": ', mask_image="mask.png"', "uncropping": ", right=0.25"}.get(settings.task_list[0], "")
     usage = (

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import inspect
 import json
 import sys
 from dataclasses import dataclass, field, fields, replace
@@ -12,6 +13,7 @@ SMALL_BLOCKS = dict(
     up_block_types=["AttnUpBlock2D", "UpBlock2D", "UpBlock2D"],
     resample_type="conv",
 )
+CHANGES = "the network's configuration; on the command line changes to the preset's, as JSON: {\"dropout\": 0.1}"
 ADM = "ResnetDownsampleBlock2D", "AttnDownBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"
 
 # what may differ between a run and its continuation: nothing that changes a sample or the network, or a gradient by
@@ -113,7 +115,7 @@ class TrainSettings:
     )
     push_to_hub: str = _field("", "Hub id that the finished pipeline is uploaded to")
     dry_run: bool = _field(False, "only say what the run will take, and draw one degraded batch")
-    unet: dict = field(default_factory=dict, metadata={"help": "the network's configuration, as JSON", "choices": ()})
+    unet: dict = field(default_factory=dict, metadata={"help": CHANGES, "choices": ()})
 
     def __post_init__(self) -> None:
         for entry in fields(self):
@@ -166,6 +168,15 @@ class TrainSettings:
             )
         if not self.task_list:
             raise ValueError("tasks is empty, expected at least one name")
+        if self.batch % self.accumulate:
+            raise ValueError(f"batch is {self.batch}, expected a multiple of accumulate, {self.accumulate}")
+        if self.schedule == "cosine" and self.decay:
+            raise ValueError(
+                f"decay is {self.decay}, but schedule 'cosine' falls by itself: give decay 0, or 'constant'"
+            )
+        if self.crops and self.source_column:
+            raise ValueError(f"crops is {self.crops!r}, but pairs (source_column) are never made of them: leave it out")
+        _check_network(self.unet)
         if self.fused and (self.compile or not self.channels_last):
             raise ValueError("fused is on, expected channels_last with it and compile off; --no-fused leaves it out")
         if self.lora_rank and not self.init:
@@ -258,6 +269,20 @@ def preset(name: str) -> TrainSettings:
     )  # fmt: skip
 
 
+def _check_network(unet: Any) -> None:
+    """Raises:
+    ValueError: what is no configuration of a network, or has a name that the network doesn't know.
+    """
+    from .unet import PaletteUNet2DModel
+
+    if not isinstance(unet, dict):
+        raise ValueError(f"unet is {unet!r}, expected the network's configuration as JSON, {{NAME: VALUE}}")
+    known = [name for name in inspect.signature(PaletteUNet2DModel.__init__).parameters if name != "self"]
+    for name in unet:
+        if name not in known:
+            raise ValueError(f"unet has {name!r}, expected some of {', '.join(known)}{_nearest(name, known)}")
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         unknown = [word for word in message.split() if word.startswith("--")]
@@ -286,4 +311,12 @@ def parse(arguments: list[str] | None = None, description: str | None = None, **
     options = vars(parser.parse_args(arguments))
     start = preset(options.pop("preset"))
     given = {name: value for name, value in options.items() if value is not None}
-    return replace(start, **(changes | given))
+    init = given.get("init", changes.get("init", start.init))
+    if "unet" in given and init:
+        raise ValueError(f"unet is given, but the network is that of init, {init!r}: leave it out, or give --init ''")
+    if isinstance(given.get("unet"), dict):  # what is not given stays as the preset has it
+        given["unet"] = changes.get("unet", start.unet) | given["unet"]
+    settings = replace(start, **(changes | given))
+    if "tasks" in given and settings.source_column:
+        raise ValueError(f"tasks is {given['tasks']!r}, but pairs (source_column) have the task 'paired': leave it out")
+    return settings

@@ -4,46 +4,44 @@ import copy
 import json
 import math
 import os
-import pickle
 import shlex
 import shutil
 import signal
 import sys
 import time
-import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .adversarial import Critic
+from .batches import batches
 from .files import alone, write_text
 from .fused import use_fused_blocks
 from .norms import use_channels_last_norms
 from .replay import Replay, ReplayedForward
-from .report import Tally, draw_batch, draw_samples, write_card, write_report
+from .report import Tally, cut_back, draw_batch, draw_samples, write_card, write_report
 from .scheduler import PaletteScheduler, diffuse, training_target
-from .settings import FREE, PRESETS, TrainSettings, parse, preset
+from .settings import PRESETS, TrainSettings, parse, preset
 from .sharding import share, share_optimizer, whole
 from .speed import build
+from .states import check_same, check_state, last_state, save_state
 from .tasks import fill_holes
 from .unet import PaletteUNet2DModel
 from .zero import autocast, configure, gradient_norm, load_optimizer_state, optimizer_state, precision_of
 
-__all__ = ["PRESETS", "TrainSettings", "parse", "preset", "train"]
+__all__ = ["PRESETS", "TrainSettings", "main", "parse", "preset", "train"]
 
-DAMAGE = (zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError)
 COUNTED = ("gamma", "task", "skipped", "gray", "taught")
 CRITIC_CLIP = 10.0  # largest norm of a critic's gradient, which is 1 or less as a rule
-WORKERS = 4  # of each loader, where several take turns
 DTYPES = {"": torch.float32, "no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # what a student learns from of its teacher's sampling, all but the first on policy, and its own steps there
 LEARNT = ("slow_noise", "initial_noise", "sampling_spacing", "logsnr_min", "logsnr_max")
@@ -137,89 +135,6 @@ def learning_rate(settings: TrainSettings, step: int) -> float:
     elif settings.decay:
         rate *= min(1.0, max(0.0, (settings.steps - step) / settings.decay))
     return rate
-
-
-# state
-
-
-def save_state(folder: Path, step: int, keep: int = 2, **parts: object) -> Path:
-    """Writes a checkpoint beside and renames it, once it is on the disk; then removes all but the newest `keep`."""
-    part, final = folder / f"step-{step:07d}.part", folder / f"step-{step:07d}.pt"
-    try:
-        with open(part, "wb") as stream:
-            torch.save({"step": step, **parts}, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, final)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    for old in sorted(path for path in folder.glob("step-*.pt") if path < final)[: 1 - keep or None]:
-        old.unlink()
-    return final
-
-
-def last_state(folder: Path) -> dict | None:
-    """The newest checkpoint of a run that can be read, or None where there is none. A damaged one (its checksums, which
-    `torch.load` does not look at, are) is passed over, and named `.damaged`.
-
-    Raises:
-        ValueError: there are checkpoints, and none can be read.
-        PermissionError: one may not be read.
-    """
-    paths = sorted(folder.glob("step-*.pt"), reverse=True)
-    for path in paths:
-        try:
-            with zipfile.ZipFile(path) as parts:
-                if (wrong := parts.testzip()) is not None:
-                    raise ValueError(f"{wrong} is not what was written")
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except PermissionError:
-            raise
-        except DAMAGE as error:
-            why = (str(error).splitlines() or [type(error).__name__])[0]
-            print(f"{path} is damaged and passed over: {why}", file=sys.stderr)
-            path.rename(path.with_suffix(".damaged"))
-    if paths:
-        raise ValueError(f"none of the {len(paths)} checkpoints in {folder} can be read; they are named .damaged now")
-    return None
-
-
-def check_same(folder: Path, settings: TrainSettings) -> None:
-    """A run is continued by the settings that began it.
-
-    Raises:
-        ValueError: the message says which settings differ.
-    """
-    path = folder / "settings.json"
-    if not path.is_file():
-        return
-    before = asdict(TrainSettings()) | json.loads(path.read_text())  # of an older version, which had fewer
-    before, now = (json.loads(json.dumps(each)) for each in (before, asdict(settings)))
-    changed = [name for name in now if name not in FREE and before[name] != now[name]]
-    if changed:
-        lines = ", ".join(f"{name} was {before[name]!r}, now {now[name]!r}" for name in changed)
-        raise ValueError(f"{folder} holds a run of other settings: {lines}")
-
-
-def _check_state(state: dict, read: torch.Tensor, accelerator: Any) -> torch.Tensor:
-    """What every process has read of a stream, (processes, workers, 2).
-
-    Raises:
-        ValueError: the state was trained in another precision, or its stream was divided over other readers.
-    """
-    now = precision_of(accelerator)
-    precision = state.get("precision", now)
-    if precision != now:
-        raise ValueError(f"the run was trained with precision {precision}, now it is {now}")
-    before = state.get("read", read)
-    if before.shape != read.shape:
-        (p, w), (processes, workers) = before.shape[:2], read.shape[:2]
-        raise ValueError(
-            f"the stream was divided over {p} processes of {w} workers, now over {processes} of {workers}: "
-            "it goes on only as it was divided"
-        )
-    return before
 
 
 class Later:
@@ -326,11 +241,22 @@ def _own(unet: PaletteUNet2DModel, device: str, dtype: torch.dtype, *given: Any)
     return output
 
 
+def _folder_of(init: str) -> Path:
+    from .pipeline import SHIPPED
+
+    return SHIPPED.get(init, Path(init)).resolve()
+
+
 def _adapt(unet: PaletteUNet2DModel, settings: TrainSettings) -> None:
     try:
         from peft import LoraConfig, set_peft_model_state_dict
     except ImportError:
         raise ValueError("lora_rank needs peft: pip install 'palette-diffusers[lora]'") from None
+    if settings.lora_init and Path(settings.lora_init).resolve().is_relative_to(_folder_of(settings.init)):
+        raise ValueError(
+            f"lora_init is {settings.lora_init!r}, but the weights of init, {settings.init!r}, have these adapters "
+            "already: expected the init that they were trained on"
+        )
     unet.requires_grad_(False)
     unet.add_adapter(LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_rank, target_modules=LORA_TARGETS))
     if settings.lora_init:
@@ -427,62 +353,6 @@ def _dataset(settings: TrainSettings, scheduler: PaletteScheduler, holes: bool, 
     )
 
 
-def _ignore_signals(worker: int) -> None:
-    """A signal to the whole process group stops the run from the main process, which saves first."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _collate(samples: list[dict[str, torch.Tensor]], without: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    from torch.utils.data import default_collate
-
-    return default_collate([{name: v for name, v in sample.items() if name not in without} for sample in samples])
-
-
-class Loaders:
-    """Several loaders that take turns: what one thread of each copies to pinned memory, one thread alone would not."""
-
-    def __init__(self, loaders: list[Any]):
-        self.loaders = loaders
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        for loader in cycle([iter(loader) for loader in self.loaders]):
-            try:
-                yield next(loader)
-            except StopIteration:
-                return
-
-
-def _loader(dataset: Any, settings: TrainSettings, start: int, processes: int) -> Any:
-    """Batches from step `start` on; `Loaders` where a GPU may be faster than one thread that feeds it."""
-    from torch.utils.data import DataLoader
-
-    from .data import PositionSampler
-
-    pinned = torch.cuda.is_available()
-    turns = max(1, settings.workers // WORKERS) if pinned and processes == 1 and not settings.streaming else 1
-    size = settings.batch // settings.accumulate // processes
-    without = () if settings.teacher else ("known",)  # a fifth of the bytes
-    loaders = []
-    for turn in range(turns):
-        workers = len(range(turn, settings.workers, turns))
-        positions = PositionSampler(start * settings.batch, settings.steps * settings.batch, size, turns, turn)
-        loader = DataLoader(
-            dataset,
-            batch_size=size,
-            sampler=None if settings.streaming else positions,
-            collate_fn=partial(_collate, without=without),
-            num_workers=workers,
-            worker_init_fn=_ignore_signals,
-            drop_last=True,
-            persistent_workers=workers > 0,
-            prefetch_factor=4 if workers else None,
-            pin_memory=pinned,
-        )
-        loaders.append(loader)
-    return loaders[0] if turns == 1 else Loaders(loaders)
-
-
 def _check_graph(settings: TrainSettings, accelerator: Any) -> None:
     """Raises:
     ValueError: more than one recording can do.
@@ -496,9 +366,66 @@ def _check_graph(settings: TrainSettings, accelerator: Any) -> None:
         )
 
 
+def _check_half(precision: str, device: str) -> None:
+    """Raises:
+    ValueError: fp16 where Accelerate would leave it out in silence.
+    """
+    if precision == "fp16" and device == "cpu":
+        raise ValueError("precision is fp16, which a CPU is not trained in: expected bf16 or no")
+
+
+def _check_hub(settings: TrainSettings) -> None:
+    """Whether anything can be pushed at the end, asked before the beginning.
+
+    Raises:
+        ValueError: there is no login, the Hub is not reached, or the name is none.
+    """
+    from httpx import HTTPError
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import validate_repo_id
+
+    if settings.push_to_hub:
+        validate_repo_id(settings.push_to_hub)
+        try:
+            HfApi().whoami()
+        except (OSError, HTTPError) as error:
+            why = str(error).partition("\n")[0]
+            raise ValueError(
+                f"push_to_hub is {settings.push_to_hub!r}, but the Hub refuses: {why} (hf auth login)"
+            ) from None
+
+
+def _push(settings: TrainSettings, final: Path) -> None:
+    """Raises:
+    OSError: the upload failed; the message says how it is done later.
+    """
+    from httpx import HTTPError
+
+    from .hub import publish
+
+    try:
+        print(publish(settings.output, settings.push_to_hub), flush=True)
+    except (OSError, ValueError, HTTPError) as error:
+        again = shlex.join(["palette", "publish", settings.output, settings.push_to_hub])
+        raise OSError(f"the upload failed: {error}; the pipeline is in {final}, to upload it: {again}") from error
+
+
+def _tell_rate(settings: TrainSettings) -> str:
+    """What to say of a learning rate that a run never comes near to; empty where it does."""
+    peak = max(learning_rate(settings, step) for step in range(0, settings.steps, max(1, settings.steps // 1000)))
+    if peak > 0.9 * settings.rate:
+        return ""
+    falls = f" and decay {settings.decay:,}" if settings.decay else ""
+    return (
+        f"the learning rate comes to {peak:.2g} at most, not to {settings.rate:g}: warmup {settings.warmup:,}{falls} "
+        f"leave no room in {settings.steps:,} steps"
+    )
+
+
 def _accelerator(settings: TrainSettings) -> Any:
-    from accelerate import Accelerator, DataLoaderConfiguration
+    from accelerate import Accelerator
     from accelerate.tracking import get_available_trackers
+    from accelerate.utils import GradientAccumulationPlugin
 
     installed = [str(tracker.value) for tracker in get_available_trackers()]
     tracker = settings.tracker
@@ -506,12 +433,19 @@ def _accelerator(settings: TrainSettings) -> Any:
         tracker = "tensorboard" if "tensorboard" in installed else "none"
     if tracker not in ("none", *installed):
         raise ValueError(f"tracker {tracker!r} needs the package of that name, which is not installed")
+    parts = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") or 1)
+    if parts not in (1, settings.accumulate):
+        raise ValueError(
+            f"Accelerate is configured to accumulate {parts} parts, the settings say {settings.accumulate}: expected "
+            "accumulate alone"
+        )
     accelerator = Accelerator(
         mixed_precision=settings.precision or None,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # what is added up is divided here
         log_with=None if tracker == "none" else tracker,
         project_dir=settings.output,
-        dataloader_config=DataLoaderConfiguration(non_blocking=torch.cuda.is_available()),
     )
+    _check_half(accelerator.mixed_precision, accelerator.device.type)
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     if kind == "MEGATRON_LM" or (kind == "FSDP" and not accelerator.is_fsdp2):
         name = "FSDP 1" if kind == "FSDP" else kind
@@ -556,8 +490,8 @@ def dry_run(settings: TrainSettings) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     unet, scheduler, *_ = _trainable(settings)
     dataset = _dataset(settings, scheduler, bool(unet.config.hole_skip))
-    loader = iter(_loader(dataset, settings, 0, 1))
-    batch = next(loader)
+    with closing(batches(dataset, settings)) as some:
+        batch = next(some)
     draw_batch(batch, settings.task_list, folder / "batch.png")
     parameters = sum(p.numel() for p in unet.parameters())
     one = {k: v[:1] for k, v in batch.items()}
@@ -566,6 +500,7 @@ def dry_run(settings: TrainSettings) -> None:
     _lay_out(unet, settings)
     trained = [p for p in unet.parameters() if p.requires_grad]
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    _check_half(settings.precision, device)
     unet.to(device).train()
     optimizer = _optimizer(trained, settings)
     dtype = DTYPES[settings.precision]
@@ -591,6 +526,7 @@ def dry_run(settings: TrainSettings) -> None:
         f"speed: {speed:.1f} samples a second on one {device}, {hours:.1f} hours to step {settings.steps:,}"
         + (" (eager: compile and cuda_graph are not tried)" if settings.compile or settings.cuda_graph else "")
         + (" (without the teacher's work, and a critic's)" if settings.teacher else "")
+        + (f"\nwarning: {warning}" if (warning := _tell_rate(settings)) else "")
     )
 
 
@@ -609,18 +545,45 @@ def train(settings: TrainSettings) -> Path:
         dry_run(settings)
         return Path(settings.output)
     accelerator = _accelerator(settings)
-    folder = Path(settings.output)
+    folder, main = Path(settings.output), accelerator.is_main_process
     folder.mkdir(parents=True, exist_ok=True)
     if not settings.resume and any(folder.glob("step-*.pt")):
         raise FileExistsError(f"{folder} holds a run: continue it by resume, or name another output")
     if settings.resume:
         check_same(folder, settings)
-    with alone(folder, other="another process is training") if accelerator.is_main_process else nullcontext():
-        return _run(settings, accelerator, folder)
+    _check_hub(settings)
+    if main and (warning := _tell_rate(settings)):
+        print(f"warning: {warning}", file=sys.stderr)
+    with alone(folder, other="another process is training") if main else nullcontext():
+        final, step = _run(settings, accelerator, folder)
+        if main and step >= settings.steps and settings.push_to_hub:
+            _push(settings, final)
+    return final
 
 
-def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
-    from accelerate.utils import send_to_device
+def main(description: str | None = None, **changes: Any) -> None:
+    """A training script: the command line (`parse`), the run, and errors as messages; exits with 2 where something was
+    asked that can't be done, with 1 where the run failed."""
+    try:
+        train(parse(description=description, **changes))
+    except ModuleNotFoundError as error:
+        _fail(2, f"{error.name} is not installed: pip install 'palette-diffusers[train]'")
+    except (ValueError, OSError) as error:
+        _fail(2, str(error))
+    except FloatingPointError as error:
+        _fail(1, str(error))
+    except torch.AcceleratorError as error:
+        advice = "the accelerator failed or is gone; --resume goes on from the last checkpoint:"
+        _fail(1, f"{advice} {str(error).partition(chr(10))[0]}")
+
+
+def _fail(code: int, message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> tuple[Path, int]:
+    """The folder of the pipeline, and the step that was reached."""
     from diffusers.training_utils import EMAModel
     from tqdm.auto import tqdm
 
@@ -639,7 +602,7 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
     state = last_state(folder) if settings.resume else None
     start, read = 0, torch.zeros(accelerator.num_processes, max(1, settings.workers), 2, dtype=torch.long)
     if state is not None:
-        read = _check_state(state, read, accelerator)
+        read = check_state(state, read, accelerator)
         unet.load_state_dict(state["unet"])
         start = state["step"]
     read = read[accelerator.process_index].clone()
@@ -651,12 +614,13 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
         read=read,
     )
     dataset = _dataset(settings, scheduler, bool(unet.config.hole_skip), **place)
-    loader = _loader(dataset, settings, start, accelerator.num_processes)
+    given = batches(dataset, settings, start, accelerator.process_index, accelerator.num_processes, accelerator.device)
     starts = accelerator.gather(torch.tensor([start], device=accelerator.device)).tolist()
     if len(set(starts)) > 1:
         raise ValueError(f"the processes would go on from steps {starts}: they must see one output folder")
-    raw, main = unet, accelerator.is_main_process
-    teacher = _teacher(settings, accelerator.device, precision_of(accelerator), raw)
+    raw, main, precision = unet, accelerator.is_main_process, precision_of(accelerator)
+    configuration = {name: v for name, v in unet.config.items() if not name.startswith("_")}  # of `init`, where given
+    teacher = _teacher(settings, accelerator.device, precision, raw)
     if teacher is not None:  # the noise that the student learns from, and its steps
         names, own = (LEARNT, STRAIGHT) if settings.on_policy else (LEARNT[:1], {})
         learnt = {name: teacher.pipe.scheduler.config[name] for name in names}
@@ -686,15 +650,13 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
             optimizer.load_state_dict(share_optimizer(state["optimizer"], trained))
         ema.load_state_dict(state["ema"])
         ema.shadow_params = [share(v, p) for v, p in zip(ema.shadow_params, trained, strict=True)]
-    if settings.streaming or isinstance(loader, Loaders):  # divided over the processes already, or for one alone
-        pinned = torch.cuda.is_available()
-        loader = (send_to_device(batch, accelerator.device, non_blocking=pinned) for batch in loader)
-    else:
-        loader = accelerator.prepare(loader)
     if state is not None and accelerator.scaler is not None and state.get("scaler"):
         accelerator.scaler.load_state_dict(state["scaler"])
     ema.to(accelerator.device)
     if main:
+        if settings.resume and state is None:
+            print(f"{folder} has no checkpoint: the run begins at step 0", file=sys.stderr)
+        cut_back(folder, start)
         write_text(folder / "settings.json", json.dumps(asdict(settings), indent=2) + "\n")
     accelerator.init_trackers(
         "palette", {k: v for k, v in asdict(settings).items() if k != "unet"}, {"wandb": {"dir": settings.output}}
@@ -715,7 +677,7 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
                 parts["read"] = everywhere
             if critic is not None:
                 parts |= dict(critic=critic.state_dict(), critic_optimizer=critic_optimizer.state_dict())
-            world = dict(precision=precision_of(accelerator), processes=accelerator.num_processes)
+            world = dict(precision=precision, processes=accelerator.num_processes)
             save_state(folder, step, settings.keep, **world, **parts)
 
     @contextmanager
@@ -745,7 +707,6 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
                 draw_samples(network, scheduler, dataset, steps, folder / "samples" / f"step-{step:07d}.png")
 
     begin, step, in_a_row = time.monotonic(), start, 0
-    batches: Iterator = iter(loader)
     shares = torch.tensor(_by_task(settings, "loss_weights"), device=accelerator.device)
     tally, later = Tally(settings.task_list, folder / "log.jsonl"), Later(accelerator.device.type == "cuda")
 
@@ -793,7 +754,7 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
                 group["lr"] = learning_rate(settings, step)
             for part in range(settings.accumulate):
                 with tally.waiting():
-                    batch = next(batches)
+                    batch = next(given)
                 number = step * settings.accumulate + part
                 if settings.streaming:
                     read[number % len(read)] = batch.pop("read")[-1].cpu()
@@ -809,7 +770,10 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
                         if critic is not None:
                             batch = critic.draw(batch, photographs.repeat_interleave(settings.levels, 0))
                     numbers = dict(zip(("losses", "told"), work(batch), strict=False))
-                later.put(step, **numbers, **{name: batch[name] for name in COUNTED if name in batch})
+                counted = {name: batch[name] for name in COUNTED if name in batch}
+                if settings.regression:  # the level that the network was told
+                    counted["gamma"] = torch.full_like(batch["gamma"], regression_gamma())
+                later.put(step, **numbers, **counted)
             norm = gradient_norm(unet) if zero else accelerator.clip_grad_norm_(trained, settings.clip or math.inf)
             # the same on every process; fp16's scaler expects some that are not finite, and skips those steps
             if accelerator.scaler is None:
@@ -851,8 +815,11 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
             if step % settings.save_every == 0:
                 save(step)
         check()
+        if step > start and step % settings.log_every:  # what the last line of the log does not have
+            tally.line(accelerator, step)
         save(step)
     finally:
+        given.close()
         bar.close()
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -860,9 +827,11 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
     if gives:
         with averaged() as network:
             if network is not None:
-                _publish(network, scheduler, default_steps, few_steps, settings, final, step)
+                _publish(
+                    network, scheduler, default_steps, few_steps, replace(settings, precision=precision), final, step
+                )
     if main:
-        write_report(folder, settings)
+        write_report(folder, replace(settings, unet=configuration))
         if step < settings.steps:
             again = shlex.join([*sys.argv, *([] if "--resume" in sys.argv else ["--resume"])])
             print(f"stopped at step {step} of {settings.steps}; to go on: accelerate launch {again}", flush=True)
@@ -871,7 +840,7 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> Path:
     # that may be waiting for the interpreter
     unet, optimizer = accelerator.free_memory(unet, optimizer)
     accelerator.end_training()
-    return final
+    return final, step
 
 
 def _publish(
@@ -883,20 +852,22 @@ def _publish(
 
     part = final.with_name(final.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    if settings.lora_rank:
-        unet.to(memory_format=torch.contiguous_format)  # which alone safetensors writes; a pipeline's own saving knows
-        unet.save_lora_adapter(part / "lora")
-        unet.fuse_lora()
-        unet.unload_lora()
-    tasks = settings.task_list
-    pipe = PalettePipeline(
-        unet, scheduler, tasks=tasks, default_task=tasks[0], default_steps=default_steps, few_steps=few_steps
-    )
-    pipe.save_pretrained(part)
-    write_card(part / "README.md", settings, step, sum(p.numel() for p in unet.parameters()))
+    try:
+        if settings.lora_rank:
+            unet.to(memory_format=torch.contiguous_format)  # which alone safetensors writes; a pipeline's saving knows
+            unet.save_lora_adapter(part / "lora")
+            unet.fuse_lora()
+            unet.unload_lora()
+        tasks = settings.task_list
+        pipe = PalettePipeline(
+            unet, scheduler, tasks=tasks, default_task=tasks[0], default_steps=default_steps, few_steps=few_steps
+        )
+        pipe.save_pretrained(part)
+        write_card(part / "README.md", settings, step, sum(p.numel() for p in unet.parameters()))
+    except BaseException as error:
+        shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, SafetensorError):  # its words for a full disk
+            raise OSError(f"{final} can't be written: {error}") from None
+        raise
     shutil.rmtree(final, ignore_errors=True)
     os.replace(part, final)
-    if settings.push_to_hub:
-        from .hub import publish
-
-        print(publish(settings.output, settings.push_to_hub), flush=True)

@@ -54,7 +54,7 @@ def check(words: list[str]) -> None:
         command.make_context(arguments[0], arguments[1:])
     elif name.endswith(".py"):
         text = (ROOT / name).read_text()
-        if "train(parse(" in text or "train_palette.py" in text:
+        if "training import main" in text or "train_palette.py" in text:
             parse(arguments)
         else:
             assert all(f'"{option}"' in text for option in arguments if option.startswith("--")), words

@@ -194,6 +194,37 @@ def test_login_as_the_readme_says(hub, place, tmp_path):
     assert run(hub, tmp_path, *command, **home).stdout.split()[-1] == f"{hub.url}/me/login"
 
 
+def test_a_run_is_pushed_when_it_is_done(hub, folder, tmp_path):
+    """Nothing is trained where nothing could be pushed; a run that was stopped is not pushed; what a failed upload
+    leaves is a whole run, and the command that uploads it."""
+    code = f"""
+import sys
+from test_training import settings
+from palette_diffusers import hub, training
+def cut_off(*_):
+    raise OSError("the line is dead")
+name, changes = sys.argv[1], eval(sys.argv[2])
+if changes.pop("cut_off", False):
+    hub.upload = cut_off
+training.parse = lambda **_: settings({str(folder)!r}, "run", push_to_hub=name, steps=2, tracker="none", **changes)
+training.main()
+"""
+
+    def push(name="me/pushed", check=True, changes=None, **more):
+        return run(hub, tmp_path, name, changes or {}, code=code, check=check, **more)
+
+    for why, name, message in (({"HF_TOKEN": ""}, "me/pushed", "hf auth login"), ({}, "no name", "no name")):
+        refused = push(name, check=False, **why)
+        assert refused.returncode == 2 and message in refused.stderr and not list(tmp_path.glob("run/step-*"))
+    assert "stopped at step 1 of 2" in push(changes={"max_hours": 1e-9}).stdout
+    assert "me/pushed" not in hub.repos
+    failed = push(check=False, changes={"resume": True, "cut_off": True})
+    assert failed.returncode == 2 and "the upload failed: the line is dead" in failed.stderr
+    assert "palette publish run me/pushed" in failed.stderr and (tmp_path / "run" / "report.html").is_file()
+    assert push(changes={"resume": True}).stdout.splitlines()[-1] == f"{hub.url}/me/pushed"
+    assert "me/pushed" in hub.repos
+
+
 LOADING = f"""
 import json, sys, torch
 from pathlib import Path

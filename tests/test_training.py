@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import resource
 import runpy
 import shutil
 import signal
@@ -20,10 +21,20 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_replay import record_for
 
-from palette_diffusers import Given, PalettePipeline, PaletteScheduler, Task, register_task, tasks, training, zero
+from palette_diffusers import (
+    Given,
+    PalettePipeline,
+    PaletteScheduler,
+    Task,
+    batches,
+    register_task,
+    tasks,
+    training,
+    zero,
+)
 from palette_diffusers.data import PaletteDataset, random_crop
 from palette_diffusers.replay import Replay
-from palette_diffusers.report import read_log
+from palette_diffusers.report import read_log, write_card
 from palette_diffusers.scheduler import training_target
 from palette_diffusers.sources import load_images, load_sources
 from palette_diffusers.training import (
@@ -410,17 +421,44 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys):
         last_state(tmp_path)
 
 
-def test_a_full_disk_leaves_the_last_state(tmp_path, monkeypatch):
-    save_state(tmp_path, 1, value=torch.ones(3))
+@pytest.fixture
+def small_files():
+    """A file may have so many bytes and no more, as on a disk that gets full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    def full(value, stream):
-        stream.write(b"half")
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space left"):
-        save_state(tmp_path, 2, value=torch.ones(3))
-    assert [p.name for p in tmp_path.iterdir()] == ["step-0000001.pt"]
+@pytest.mark.parametrize("size", [3_000, 100_000, 1_000_000])
+def test_a_full_disk_leaves_the_last_state(tmp_path, small_files, size):
+    save_state(tmp_path, 1, unet=torch.ones(3))
+    small_files(size)
+    with pytest.raises(OSError, match=r"File too large: '.*step-0000002.part'"):
+        save_state(tmp_path, 2, unet=torch.ones(300_000), more=list(range(1000)))
+    small_files(resource.RLIM_INFINITY)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-0000001.pt"]
+    assert last_state(tmp_path)["step"] == 1
+
+
+@pytest.mark.parametrize("why", ["a broken image", "a full disk", "a dry run", "two processes", "a stream"])
+def test_a_run_that_fails_ends(folder, tmp_path, why):
+    """Its workers ignore signals, and Python would wait for them for ever."""
+    more, arguments = {}, [*options(folder, tmp_path / "run", workers=2), "--tracker=none"]
+    if why == "a full disk":
+        more["preexec_fn"] = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
+    else:
+        (folder / "broken.png").write_bytes((folder / "0.png").read_bytes()[:2000])
+        arguments += ["--strict", *{"a dry run": ["--dry-run"], "a stream": ["--streaming"]}.get(why, [])]
+    run = launch(*arguments, processes=2 if why == "two processes" else 1, **more)
+    try:
+        _, said = run.communicate(timeout=200)
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+    expected = "File too large" if why == "a full disk" else "can't be decoded"
+    assert expected in said and run.returncode, said[-2000:]
+    assert why == "two processes" or "exit status 2" in said  # the script's, which Accelerate passes on as 1
+    assert not list((tmp_path / "run").glob("*.part"))
 
 
 def test_a_run_is_continued_as_it_began(folder, tmp_path):
@@ -496,7 +534,7 @@ def test_what_a_gpu_computed_is_counted_once_and_in_order(folder, tmp_path, monk
     monkeypatch.setattr(training, "Later", AsOnGPU)
     train(settings(folder, tmp_path / "b", steps=5, log_every=2))
     a, b = (read_log(tmp_path / name / "log.jsonl") for name in "ab")
-    assert [line["step"] for line in b] == [2, 4]
+    assert [line["step"] for line in b] == [2, 4, 5]
     assert all(x[key] == y[key] for x, y in zip(a, b, strict=True) for key in ("loss", "tasks", "logsnr", "gray"))
 
 
@@ -570,7 +608,8 @@ def test_what_a_run_shows(folder, tmp_path):
     page = (tmp_path / "run" / "report.html").read_text()
     assert "<polyline" in page and "samples/step-0000006.png" in page and "colorization" in page
     card = (final / "README.md").read_text()
-    assert "library_name: diffusers" in card and "6 steps of 4 samples on images" in card and str(tmp_path) not in card
+    assert "library_name: diffusers" in card and "6 steps of 4 samples\n- data: `images`\n" in card
+    assert str(tmp_path) not in card
 
 
 def test_tensorboard_gets_the_losses(folder, tmp_path):
@@ -725,6 +764,9 @@ def test_low_rank_adapters(folder, tmp_path):
         (tmp_path / "other").mkdir()
         save_file({"nowhere.lora_A.weight": torch.zeros(2, 3)}, tmp_path / "other" / "pytorch_lora_weights.safetensors")
         train(settings(folder, tmp_path / "wrong", lora_rank=2, **again | {"lora_init": str(tmp_path / "other")}))
+    merged = {"init": str(tuned), "lora_init": f"{tuned}/lora"}
+    with pytest.raises(ValueError, match="have these adapters already: expected the init that they were trained on"):
+        train(settings(folder, tmp_path / "twice", lora_rank=2, **merged))
 
 
 def test_dry_run(folder, tmp_path, capsys):
@@ -748,7 +790,13 @@ def test_dry_run(folder, tmp_path, capsys):
         (dict(tasks=" "), "tasks is empty"),
         (dict(seed=-1), "seed is -1"),
         (dict(init="starter"), "is of 64 pixels, the settings say 32"),
-        (dict(accumulate=3), "batch is 4, expected a multiple of 3"),
+        (dict(accumulate=3, dry_run=True), "batch is 4, expected a multiple of accumulate, 3"),
+        (dict(schedule="cosine", decay=2), "decay is 2, but schedule 'cosine' falls by itself"),
+        (dict(crops="somewhere", source_column="source"), "crops is 'somewhere', but pairs"),
+        (dict(precision="fp16"), "precision is fp16, which a CPU is not trained in"),
+        (dict(precision="fp16", dry_run=True), "precision is fp16, which a CPU is not trained in"),
+        (dict(unet=[16, 32]), r"unet is \[16, 32\], expected the network's configuration as JSON"),
+        (dict(unet=dict(block_out_chanels=[8])), "unet has 'block_out_chanels', .*did you mean block_out_channels"),
         (dict(task_weights="colorization=x"), "task_weights has 'colorization=x', expected TASK=NUMBER"),
         (dict(loss_weights="inpainting=-1"), "expected a number of at least 0"),
         (dict(task_weights="magic=2"), "task is 'magic'"),
@@ -766,6 +814,91 @@ def test_bad_settings(folder, tmp_path, changes, message):
     with pytest.raises((ValueError, OSError), match=message):
         train(settings(folder, tmp_path / "run", **changes))
     assert not list(tmp_path.glob("run/step-*"))
+
+
+def test_a_network_is_changed_by_what_is_given(folder, tmp_path):
+    """As the error about condition_skip advises; what is not given stays as the preset has it."""
+    changes = {"condition_skip": 0, "hole_skip": 0}
+    chosen = parse(["--preset", "tiny-64", "--prediction-type", "epsilon", "--unet", json.dumps(changes)])
+    assert chosen.unet == preset("tiny-64").unet | changes
+    with pytest.raises(ValueError, match="unet is given, but the network is that of init, 'starter'"):
+        parse(["--preset", "finetune-64", "--unet", "{}"])
+    with pytest.raises(ValueError, match="unet is 3, expected"):
+        parse(["--unet", "3"])
+    with pytest.raises(ValueError, match="tasks is 'inpainting', but pairs .* have the task 'paired'"):
+        parse(["--tasks", "inpainting", "--source-column", "faded"])
+
+
+def test_accelerates_own_accumulation_is_not_added_to_ours(folder, tmp_path, monkeypatch):
+    """It would divide the gradients again."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    with pytest.raises(ValueError, match="Accelerate is configured to accumulate 2 parts, the settings say 1"):
+        train(settings(folder, tmp_path / "a"))
+    train(settings(folder, tmp_path / "a", accumulate=2))
+    monkeypatch.delenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
+    train(settings(folder, tmp_path / "b", accumulate=2))
+    same(last_state(tmp_path / "a"), last_state(tmp_path / "b"))
+
+
+def test_a_rate_that_is_never_reached_is_told(folder, tmp_path, capsys):
+    message = "warning: the learning rate comes to 0.0004 at most, not to 0.0008: warmup 4 and decay 3 leave no room"
+    train(settings(folder, tmp_path / "run", warmup=4, decay=3))
+    assert message in capsys.readouterr().err
+    train(settings(folder, tmp_path / "run", warmup=4, decay=3, dry_run=True))
+    assert message in capsys.readouterr().out
+    train(settings(folder, tmp_path / "good", warmup=1, decay=3))
+    assert "warning" not in capsys.readouterr().err
+    assert [training._tell_rate(preset(name)) for name in PRESETS] == [""] * len(PRESETS)
+
+
+def test_a_log_ends_where_the_state_does(folder, tmp_path, capsys):
+    """A run that died before its first state leaves nothing in the log of the one that begins anew."""
+    run = tmp_path / "run"
+    (run / "samples").mkdir(parents=True)
+    (run / "log.jsonl").write_text("".join(json.dumps({"step": step, "loss": 99.0}) + "\n" for step in range(1, 10)))
+    for step in (1, 9):
+        (run / "samples" / f"step-{step:07d}.png").touch()
+    train(settings(folder, run, steps=2, resume=True))
+    assert f"{run} has no checkpoint: the run begins at step 0" in capsys.readouterr().err
+    assert [line["step"] for line in read_log(run / "log.jsonl")] == [1, 2] and not list((run / "samples").iterdir())
+    assert all(line["loss"] < 99 for line in read_log(run / "log.jsonl"))
+    with open(run / "log.jsonl", "a") as log:
+        log.write(json.dumps({"step": 3, "loss": 99.0}) + "\n")
+    train(settings(folder, run, steps=4, resume=True, log_every=10))  # a short run has a line, too
+    assert [line["step"] for line in read_log(run / "log.jsonl")] == [1, 2, 4]
+    assert "<polyline" in (run / "report.html").read_text()
+
+
+def test_the_card_names_all_that_was_trained_on(folder, tmp_path):
+    other = tmp_path / "others"
+    shutil.copytree(folder, other)
+    Image.new("RGB", (8, 8)).save(other / "small.png")
+    data = f"{folder}/@3,{other}"
+    final = train(settings(folder, tmp_path / "run", data=data, crops=f"{other}/", crop_share=0.2, steps=8))
+    card = (final / "README.md").read_text()
+    assert "- data: `images` (weight 3), `others`\n" in card and "precision: no\n" in card
+    assert "- crops: of `others`: JPEG restoration's samples, 20% of other tasks'\n" in card
+    again = train(settings(folder, tmp_path / "more", init=f"{final}/"))
+    card = (again / "README.md").read_text()
+    assert "from `run`: 4 steps" in card and str(tmp_path) not in card and "datasets:" not in card
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "images that could not be used were drawn" in page
+    hub = replace(settings(folder, ""), data="USER/photos@2,OTHER/more", crops="USER/large")
+    write_card(tmp_path / "card.md", hub, 4, 10)
+    text = (tmp_path / "card.md").read_text()
+    assert "- data: `USER/photos` (weight 2), `OTHER/more`\n" in text
+    assert "datasets:\n- USER/photos\n- OTHER/more\n- USER/large\n" in text
+
+
+def test_the_report_has_the_network_and_the_noise_that_there_were(folder, tmp_path):
+    twin = settings(folder, tmp_path / "a", regression=True, prediction_type="sample", steps=2)
+    twin = replace(twin, unet=twin.unet | {"hole_skip": 0.0, "condition_skip": 0.0})
+    base = train(twin)
+    last = read_log(tmp_path / "a" / "log.jsonl")[-1]["logsnr"]
+    assert last[0] is not None and last[1:] == [None] * 5
+    train(replace(twin, output=str(tmp_path / "b"), init=str(base), unet=preset("starter-64").unet))
+    page = (tmp_path / "b" / "report.html").read_text()
+    assert "&#x27;block_out_channels&#x27;: [16, 32]" in page.replace("(16, 32)", "[16, 32]") and "96, 192" not in page
 
 
 def test_unknown_options_name_the_nearest(capsys):
@@ -817,19 +950,21 @@ def test_a_run_by_replayed_steps_is_the_same_run(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory")
-def test_loaders_that_take_turns_give_the_same_batches(folder, tmp_path, monkeypatch):
-    chosen = settings(folder, tmp_path, steps=8, workers=3, batch=2)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_loaders_that_take_turns_give_the_same_batches(folder, tmp_path, monkeypatch, processes):
+    chosen = settings(folder, tmp_path, steps=8, workers=3, batch=2 * processes)
     dataset = training._dataset(chosen, training.make_scheduler(chosen), False)
-    alone = list(training._loader(dataset, chosen, 1, 1))
+    alone = [list(batches.batches(dataset, chosen, 1, p, processes)) for p in range(processes)]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(training, "WORKERS", 1)
-    loaders = training._loader(dataset, chosen, 1, 1)
-    assert [loader.num_workers for loader in loaders.loaders] == [1, 1, 1]
-    turns = list(loaders)
-    assert len(turns) == len(alone) == 7 and "known" not in turns[0]
-    for a, b in zip(alone, turns, strict=True):
+    monkeypatch.setattr(batches, "WORKERS", 1)
+    loaders = batches._loaders(dataset, chosen, 1, 0, processes)
+    assert [loader.num_workers for loader in loaders] == [1, 1, 1]
+    turns = [list(batches.batches(dataset, chosen, 1, p, processes)) for p in range(processes)]
+    assert len(turns[0]) == len(alone[0]) == 7 and "known" not in turns[0][0]
+    for a, b in zip(sum(alone, []), sum(turns, []), strict=True):
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    assert isinstance(training._loader(dataset, chosen, 1, 2), torch.utils.data.DataLoader)  # Accelerate divides that
+    noises = {sample.numpy().tobytes() for batch in sum(alone, []) for sample in batch["noise"]}
+    assert len(noises) == 7 * 2 * processes  # the processes share no sample
 
 
 def test_dropout_is_not_replayed(folder, tmp_path):
