@@ -280,12 +280,21 @@ def read_list(sources: Any, max_pixels: int = MAX_PIXELS) -> list[Picture]:
     return [read(source, max_pixels) for source in sources]
 
 
-# ITU-T T.81 (JPEG), annex K: the example luminance table, which libjpeg scales by its quality
-_LUMINANCE = np.array([
+# ITU-T T.81 (JPEG), annex K: the example tables of luminance and chrominance, which libjpeg scales by its quality
+LUMINANCE = np.array([
     16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55, 14, 13, 16, 24, 40, 57, 69, 56, 14, 17, 22, 29, 51,
     87, 80, 62, 18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64, 81, 104, 113, 92, 49, 64, 78, 87, 103, 121, 120, 101,
     72, 92, 95, 98, 112, 100, 103, 99,
 ])  # fmt: skip
+CHROMINANCE = np.full((8, 8), 99)
+CHROMINANCE[:4, :4] = [[17, 18, 24, 47], [18, 21, 26, 66], [24, 26, 56, 99], [47, 66, 99, 99]]
+
+
+def jpeg_tables(table: np.ndarray = LUMINANCE) -> np.ndarray:
+    """The quantisation tables of libjpeg's qualities 1 to 100, (100, 64), row by row."""
+    qualities = np.arange(1, 101)
+    scale = np.where(qualities < 50, 5000 // qualities, 200 - 2 * qualities)
+    return ((table.reshape(64) * scale[:, None] + 50) // 100).clip(1, 255)
 
 
 def jpeg_quality(picture: Image.Image) -> int | None:
@@ -300,11 +309,8 @@ def jpeg_quality(picture: Image.Image) -> int | None:
     tables = getattr(picture, "quantization", None)
     if picture.format not in ("JPEG", "MPO") or not tables:
         return None
-    qualities = np.arange(1, 101)
-    scale = np.where(qualities < 50, 5000 // qualities, 200 - 2 * qualities)
-    candidates = ((_LUMINANCE * scale[:, None] + 50) // 100).clip(1, 255)
-    errors = np.abs(candidates - np.array(tables[min(tables)])).sum(1)
-    return int(qualities[errors.argmin()])
+    errors = np.abs(jpeg_tables() - np.array(tables[min(tables)])).sum(1)
+    return int(errors.argmin()) + 1
 
 
 def read_mask(source: ImageInput, size: tuple[int, int]) -> torch.Tensor:

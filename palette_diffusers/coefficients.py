@@ -5,7 +5,7 @@ Images are (B, 3, H, W), RGB, [-1, 1]; planes are Y, Cb, Cr (ITU-R BT.601, full 
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
+from .canvas import CHROMINANCE, jpeg_tables
 from .color import LUMA_WEIGHTS, luma
 from .masks import box_mean
 
@@ -21,6 +22,10 @@ ROUNDS = 3  # of projecting onto the intervals and into the gamut, in turn
 SMOOTHINGS, RADIUS = 16, 4  # more and wider ones take more of the bands, and of the texture
 ROWS, HALO = 1024, 2 * RADIUS * SMOOTHINGS  # that are smoothed at a time, and how far what lies beside them reaches
 ROUNDING = 0.8  # levels that a coefficient may move as its pixels are rounded to 8 bits: four standard deviations
+SAMPLED = 4096  # blocks that are asked for an earlier quantisation
+ENOUGH = (
+    100.0  # log-likelihood ratio that tells one; a flat picture or a ramp comes to 70, photographs without one to 8
+)
 TURNS = {  # EXIF orientation => is it transposed, and which sides are flipped then
     1: (False, ()), 2: (False, (-1,)), 3: (False, (-2, -1)), 4: (False, (-2,)),
     5: (True, ()), 6: (True, (-1,)), 7: (True, (-2, -1)), 8: (True, (-2,)),
@@ -93,15 +98,17 @@ def _smoothed(image: torch.Tensor, variance: float) -> torch.Tensor:
 class Plane:
     """One plane, as far as it has whole blocks.
 
-    steps: the quantisation table, (8, 8). levels: the quantised coefficients, (rows, columns, 8, 8). sure: whether
-    they are known, (rows, columns): saturated pixels may hide them. scale: pixels of the photograph to one of the
-    plane, 1 or 2, in each direction.
+    steps: the quantisation table, (8, 8): how wide the interval is in which each coefficient was. levels: the quantised
+    coefficients, (rows, columns, 8, 8), in units of `unit`, (8, 8), which are the steps unless the file was made of a
+    coarser one. sure: whether they are known, (rows, columns): saturated pixels may hide them. scale: pixels of the
+    photograph to one of the plane, 1 or 2, in each direction.
     """
 
     steps: torch.Tensor
     levels: torch.Tensor
     sure: torch.Tensor
     scale: int
+    unit: torch.Tensor
 
     @staticmethod
     def decoded(pixels: torch.Tensor, steps: torch.Tensor, scale: int) -> "Plane":
@@ -115,29 +122,77 @@ class Plane:
             error = ((DCT.T @ (found * steps) @ DCT).clamp(-128, 127) - blocks).abs().amax((-2, -1))
             rows = slice(top // 8, (top + BAND) // 8)
             levels[rows], sure[rows] = found[0].to(torch.int16), error[0] < 1.5
-        return Plane(steps, levels, sure, scale)
+        return Plane(steps, levels, sure, scale, steps)
 
     def project(self, plane: torch.Tensor, top: int) -> torch.Tensor:
         """Rows of the plane (B, H, W), whole blocks from row `top` on => the nearest whose coefficients quantise to
         these."""
         rows, columns = plane.shape[-2] // 8, plane.shape[-1] // 8
         here = slice(top // 8, top // 8 + rows), slice(columns)
-        blocks, centre = _blocks(plane), self.levels[here] * self.steps
+        blocks, centre = _blocks(plane), self.levels[here] * self.unit
         room = torch.maximum(self.steps / 2 - ROUNDING, self.steps / 4)
         nearest = (DCT @ blocks @ DCT.T).clamp(centre - room, centre + room)
         return _joined(torch.where(self.sure[here][..., None, None], DCT.T @ nearest @ DCT, blocks))
+
+
+def earlier_quality(luma: Plane) -> int | None:
+    """The quality (1 to 100, libjpeg's scale) of an earlier, coarser JPEG that this file was made of, on the same grid;
+    None where it shows none.
+
+    What was quantised before lies close to multiples of the earlier steps. The likelihood of that against coefficients
+    that lie anywhere is added up over the different values of each frequency (after Fan and de Queiroz 2003), so
+    that flat pictures, which have few, prove nothing.
+    """
+    known = luma.levels[luma.sure].reshape(-1, 64)
+    known = known[:: max(1, len(known) // SAMPLED)]
+    steps = luma.unit.reshape(64).numpy()
+    frequency, value, weight = [], [], []
+    for k in range(64):
+        found, count = np.unique(known[:, k].numpy(), return_counts=True)
+        frequency.append(np.full(len(found), k))
+        value.append(found * steps[k])
+        weight.append(np.log2(1 + count))
+    at, values, weights = (np.concatenate(parts) for parts in (frequency, value, weight))
+    spread = np.sqrt(steps**2 / 12 + 0.3)  # of this file's own quantisation, and of pixels of 8 bits
+    best, quality = 0.0, None
+    for tried, table in enumerate(jpeg_tables(), 1):
+        tells = (table > 1.9 * steps) & (spread < 0.2 * table)
+        if tells.sum() < 6:
+            continue
+        nearest = np.round(values / table[at])
+        off = (values - nearest * table[at]) / spread[at]
+        near = 0.95 * table[at] / (spread[at] * math.sqrt(2 * math.pi)) * np.exp(-(off**2) / 2)
+        counts = weights * ((nearest != 0) & tells[at])
+        evidence = float((counts * np.log(near + 0.05)).sum())
+        if evidence > max(best, ENOUGH, 0.1 * counts.sum()):
+            best, quality = evidence, tried
+    return quality
+
+
+def _of_earlier(planes: tuple[Plane, ...], quality: int) -> tuple[Plane, ...]:
+    """The intervals that an earlier JPEG left. Luma is at the middle of one; chroma, which was enlarged and reduced
+    again, near it."""
+    tables = [torch.tensor(jpeg_tables(*table)[quality - 1]).float().reshape(8, 8) for table in ((), (CHROMINANCE,))]
+    first, *others = planes
+    coarse = torch.maximum(tables[0], first.steps)
+    bands = first.levels.split(BAND // 8)  # so that memory stays bounded
+    levels = torch.cat([(band * (first.unit / coarse)).round().to(torch.int16) for band in bands])
+    held = [replace(plane, steps=torch.maximum(tables[1], plane.steps)) for plane in others]
+    return replace(first, steps=coarse, unit=coarse, levels=levels), *held
 
 
 @dataclass(frozen=True)
 class Coefficients:
     """The coefficients of a JPEG: of luma alone where it is gray, or where chroma is subsampled otherwise than 4:2:0.
 
-    size: (height, width) as stored. orientation: how it is turned to be upright, by EXIF.
+    size: (height, width) as stored. orientation: how it is turned to be upright, by EXIF. earlier: the quality of a
+    coarser JPEG that the file was made of, whose coefficients these are (`earlier_quality`).
     """
 
     planes: tuple[Plane, ...]
     size: tuple[int, int]
     orientation: int = 1
+    earlier: int | None = None
 
     def project(self, image: torch.Tensor, rounds: int = ROUNDS) -> torch.Tensor:
         """The upright photograph (B, 3, H, W) => the nearest one that the file could have been made of.
@@ -229,7 +284,9 @@ def read_coefficients(path: str | os.PathLike) -> Coefficients:
     if scale:
         chroma = _decode(path, scale, 3)[1:]
         planes += [Plane.decoded(pixels, table, scale) for pixels, table in zip(chroma, tables[1:], strict=True)]
-    return Coefficients(tuple(planes), (height, width), orientation if orientation in TURNS else 1)
+    earlier = earlier_quality(planes[0])
+    held = tuple(planes) if earlier is None else _of_earlier(tuple(planes), earlier)
+    return Coefficients(held, (height, width), orientation if orientation in TURNS else 1, earlier)
 
 
 def _decode(path: str | os.PathLike, scale: int, number: int) -> torch.Tensor:

@@ -486,7 +486,8 @@ class PalettePipeline(DiffusionPipeline):
             left, right, top, bottom: for uncropping: an int is pixels, a float a fraction of the side.
             aspect: for uncropping, instead of sides: the width / height that is reached by extending both evenly.
             consistent: for JPEG restoration: whether the result is one that JPEG would store as the file's very
-                coefficients, which also takes bands out of skies (`coefficients.Coefficients`). None does so where the
+                coefficients, which also takes bands out of skies (`coefficients.Coefficients`); those of an earlier,
+                coarser JPEG, where the file shows that it was made of one on the same grid. None does so where the
                 picture comes from a file that has them, True refuses one that has not.
             texture: for inpainting and uncropping: whether a hole in a photograph above the model's size, which comes
                 out soft, gets the texture of its surroundings, where these have one (`texture.add_texture`). None is
@@ -551,8 +552,7 @@ class PalettePipeline(DiffusionPipeline):
         for group in self._groups(pictures, tasks, num_images_per_input):
             chosen = tasks[group[0]]
             if type(chosen) is JPEGRestoration:
-                chosen = copy.copy(_consistent(chosen, pictures[group[0]], consistent))
-                chosen.renewal = _renewal(pictures[group[0]].quality)
+                chosen = _consistent(chosen, pictures[group[0]], consistent)
             if texture is not None:
                 chosen = copy.copy(chosen)
                 chosen.texture = texture
@@ -854,18 +854,20 @@ def _finished(image: torch.Tensor, picture: Picture, output_type: str) -> Any:
     return ((image[0] + 1) / 2).permute(1, 2, 0).numpy() if output_type == "np" else image[0].clone()
 
 
-def _consistent(task: Task, picture: Picture, wanted: bool | None) -> Task:
-    """JPEG restoration, held to the coefficients of the file; None: where it has any."""
-    if wanted is False or (wanted is None and picture.file is None):
-        return task
-    if picture.file is None:
+def _consistent(task: JPEGRestoration, picture: Picture, wanted: bool | None) -> JPEGRestoration:
+    """JPEG restoration as the file of a picture asks for it; held to its coefficients, where it has any and they are
+    wanted (None: where it has any)."""
+    if wanted and picture.file is None:
         raise ValueError("consistent needs the path of a JPEG file, this picture came without one")
+    found = task.coefficients
     try:
-        return JPEGRestoration(read_coefficients(picture.file))
+        found = found if picture.file is None else read_coefficients(picture.file)
     except ValueError:
         if wanted:
             raise
-        return task
+    chosen = copy.copy(task) if wanted is False else JPEGRestoration(found)
+    chosen.renewal = _renewal(picture.quality if found is None or found.earlier is None else found.earlier)
+    return chosen
 
 
 def _renewal(quality: int | None) -> float:
