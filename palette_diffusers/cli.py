@@ -173,6 +173,20 @@ def _run(mask: str | None = None, options: dict[str, Any] | None = None, **asked
             _file(work, mask)
 
 
+def _jpeg(picture: Any, consistent: bool | None) -> str:
+    """What JPEG a picture was, and whether it was another one before."""
+    from .coefficients import find_coefficients
+
+    quality, coefficients = picture.quality, find_coefficients(picture)
+    earlier = None if coefficients is None else coefficients.earlier
+    found = "no JPEG" if quality is None else f"a JPEG of quality {quality}"
+    if earlier is not None:
+        return f"{found}, made of one of quality {earlier}"
+    if quality is not None and quality > MILD and consistent is None:
+        found += "; if it was resized after it had been a worse one, --no-consistent mends that, too"
+    return found
+
+
 def _file(work: _Work, mask: str | None) -> None:
     from . import canvas
 
@@ -187,10 +201,7 @@ def _file(work: _Work, mask: str | None) -> None:
         picture, hole = canvas.with_mask(picture, mask)
         hole = hole.bool()  # a quarter of the memory
     if work.task == "jpeg_restoration":
-        quality = picture.quality
-        found = "no JPEG" if quality is None else f"a JPEG of quality {quality}"
-        if quality is not None and quality > MILD and work.options.get("consistent") is None:
-            found += "; if it was saved at a lower one before, --no-consistent mends that, too"
+        found = _jpeg(picture, work.options.get("consistent"))
         print(f"{work.source}: {found}", file=sys.stderr)
     if work.plan:
         _say_plan(work, work.source, picture, hole)

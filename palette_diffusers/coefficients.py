@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-from .canvas import CHROMINANCE, jpeg_tables
+from .canvas import CHROMINANCE, Picture, jpeg_tables
 from .color import LUMA_WEIGHTS, luma
 from .masks import box_mean
 
@@ -23,9 +23,10 @@ SMOOTHINGS, RADIUS = 16, 4  # more and wider ones take more of the bands, and of
 ROWS, HALO = 1024, 2 * RADIUS * SMOOTHINGS  # that are smoothed at a time, and how far what lies beside them reaches
 ROUNDING = 0.8  # levels that a coefficient may move as its pixels are rounded to 8 bits: four standard deviations
 SAMPLED = 4096  # blocks that are asked for an earlier quantisation
-ENOUGH = (
-    100.0  # log-likelihood ratio that tells one; a flat picture or a ramp comes to 70, photographs without one to 8
-)
+SIDE = 2048  # pixels of a picture that are asked where its blocks begin
+ROUNDED = 0.3  # variance of a coefficient whose pixels were rounded to 8 bits, with room
+FAR = 5  # times as far off as rounding are some, where colours out of range were cut off
+ENOUGH = 100.0  # log-likelihood ratio that tells one; ramps come to 70, photographs without one to 8
 TURNS = {  # EXIF orientation => is it transposed, and which sides are flipped then
     1: (False, ()), 2: (False, (-1,)), 3: (False, (-2, -1)), 4: (False, (-2,)),
     5: (True, ()), 6: (True, (-1,)), 7: (True, (-2, -1)), 8: (True, (-2,)),
@@ -101,7 +102,7 @@ class Plane:
     steps: the quantisation table, (8, 8): how wide the interval is in which each coefficient was. levels: the quantised
     coefficients, (rows, columns, 8, 8), in units of `unit`, (8, 8), which are the steps unless the file was made of a
     coarser one. sure: whether they are known, (rows, columns): saturated pixels may hide them. scale: pixels of the
-    photograph to one of the plane, 1 or 2, in each direction.
+    photograph to one of the plane, 1 or 2, in each direction. begin: (y, x), the pixel where its first block begins.
     """
 
     steps: torch.Tensor
@@ -109,10 +110,11 @@ class Plane:
     sure: torch.Tensor
     scale: int
     unit: torch.Tensor
+    begin: tuple[int, int] = (0, 0)
 
     @staticmethod
-    def decoded(pixels: torch.Tensor, steps: torch.Tensor, scale: int) -> "Plane":
-        """From the decoder's (H, W), 0 to 255."""
+    def decoded(pixels: torch.Tensor, steps: torch.Tensor, scale: int, room: float = 1.5) -> "Plane":
+        """From the decoder's (H, W), 0 to 255. A block is sure if what its coefficients say is within `room` levels."""
         h, w = (side // 8 * 8 for side in pixels.shape)
         levels = torch.empty(h // 8, w // 8, 8, 8, dtype=torch.int16)
         sure = torch.empty(h // 8, w // 8, dtype=torch.bool)
@@ -121,7 +123,7 @@ class Plane:
             found = (DCT @ blocks @ DCT.T / steps).round()
             error = ((DCT.T @ (found * steps) @ DCT).clamp(-128, 127) - blocks).abs().amax((-2, -1))
             rows = slice(top // 8, (top + BAND) // 8)
-            levels[rows], sure[rows] = found[0].to(torch.int16), error[0] < 1.5
+            levels[rows], sure[rows] = found[0].to(torch.int16), error[0] < room
         return Plane(steps, levels, sure, scale, steps)
 
     def project(self, plane: torch.Tensor, top: int) -> torch.Tensor:
@@ -135,50 +137,76 @@ class Plane:
         return _joined(torch.where(self.sure[here][..., None, None], DCT.T @ nearest @ DCT, blocks))
 
 
-def earlier_quality(luma: Plane) -> int | None:
-    """The quality (1 to 100, libjpeg's scale) of an earlier, coarser JPEG that this file was made of, on the same grid;
-    None where it shows none.
+def _lattice(values: np.ndarray, spread: np.ndarray, finest: np.ndarray) -> tuple[float, int | None]:
+    """The quality (1 to 100, libjpeg's scale) of the JPEG whose steps coefficients (blocks, 64) lie on, each of them
+    off by about its `spread`; of tables coarser than `finest`. How likely that is, and None where it is not.
 
-    What was quantised before lies close to multiples of the earlier steps. The likelihood of that against coefficients
-    that lie anywhere is added up over the different values of each frequency (after Fan and de Queiroz 2003), so
-    that flat pictures, which have few, prove nothing.
+    The likelihood of that against coefficients that lie anywhere is added up over the different values of each
+    frequency (after Fan and de Queiroz 2003), so that flat pictures, which have few, prove nothing.
     """
-    known = luma.levels[luma.sure].reshape(-1, 64)
-    known = known[:: max(1, len(known) // SAMPLED)]
-    steps = luma.unit.reshape(64).numpy()
     frequency, value, weight = [], [], []
     for k in range(64):
-        found, count = np.unique(known[:, k].numpy(), return_counts=True)
+        found, count = np.unique(np.round(values[:, k] * (2 / spread[k])), return_counts=True)
         frequency.append(np.full(len(found), k))
-        value.append(found * steps[k])
+        value.append(found * (spread[k] / 2))
         weight.append(np.log2(1 + count))
-    at, values, weights = (np.concatenate(parts) for parts in (frequency, value, weight))
-    spread = np.sqrt(steps**2 / 12 + 0.3)  # of this file's own quantisation, and of pixels of 8 bits
+    at, different, weights = (np.concatenate(parts) for parts in (frequency, value, weight))
     best, quality = 0.0, None
     for tried, table in enumerate(jpeg_tables(), 1):
-        tells = (table > 1.9 * steps) & (spread < 0.2 * table)
+        tells = (table > finest) & (spread < 0.2 * table)
         if tells.sum() < 6:
             continue
-        nearest = np.round(values / table[at])
-        off = (values - nearest * table[at]) / spread[at]
-        near = 0.95 * table[at] / (spread[at] * math.sqrt(2 * math.pi)) * np.exp(-(off**2) / 2)
+        nearest = np.round(different / table[at])
+        off = (different - nearest * table[at]) / spread[at]
+        close = 0.7 * np.exp(-(off**2) / 2) + 0.25 / FAR * np.exp(-((off / FAR) ** 2) / 2)
         counts = weights * ((nearest != 0) & tells[at])
-        evidence = float((counts * np.log(near + 0.05)).sum())
+        likely = 0.05 + close * table[at] / (spread[at] * math.sqrt(2 * math.pi))
+        evidence = float((counts * np.log(likely)).sum())
         if evidence > max(best, ENOUGH, 0.1 * counts.sum()):
             best, quality = evidence, tried
-    return quality
+    return best, quality
+
+
+def earlier_quality(luma: Plane) -> int | None:
+    """The quality (1 to 100, libjpeg's scale) of an earlier, coarser JPEG that this file was made of, on the same grid;
+    None where it shows none: what was quantised before lies close to multiples of the earlier steps."""
+    known = luma.sure.flatten().nonzero()[:, 0]
+    known = luma.levels.reshape(-1, 64)[known[:: max(1, len(known) // SAMPLED)]]
+    steps = luma.unit.reshape(64).numpy()
+    return _lattice(known.numpy() * steps, np.sqrt(steps**2 / 12 + ROUNDED), 1.9 * steps)[1]
 
 
 def _of_earlier(planes: tuple[Plane, ...], quality: int) -> tuple[Plane, ...]:
-    """The intervals that an earlier JPEG left. Luma is at the middle of one; chroma, which was enlarged and reduced
-    again, near it."""
-    tables = [torch.tensor(jpeg_tables(*table)[quality - 1]).float().reshape(8, 8) for table in ((), (CHROMINANCE,))]
+    """The intervals that an earlier JPEG left, on the same grid."""
     first, *others = planes
-    coarse = torch.maximum(tables[0], first.steps)
-    bands = first.levels.split(BAND // 8)  # so that memory stays bounded
-    levels = torch.cat([(band * (first.unit / coarse)).round().to(torch.int16) for band in bands])
-    held = [replace(plane, steps=torch.maximum(tables[1], plane.steps)) for plane in others]
-    return replace(first, steps=coarse, unit=coarse, levels=levels), *held
+    table = torch.tensor(jpeg_tables()[quality - 1]).float().reshape(8, 8)
+    coarse, room = torch.maximum(table, first.steps), _room(_error(first))
+    levels, sure = torch.empty_like(first.levels), first.sure.clone()
+    for top in range(0, len(levels), BAND // 8):  # so that memory stays bounded
+        rows = slice(top, top + BAND // 8)
+        found = (first.levels[rows] * (first.unit / coarse)).round()
+        off = DCT.T @ (found * coarse - first.levels[rows] * first.unit) @ DCT
+        levels[rows] = found.to(torch.int16)
+        sure[rows] &= off.abs().amax((-2, -1)) < room
+    return replace(first, steps=coarse, unit=coarse, levels=levels, sure=sure), *_loosened(tuple(others), quality)
+
+
+def _loosened(chroma: tuple[Plane, ...], quality: int) -> tuple[Plane, ...]:
+    """Chroma that lies near the middle of the intervals that an earlier JPEG left, enlarged and reduced since."""
+    steps = torch.tensor(jpeg_tables(CHROMINANCE)[quality - 1]).float().reshape(8, 8)
+    return tuple(replace(plane, steps=torch.maximum(steps, plane.steps)) for plane in chroma)
+
+
+def _error(luma: Plane) -> float:
+    """By how many levels, as a standard deviation, a JPEG's pixels are off: less than if all of its coefficients were
+    off by their steps, since most are 0 and were small."""
+    return 0.6 * math.sqrt(luma.unit.square().mean().item() / 12)
+
+
+def _room(error: float) -> float:
+    """Levels by which pixels may be off what an earlier JPEG showed, in a block that was not cut off by black or
+    white."""
+    return 1.5 + 4 * error
 
 
 @dataclass(frozen=True)
@@ -186,13 +214,24 @@ class Coefficients:
     """The coefficients of a JPEG: of luma alone where it is gray, or where chroma is subsampled otherwise than 4:2:0.
 
     size: (height, width) as stored. orientation: how it is turned to be upright, by EXIF. earlier: the quality of a
-    coarser JPEG that the file was made of, whose coefficients these are (`earlier_quality`).
+    coarser JPEG that the file was made of, whose coefficients these are.
     """
 
     planes: tuple[Plane, ...]
     size: tuple[int, int]
     orientation: int = 1
     earlier: int | None = None
+
+    @property
+    def before(self) -> tuple[int, int]:
+        """(rows, columns) that the upright photograph lacks at its top and left for a whole block to begin there."""
+        transposed, flipped = TURNS[self.orientation]
+        begin, size = self.planes[0].begin, self.size
+        block = 16 if begin == (0, 0) else 8  # where chroma's begins is not known of a picture that was cropped
+        if transposed:
+            begin, size = begin[::-1], size[::-1]
+        y, x = (size[k] - begin[k] if k - 2 in flipped else begin[k] for k in range(2))
+        return -y % block, -x % block
 
     def project(self, image: torch.Tensor, rounds: int = ROUNDS) -> torch.Tensor:
         """The upright photograph (B, 3, H, W) => the nearest one that the file could have been made of.
@@ -253,17 +292,84 @@ class Coefficients:
         """What Y, Cb and Cr (B, 3, H, W) lack to be consistent."""
         missing = torch.zeros_like(ycc)
         for i, plane in enumerate(self.planes):
-            h, w = (side // (8 * plane.scale) * 8 * plane.scale for side in ycc.shape[-2:])
+            here, there = (x[:, i, plane.begin[0] :, plane.begin[1] :] for x in (ycc, missing))
+            h, w = (side // (8 * plane.scale) * 8 * plane.scale for side in here.shape[-2:])
             if not (h and w):
                 continue
-            levels = F.avg_pool2d(ycc[:, i, :h, :w], plane.scale) * 127.5 - (0.5 if i == 0 else 0)
+            levels = F.avg_pool2d(here[:, :h, :w], plane.scale) * 127.5 - (0.5 if i == 0 else 0)
             change = (plane.project(levels, top // plane.scale) - levels) / 127.5
-            missing[:, i, :h, :w] = change.repeat_interleave(plane.scale, -2).repeat_interleave(plane.scale, -1)
+            there[:, :h, :w] = change.repeat_interleave(plane.scale, -2).repeat_interleave(plane.scale, -1)
         return missing
 
 
+def _edges(pixels: torch.Tensor) -> list[int]:
+    """The two places, of 8, where the rows of blocks most likely begin: where neighbours differ more than those beside
+    them. (H, W)."""
+    step = pixels.diff(dim=0).abs().mean(1)
+    stands_out = step[1:-1] - (step[:-2] + step[2:]) / 2
+    place = (torch.arange(len(stands_out)) + 2) % 8
+    sums = torch.zeros(8).index_add_(0, place, stands_out) / torch.bincount(place, minlength=8).clamp_min(1)
+    return sums.topk(2).indices.tolist()
+
+
+def _off_grid(pixels: torch.Tensor, error: float) -> tuple[int, tuple[int, int]] | None:
+    """The quality of the JPEG that a picture shows, whatever it was saved as since, and where its first block begins.
+    pixels: (H, W), 0 to 255, each off by `error` (a standard deviation) from what that JPEG showed."""
+    height, width = pixels.shape
+    if min(height, width) < 32:
+        return None
+    top, left = (max(0, side - SIDE) // 16 * 8 for side in (height, width))
+    part = pixels[top : top + SIDE, left : left + SIDE].float()
+    found = []
+    spread = np.full(64, math.sqrt(error**2 + ROUNDED))
+    for y in _edges(part):
+        for x in _edges(part.T):
+            h, w = ((side - place) // 8 * 8 for side, place in zip(part.shape, (y, x), strict=True))
+            blocks = _blocks(part[None, y : y + h, x : x + w])[0].flatten(0, 1)
+            blocks = blocks[(blocks.amin((1, 2)) > 0) & (blocks.amax((1, 2)) < 255)]
+            blocks = blocks[:: max(1, len(blocks) // SAMPLED)]
+            values = (DCT @ (blocks - 128) @ DCT.T).reshape(-1, 64).numpy()
+            found.append((*_lattice(values, spread, spread), (y, x)))
+    _, quality, place = max(found, key=lambda one: one[0])
+    return None if quality is None else (quality, place)
+
+
+def shown_coefficients(image: torch.Tensor) -> Coefficients | None:
+    """The coefficients of the JPEG that a picture (1, 3, H, W) shows, which was saved as something else since, or
+    cropped; None where it shows none. Of a JPEG with libjpeg's tables, that was not resized since; chroma is near them.
+    """
+    height, width = image.shape[-2:]
+    levels = torch.empty(height, width)
+    for top in range(0, height, BAND):
+        levels[top : top + BAND] = (luma(image[..., top : top + BAND, :])[0, 0] + 1) * 127.5
+    found = _shown(levels, 0.0)
+    if found is None:
+        return None
+    quality, plane = found
+    h, w = height // 16, width // 16
+    chroma = [torch.empty(h, w, 8, 8, dtype=torch.int16) for _ in range(2)]
+    for top in range(0, 16 * h, BAND):
+        ycc = _mixed(YCC, image[..., top : min(16 * h, top + BAND), : 16 * w]) * 127.5
+        blocks = DCT @ _blocks(F.avg_pool2d(ycc[0, 1:], 2)) @ DCT.T
+        for one, found_here in zip(chroma, blocks, strict=True):
+            one[top // 16 : (top + BAND) // 16] = found_here.round().to(torch.int16)
+    ones, sure = torch.ones(8, 8), torch.ones(h, w, dtype=torch.bool)
+    others = _loosened(tuple(Plane(ones, one, sure, 2, ones) for one in chroma), quality)
+    return Coefficients((plane, *others), (height, width), earlier=quality)
+
+
+def _shown(levels: torch.Tensor, error: float) -> tuple[int, Plane] | None:
+    found = _off_grid(levels, error)
+    if found is None:
+        return None
+    quality, (y, x) = found
+    steps = torch.tensor(jpeg_tables()[quality - 1]).float().reshape(8, 8)
+    return quality, replace(Plane.decoded(levels[y:, x:], steps, 1, _room(error)), begin=(y, x))
+
+
 def read_coefficients(path: str | os.PathLike) -> Coefficients:
-    """The coefficients of a JPEG file.
+    """The coefficients of a JPEG file; of the coarser one that it was made of, where it shows that there was one
+    (`earlier`): saved again at a higher quality, or cropped in between.
 
     Raises:
         ValueError: no JPEG, or one of four inks or in RGB.
@@ -278,15 +384,32 @@ def read_coefficients(path: str | os.PathLike) -> Coefficients:
         height, width = file.size[::-1]
         tables = [torch.tensor(file.quantization[c[3]], dtype=torch.float32).reshape(8, 8) for c in components]
     sampling = tuple(component[1:3] for component in components)
-    planes = [Plane.decoded(_decode(path, 1, len(components))[0], tables[0], 1)]
+    pixels = _decode(path, 1, len(components))[0]
+    planes = [Plane.decoded(pixels, tables[0], 1)]
     scales: dict[tuple, int] = {((1, 1),) * 3: 1, ((2, 2), (1, 1), (1, 1)): 2}
     scale = scales.get(sampling)
     if scale:
         chroma = _decode(path, scale, 3)[1:]
         planes += [Plane.decoded(pixels, table, scale) for pixels, table in zip(chroma, tables[1:], strict=True)]
+    orientation = orientation if orientation in TURNS else 1
     earlier = earlier_quality(planes[0])
-    held = tuple(planes) if earlier is None else _of_earlier(tuple(planes), earlier)
-    return Coefficients(held, (height, width), orientation if orientation in TURNS else 1, earlier)
+    if earlier is not None:
+        return Coefficients(_of_earlier(tuple(planes), earlier), (height, width), orientation, earlier)
+    cropped = _shown(pixels, _error(planes[0]))
+    if cropped is not None and cropped[1].begin != (0, 0) and (cropped[1].steps > 1.9 * tables[0]).all():
+        held = (cropped[1], *_loosened(tuple(planes[1:]), cropped[0]))
+        return Coefficients(held, (height, width), orientation, cropped[0])
+    return Coefficients(tuple(planes), (height, width), orientation)
+
+
+def find_coefficients(picture: Picture) -> Coefficients | None:
+    """Those of the JPEG that a picture was read from, or that it shows; None where there are none."""
+    if picture.file is not None:
+        try:
+            return read_coefficients(picture.file)
+        except ValueError:
+            pass
+    return shown_coefficients(picture.image)
 
 
 def _decode(path: str | os.PathLike, scale: int, number: int) -> torch.Tensor:

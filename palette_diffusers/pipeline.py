@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -25,7 +26,7 @@ from PIL import Image
 from . import canvas, sizes
 from .canvas import ImageInput, Picture
 from .checkpoint import FORMAT, check_folder, fetch, is_local, merge_adapters, read_index
-from .coefficients import read_coefficients
+from .coefficients import find_coefficients
 from .color import chroma, even_chroma, luma
 from .hints import Hints, Spread, read_hints
 from .machine import give_memory_back
@@ -487,8 +488,8 @@ class PalettePipeline(DiffusionPipeline):
             aspect: for uncropping, instead of sides: the width / height that is reached by extending both evenly.
             consistent: for JPEG restoration: whether the result is one that JPEG would store as the file's very
                 coefficients, which also takes bands out of skies (`coefficients.Coefficients`); those of an earlier,
-                coarser JPEG, where the file shows that it was made of one on the same grid. None does so where the
-                picture comes from a file that has them, True refuses one that has not.
+                coarser JPEG, where the picture shows that it was made of one. None does so where there are any, True
+                refuses a picture that has none.
             texture: for inpainting and uncropping: whether a hole in a photograph above the model's size, which comes
                 out soft, gets the texture of its surroundings, where these have one (`texture.add_texture`). None is
                 the task's own, True.
@@ -630,7 +631,9 @@ class PalettePipeline(DiffusionPipeline):
         if task.strategy == "hole":
             return [self._fill_all(images[0], masks[0], task, every, latents, denoise)]
         if task.strategy == "tiles":
-            return [self._mend(images[0], task, every, latents, denoise)]
+            top, left = (0, 0) if latents is not None else task.before  # so that the tiles have a JPEG's grid
+            image = F.pad(images[0], (left, 0, top, 0), mode="replicate") if top or left else images[0]
+            return [task.finish(self._mend(image, task, every, latents, denoise)[..., top:, left:])]
         seen = [v.look(image).expand(number, -1, -1, -1) for v, image in zip(views, images, strict=True)]
         given = task.prepare(torch.cat(seen), None, every)
         shrunk = [v.inner[0] < v.height for v in views for _ in range(number)]
@@ -671,7 +674,7 @@ class PalettePipeline(DiffusionPipeline):
             sample = denoise(given, latents=noise, predict=predict, new_noise=anew).cpu().clamp(-1, 1)
             known = block.crop(image).expand(number, -1, -1, -1)
             sizes.lay(result, task.compose(block.back(sample), Given(known=known, condition=known)), block)
-        return task.finish(result)
+        return result
 
     def _fill_all(
         self,
@@ -855,17 +858,13 @@ def _finished(image: torch.Tensor, picture: Picture, output_type: str) -> Any:
 
 
 def _consistent(task: JPEGRestoration, picture: Picture, wanted: bool | None) -> JPEGRestoration:
-    """JPEG restoration as the file of a picture asks for it; held to its coefficients, where it has any and they are
-    wanted (None: where it has any)."""
-    if wanted and picture.file is None:
-        raise ValueError("consistent needs the path of a JPEG file, this picture came without one")
-    found = task.coefficients
-    try:
-        found = found if picture.file is None else read_coefficients(picture.file)
-    except ValueError:
-        if wanted:
-            raise
+    """JPEG restoration as a picture asks for it; held to the coefficients of its JPEG, where there are any and they are
+    wanted (None: where there are any)."""
+    found = task.coefficients or find_coefficients(picture)
+    if wanted and found is None:
+        raise ValueError("consistent needs a JPEG file, or a picture that shows the blocks of one: this one does not")
     chosen = copy.copy(task) if wanted is False else JPEGRestoration(found)
+    chosen.before = task.before if found is None else found.before
     chosen.renewal = _renewal(picture.quality if found is None or found.earlier is None else found.earlier)
     return chosen
 

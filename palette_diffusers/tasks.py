@@ -88,7 +88,8 @@ class Task:
     are met (`sizes.py`). start: the log-SNR at which sampling starts from the source, where that is already
     close to the picture; None starts from noise. keeps_gray: whether gray input stays gray; a task whose gray
     sources have coloured targets says False. texture: whether a hole of a photograph above the model's size gets the
-    texture of its surroundings (`texture.py`). renewal: a factor on the scheduler's `source_eta`.
+    texture of its surroundings (`texture.py`). renewal: a factor on the scheduler's `source_eta`. before: (rows,
+    columns) that are put before a photograph where it is met in tiles, whose places they move.
     """
 
     name = ""
@@ -98,6 +99,7 @@ class Task:
     keeps_gray = True
     texture = True
     renewal = 1.0
+    before = (0, 0)
 
     def degrade(self, clean: torch.Tensor, generator: torch.Generator | None = None) -> Given:
         """One clean image (1, 3, H, W) => its source, as in training and evaluation."""
@@ -214,6 +216,8 @@ class JPEGRestoration(Task):
 
     def __init__(self, coefficients: Coefficients | None = None):
         self.coefficients = coefficients
+        if coefficients is not None:
+            self.before = coefficients.before
 
     def degrade(self, clean: torch.Tensor, generator: torch.Generator | None = None) -> Given:
         rng = numpy_generator(generator)

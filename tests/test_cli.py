@@ -117,10 +117,14 @@ def test_a_picture_is_made_again(files, command, sample):
 def test_the_quality_of_a_jpeg_is_told(files, photo):
     Image.fromarray(photo).save(files / "in.jpg", quality=17)
     Image.fromarray(photo).save(files / "mild.jpg", quality=90)
+    Image.open(files / "in.jpg").save(files / "again.jpg", quality=95)
+    Image.open(files / "in.jpg").crop((3, 0, 200, 150)).save(files / "copy.png")
     known = {
         "in.jpg": "in.jpg: a JPEG of quality 17\n",
         "in.png": "in.png: no JPEG\n",
-        "mild.jpg": "mild.jpg: a JPEG of quality 90; if it was saved at a lower one before, --no-consistent mends that",
+        "mild.jpg": "mild.jpg: a JPEG of quality 90; if it was resized after it had been a worse one, --no-consistent",
+        "again.jpg": "again.jpg: a JPEG of quality 95, made of one of quality 17\n",
+        "copy.png": "copy.png: no JPEG, made of one of quality 17\n",
     }
     for name, words in known.items():
         out = invoke("restore", files / name, "-o", files / "out.png", "--model", files / "model", "--steps", 1)

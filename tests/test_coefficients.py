@@ -1,10 +1,12 @@
+import io
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from palette_diffusers import canvas
-from palette_diffusers.coefficients import read_coefficients
+from palette_diffusers import PalettePipeline, canvas
+from palette_diffusers.coefficients import find_coefficients, read_coefficients, shown_coefficients
 
 
 def saved(tmp_path, photo, **options):
@@ -93,11 +95,92 @@ def test_the_pipeline_holds_a_file_to_its_coefficients(pipe, photo, tmp_path):
     moved = [(coefficients.project(image) - image).abs().mean() * 127.5 for image in (free, held)]
     assert moved[0] > 2 and moved[1] < 0.1 * moved[0]
     for image in (photo, Image.fromarray(photo)):
-        with pytest.raises(ValueError, match="consistent needs the path"):
+        with pytest.raises(ValueError, match="consistent needs a JPEG file, or a picture that shows the blocks of one"):
             pipe(image, consistent=True, **ask)
         pipe(image, **ask)
     with pytest.raises(ValueError, match="belongs to 'jpeg_restoration'"):
         pipe(path, task="colorization", consistent=True)
+
+
+def cat() -> np.ndarray:
+    from skimage import data
+
+    return data.chelsea()[40:232, 80:304]
+
+
+def once(pixels: np.ndarray, quality: int) -> Image.Image:
+    """What a JPEG shows."""
+    with io.BytesIO() as file:
+        Image.fromarray(pixels).save(file, "JPEG", quality=quality)
+        return Image.open(file).convert("RGB")
+
+
+@pytest.mark.parametrize("begin", [(0, 0), (5, 3)])
+@pytest.mark.parametrize(("first", "last"), [(10, 95), (10, 75), (30, 90), (50, 92), (20, None)])
+def test_a_jpeg_that_was_saved_again_is_held_to_what_it_was(tmp_path, first, last, begin):
+    """Saved at a higher quality, or as PNG, cropped in between or not; what was there before the first agrees."""
+    whole, (y, x) = cat(), ((8 - place) % 8 for place in begin)
+    crop, original = once(whole, first).crop((x, y, 224, 192)), whole[y:, x:]
+    path = tmp_path / ("a.jpg" if last else "a.png")
+    crop.save(path, **({"quality": last} if last else {}))
+    found = find_coefficients(canvas.read(path))
+    assert abs(found.earlier - first) <= 1 and found.planes[0].begin == begin and len(found.planes) == 3
+    assert found.planes[0].sure.float().mean() > 0.9
+    clean, now = canvas.read(original).image, canvas.read(path).image
+    moved = [(found.project(image) - image).abs().mean().item() for image in (clean, now)]
+    assert (now - clean).abs().mean() > 0.02 and moved[0] < 0.1 * (now - clean).abs().mean() and moved[1] < 0.01
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_a_turned_photograph_that_was_cropped_before(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    crop = once(cat(), 15).crop((3, 6, 224, 192))
+    crop.save(tmp_path / "a.jpg", quality=90, exif=exif)
+    found, upright = read_coefficients(tmp_path / "a.jpg"), canvas.read(tmp_path / "a.jpg").image
+    assert found.earlier == 15 and found.planes[0].begin == (2, 5)
+    assert (found.project(upright) - upright).abs().mean() < 0.015
+
+
+@pytest.mark.parametrize("quality", [None, 30, 75, 95])
+def test_no_earlier_jpeg_is_seen_where_there_was_none(tmp_path, quality):
+    """Photographs; one that was resized since; a flat picture, a ramp, noise, lines of print."""
+    from skimage import data
+
+    small = once(cat(), 10).resize((180, 154), Image.Resampling.LANCZOS)
+    ramp = np.repeat(np.arange(0, 256, 2, np.uint8)[:, None], 128, 1)
+    noise = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
+    flat = np.full((96, 96, 3), (40, 80, 99), np.uint8)
+    for picture in (cat(), data.astronaut()[:256, :256], small, ramp, noise, flat, data.checkerboard()):
+        if quality is None:
+            image = canvas.read(np.asarray(picture)).image
+            assert shown_coefficients(image) is None
+        else:
+            assert read_coefficients(saved(tmp_path, np.asarray(picture), quality=quality)).earlier is None
+
+
+def test_a_jpeg_that_was_saved_again_is_mended(tmp_path):
+    """By the starter: blocks go as they go of the first file. Held to the last one they would stay."""
+    pipe = PalettePipeline.from_pretrained()
+    pipe.set_progress_bar_config(disable=True)
+    pixels = cat()[:96, :96]
+    saved(tmp_path, pixels, quality=10).rename(tmp_path / "once.jpg")
+    Image.open(tmp_path / "once.jpg").save(tmp_path / "again.jpg", quality=95)
+    Image.open(tmp_path / "once.jpg").crop((3, 5, 96, 96)).save(tmp_path / "cropped.png")
+
+    def blocks(name: str, mend: bool = True, **options) -> float:
+        """By how much neighbours differ more where the first file's blocks meet."""
+        image = Image.open(tmp_path / name).convert("RGB")
+        if mend:
+            seed = torch.Generator().manual_seed(0)
+            image = pipe(tmp_path / name, task="jpeg_restoration", generator=seed, **options).images[0]
+        across = np.abs(np.diff(np.asarray(image.convert("L"), float)[-88:, -88:], axis=1)).mean(0)
+        return across[7::8].mean() - np.delete(across, np.s_[7::8]).mean()
+
+    before, best = blocks("once.jpg", False), blocks("once.jpg")
+    assert best < 0.3 * before
+    for name in ("again.jpg", "cropped.png"):
+        assert abs(blocks(name)) < 0.3 * before
 
 
 @pytest.mark.parametrize("orientation", [1, 4, 6])
