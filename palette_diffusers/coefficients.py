@@ -23,9 +23,9 @@ SMOOTHINGS, RADIUS = 16, 4  # more and wider ones take more of the bands, and of
 ROWS, HALO = 1024, 2 * RADIUS * SMOOTHINGS  # that are smoothed at a time, and how far what lies beside them reaches
 ROUNDING = 0.8  # levels that a coefficient may move as its pixels are rounded to 8 bits: four standard deviations
 SAMPLED = 4096  # blocks that are asked for an earlier quantisation
-SIDE = 2048  # pixels of a picture that are asked where its blocks begin
+SEARCHED = 2048  # pixels of a picture that are asked where its blocks begin
 ROUNDED = 0.3  # variance of a coefficient whose pixels were rounded to 8 bits, with room
-FAR = 5  # times as far off as rounding are some, where colours out of range were cut off
+FURTHER = 5  # times as far off as rounding are some, where colours out of range were cut off
 ENOUGH = 100.0  # log-likelihood ratio that tells one; ramps come to 70, photographs without one to 8
 TURNS = {  # EXIF orientation => is it transposed, and which sides are flipped then
     1: (False, ()), 2: (False, (-1,)), 3: (False, (-2, -1)), 4: (False, (-2,)),
@@ -158,7 +158,7 @@ def _lattice(values: np.ndarray, spread: np.ndarray, finest: np.ndarray) -> tupl
             continue
         nearest = np.round(different / table[at])
         off = (different - nearest * table[at]) / spread[at]
-        close = 0.7 * np.exp(-(off**2) / 2) + 0.25 / FAR * np.exp(-((off / FAR) ** 2) / 2)
+        close = 0.7 * np.exp(-(off**2) / 2) + 0.25 / FURTHER * np.exp(-((off / FURTHER) ** 2) / 2)
         counts = weights * ((nearest != 0) & tells[at])
         likely = 0.05 + close * table[at] / (spread[at] * math.sqrt(2 * math.pi))
         evidence = float((counts * np.log(likely)).sum())
@@ -318,8 +318,8 @@ def _off_grid(pixels: torch.Tensor, error: float) -> tuple[int, tuple[int, int]]
     height, width = pixels.shape
     if min(height, width) < 32:
         return None
-    top, left = (max(0, side - SIDE) // 16 * 8 for side in (height, width))
-    part = pixels[top : top + SIDE, left : left + SIDE].float()
+    top, left = (max(0, side - SEARCHED) // 16 * 8 for side in (height, width))
+    part = pixels[top : top + SEARCHED, left : left + SEARCHED].float()
     found = []
     spread = np.full(64, math.sqrt(error**2 + ROUNDED))
     for y in _edges(part):
