@@ -76,10 +76,20 @@ def batches(
                 batch = next(iterator)
             except StopIteration:
                 return
+            except (ValueError, OSError) as error:
+                raise _unwrapped(error) from None
             yield send_to_device(batch, device, non_blocking=pinned)
     finally:
         for iterator in iterators:
             _end(iterator)
+
+
+def _unwrapped(error: ValueError | OSError) -> Exception:
+    """A worker's error, which the loader gives as text with the worker's traceback, as it was."""
+    if not str(error).startswith("Caught "):
+        return error
+    message = str(error).strip().splitlines()[-1].partition(": ")[2]
+    return (OSError if isinstance(error, OSError) else ValueError)(message or str(error))
 
 
 def _end(iterator: Any) -> None:

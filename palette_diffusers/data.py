@@ -126,7 +126,7 @@ class Samples:
         self._tasks = [get_task(name) for name in self.tasks]
         self._columns = []
         for number, source in enumerate(self._sources):
-            columns = [image_column(source, self.column)]
+            columns = [image_column(source, self.column, self.source_column)]
             if self.source_column:
                 columns.append(image_column(source, self.source_column))
             self._columns.append(columns)
@@ -369,22 +369,23 @@ class PaletteStream(Samples, IterableDataset):
                         if number > read:
                             yield dict(zip(columns, values, strict=True)), epoch, number
             except tarfile.TarError as error:
-                raise ValueError(f"a shard of the stream can't be read, past row {number}: {error}") from None
+                raise ValueError(f"a shard of the stream can't be read (tar -tf finds it): {error}") from None
             if number == 0:
                 raise ValueError(f"the stream has no rows for reader {reader + 1} of {readers}")
             epoch, read = epoch + 1, 0
 
     def _usable(self, rows: Iterator) -> tuple[list[np.ndarray], int, list[int]]:
         """The photographs of the next row that has usable ones, how many had not, and the place after it. A stream may
-        begin with thousands that are too small: only a whole epoch of them is an error."""
-        skipped, end = 0, [0, 0]
+        begin with thousands that are too small: only a whole epoch of them, `IN_A_ROW` or more, is an error."""
+        skipped, first = 0, 0
         while True:
             row, *place = next(rows)
-            end = end if skipped else [place[0] + 1, place[1] - 1]
+            first = first if skipped else place[0]
             try:
                 return decode_photos(row, self._columns[0], self.size), skipped, place
             except Unusable as why:
-                self._refused(f"row {place[1] - 1} of the stream", why, skipped, place >= end)
+                whole = place[0] > first + 1  # an epoch lies between, whatever its order
+                self._refused(f"row {place[1] - 1} of the stream", why, skipped, whole and skipped + 1 >= IN_A_ROW)
             skipped += 1
             if skipped == IN_A_ROW:
                 warnings.warn(f"{skipped} rows of the stream, up to {place[1]}, could not be used", stacklevel=1)

@@ -111,7 +111,8 @@ def cut_back(folder: Path, step: int) -> None:
     if log.is_file():
         write_text(log, "".join(json.dumps(line) + "\n" for line in lines))
     for sheet in (folder / "samples").glob("step-*.png"):
-        if int(sheet.stem.removeprefix("step-")) > step:
+        number = sheet.stem.removeprefix("step-")  # others are not the run's
+        if number.isdecimal() and int(number) > step:
             sheet.unlink()
 
 

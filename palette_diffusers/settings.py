@@ -118,6 +118,7 @@ class TrainSettings:
     unet: dict = field(default_factory=dict, metadata={"help": CHANGES, "choices": ()})
 
     def __post_init__(self) -> None:
+        _check_network(self.unet)
         for entry in fields(self):
             value, choices = getattr(self, entry.name), entry.metadata["choices"]
             if choices and value not in choices:
@@ -176,7 +177,6 @@ class TrainSettings:
             )
         if self.crops and self.source_column:
             raise ValueError(f"crops is {self.crops!r}, but pairs (source_column) are never made of them: leave it out")
-        _check_network(self.unet)
         if self.fused and (self.compile or not self.channels_last):
             raise ValueError("fused is on, expected channels_last with it and compile off; --no-fused leaves it out")
         if self.lora_rank and not self.init:

@@ -2,7 +2,10 @@
 
 import glob
 import os
+import sys
 import tarfile
+import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from . import canvas
 
 SPLITS = {"train": ("train",), "validation": ("validation", "val", "valid", "dev", "test")}  # folders of a split
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of an image folder, with columns of its own
+SUFFIXES = (*canvas.SUFFIXES, ".jp2", ".avif", ".gif", ".jfif", ".jpe", ".ppm", ".pgm")  # of images to train on
 PLAIN = ("RGB", "L", "P", "1", "CMYK", "YCbCr")  # modes of 8 bits a channel at most, without alpha
 
 
@@ -25,8 +29,8 @@ def load_images(path: str, split: str = "train", streaming: bool = False):
     """A folder of parquet files (SPLIT-*.parquet), of WebDataset shards (*.tar) or of images, or a Hub id => a
     `datasets.Dataset`, or an `IterableDataset` that reads as it goes.
 
-    Of a folder of images all are taken, in whatever folders below, in the order of their names; those that are hidden
-    are not. Where it holds nothing but the folders of splits (`train`, `validation` or `val`, `test`), the split's. A
+    Of a folder of images all are taken (`SUFFIXES`), in whatever folders below, in the order of their names; those that
+    are hidden are not. Where all lie in folders of splits (`train`, `validation` or `val`, `test`), the split's. A
     `metadata.jsonl` (or .csv, .parquet) beside the images names them and gives more columns, as `datasets` has it;
     without one, folders of one depth become the column `label`.
 
@@ -37,6 +41,7 @@ def load_images(path: str, split: str = "train", streaming: bool = False):
     from datasets import Image as ImageFeature
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
+    from pyarrow import ArrowInvalid
 
     folder = Path(path).expanduser()
     options: dict[str, Any] = dict(split="train", streaming=streaming)
@@ -55,13 +60,25 @@ def load_images(path: str, split: str = "train", streaming: bool = False):
             data = load_dataset(path, split=split, streaming=streaming)
         if data.features is None:  # a stream without a schema: read from its first rows
             data = data._resolve_features()
-    except (tarfile.TarError, DatasetGenerationError) as error:
-        raise ValueError(f"{path} has a file that can't be read: {error.__cause__ or error}") from None
+    except (tarfile.TarError, DatasetGenerationError, ArrowInvalid) as error:
+        named = _broken_shard(sorted(map(str, folder.glob("*.tar"))) if folder.is_dir() else [])
+        raise ValueError(f"{named or path} can't be read: {error.__cause__ or error}") from None
     except ConnectionError as error:
         raise FileNotFoundError(f"{path} is no folder here, and can't be fetched as a Hub id: {error}") from None
     if not any(isinstance(feature, ImageFeature) for feature in data.features.values()):
         raise ValueError(f"{path} has no column of images; its columns are {', '.join(data.features)}")
     return data
+
+
+def _broken_shard(shards: Sequence[str]) -> str:
+    """The first of the WebDataset shards that can't be read to its end; empty if there is none."""
+    for shard in shards:
+        try:
+            with tarfile.open(shard) as tar:
+                tar.getmembers()
+        except tarfile.TarError:
+            return shard
+    return ""
 
 
 def _glob(folder: Path, pattern: str) -> list[str]:
@@ -72,33 +89,20 @@ def _glob(folder: Path, pattern: str) -> list[str]:
 def _image_folder(folder: Path, split: str, options: dict[str, Any]):
     """All images of a folder. `datasets` by itself would look for splits in the files' names, and take `test-strip.jpg`
     and its like for another split."""
-    from datasets import ClassLabel, Dataset, Features, load_dataset
+    from datasets import ClassLabel, Dataset, Features
     from datasets import Image as ImageFeature
 
-    known = {name for names in SPLITS.values() for name in names}
-    below = {entry.name: entry for entry in folder.iterdir() if not entry.name.startswith(".")}
-    if below.keys() <= known and all(entry.is_dir() for entry in below.values()):
-        folder = next((below[name] for name in SPLITS.get(split, (split,)) if name in below), folder)
-    files: list[str] = []
-    metadata: list[str] = []
-    seen = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:  # a link to a folder above
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
-        for name in sorted(names):
-            if name in METADATA:
-                metadata.append(os.path.join(place, name))
-            elif name.lower().endswith(canvas.SUFFIXES) and not name.startswith("."):
-                files.append(os.path.join(place, name))
+    files, metadata, others = _walk(folder)
+    chosen = _split_folder(folder, [*files, *metadata], split)
+    if chosen != folder:
+        files, metadata, others = _walk(chosen)
     if metadata:
-        return load_dataset("imagefolder", data_files={"train": list(map(glob.escape, metadata))}, **options)
+        return _by_metadata(chosen, metadata, len(files), options)
     if not files:
-        kinds = ", ".join(canvas.SUFFIXES)
-        raise FileNotFoundError(f"{folder} holds no {split}-*.parquet, no *.tar and no images ({kinds})")
+        kinds, more = ", ".join(SUFFIXES), f"; it has {_counted(others)}" if others else ""
+        below = sorted({str(file.parent) for file in folder.rglob(f"{split}-*.parquet")})
+        more += f"; {below[0]} has parquet files" if below else ""
+        raise FileNotFoundError(f"{folder} holds no {split}-*.parquet, no *.tar and no images ({kinds}){more}")
     columns: dict[str, list] = {"image": files}
     features: dict[str, Any] = {"image": ImageFeature()}
     above = [os.path.dirname(file) for file in files]
@@ -110,8 +114,84 @@ def _image_folder(folder: Path, split: str, options: dict[str, Any]):
     return data.to_iterable_dataset() if options["streaming"] else data
 
 
-def image_column(data, column: str = "") -> str:
-    """The name of the first column of images, or `column` once it is known to hold images.
+def _walk(folder: Path) -> tuple[list[str], list[str], list[str]]:
+    """The images below a folder, in the order of their names, the metadata files, and all others. Hidden ones are none,
+    nor those whose name is not UTF-8, which `datasets` can't hold; what can't be looked at is told."""
+    files: list[str] = []
+    metadata: list[str] = []
+    others: list[str] = []
+    seen = set()
+
+    def tell(error: OSError) -> None:
+        warnings.warn(f"{error.filename} is left out: {error.strerror}", stacklevel=2)
+
+    for place, folders, names in os.walk(folder, onerror=tell, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
+        for name in sorted(name for name in names if not name.startswith(".")):
+            path = os.path.join(place, name)
+            if not _utf8(path):
+                warnings.warn(f"{os.fsencode(path)!r} is left out: its name is not UTF-8", stacklevel=2)
+            elif name in METADATA:
+                metadata.append(path)
+            else:
+                (files if name.lower().endswith(SUFFIXES) else others).append(path)
+    return files, metadata, others
+
+
+def _utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _counted(files: list[str]) -> str:
+    """ "3 .heic, 1 .txt" of so many files."""
+    kinds = Counter(os.path.splitext(file)[1].lower() or "without suffix" for file in files)
+    return ", ".join(f"{number} {kind}" for kind, number in kinds.most_common(5))
+
+
+def _split_folder(folder: Path, files: list[str], split: str) -> Path:
+    """The folder of a split, if those of splits are all that hold images, which is told; else the folder itself."""
+    above = {Path(file).relative_to(folder).parts[:-1][:1] for file in files}
+    names = {parts[0].lower(): parts[0] for parts in above if parts}
+    known = {name for names in SPLITS.values() for name in names}
+    if () in above or not names.keys() <= known or len(names) < len(above):
+        return folder
+    for name in SPLITS.get(split, (split,)):
+        if name in names and len(names) > 1:
+            print(f"{folder}: of {', '.join(sorted(names.values()))} the images of {names[name]}", file=sys.stderr)
+            return folder / names[name]
+    return folder
+
+
+def _by_metadata(folder: Path, metadata: list[str], images: int, options: dict[str, Any]) -> Any:
+    """The images that metadata files name."""
+    from datasets import Image as ImageFeature
+    from datasets import load_dataset
+
+    try:
+        escaped = list(map(glob.escape, metadata))
+        data = load_dataset("imagefolder", data_files={"train": escaped}, drop_labels=True, **options)
+    except ValueError as error:
+        names = ", ".join(metadata)
+        raise ValueError(f"{names}: {error} (a file of that name says what the images are; rename others)") from None
+    columns = [name for name, feature in (data.features or {}).items() if isinstance(feature, ImageFeature)]
+    if "image" in columns[1:]:  # the library gives the first of them the files that are named for `image`
+        raise ValueError(f"{', '.join(metadata)}: {columns[0]}_file_name is before file_name, expected after it")
+    if not options["streaming"] and len(data) < images:
+        print(f"{folder}: {len(data)} rows by {', '.join(metadata)}, of {images} images", file=sys.stderr)
+    return data
+
+
+def image_column(data, column: str = "", source: str = "") -> str:
+    """The name of the first column of images that is not `source`, or `column` once it is known to hold images.
 
     Raises:
         ValueError: no such column; the message lists those there.
@@ -121,7 +201,12 @@ def image_column(data, column: str = "") -> str:
     known = [name for name, feature in data.features.items() if isinstance(feature, ImageFeature)]
     if column and column not in known:
         raise ValueError(f"column {column!r} holds no images; those that do: {', '.join(known)}")
-    return column or known[0]
+    others = [name for name in known if name != source]
+    if source and (column == source or not others):
+        raise ValueError(
+            f"{source!r} is the column of sources, expected the targets in another; those of images: {', '.join(known)}"
+        )
+    return column or others[0]
 
 
 def split_sources(text: str) -> list[tuple[str, float]]:

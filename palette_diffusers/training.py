@@ -175,11 +175,18 @@ def _pipeline(name: str, size: int) -> Any:
     return pipe
 
 
+def _new_network(settings: TrainSettings) -> PaletteUNet2DModel:
+    try:
+        return PaletteUNet2DModel(**settings.unet | {"sample_size": settings.size})
+    except (TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"unet is {settings.unet}, of which no network can be made: {error}") from None
+
+
 def _network(settings: TrainSettings) -> tuple[PaletteUNet2DModel, PaletteScheduler, int, int | None]:
     """The network, the scheduler and the steps that are published: new ones, or those of `init`."""
     if not settings.init:
         return (
-            PaletteUNet2DModel(**settings.unet | {"sample_size": settings.size}),
+            _new_network(settings),
             make_scheduler(settings),
             1 if settings.regression else 20,
             None,
@@ -264,7 +271,9 @@ def _adapt(unet: PaletteUNet2DModel, settings: TrainSettings) -> None:
         try:
             unknown = set_peft_model_state_dict(unet, load_file(file)).unexpected_keys  # type: ignore[attr-defined]
         except RuntimeError as error:  # of shapes
-            raise ValueError(f"{file} does not fit adapters of rank {settings.lora_rank}: {error}") from None
+            why = str(error).splitlines()  # a line for each layer
+            some = "\n".join(why[:3])
+            raise ValueError(f"{file} does not fit adapters of rank {settings.lora_rank}: {some}") from None
         if unknown:
             raise ValueError(f"{file} has adapters of layers that the network does not adapt: {', '.join(unknown)}")
 
@@ -433,8 +442,8 @@ def _accelerator(settings: TrainSettings) -> Any:
         tracker = "tensorboard" if "tensorboard" in installed else "none"
     if tracker not in ("none", *installed):
         raise ValueError(f"tracker {tracker!r} needs the package of that name, which is not installed")
-    parts = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") or 1)
-    if parts not in (1, settings.accumulate):
+    parts = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "")
+    if parts.isdecimal() and int(parts) not in (1, settings.accumulate):
         raise ValueError(
             f"Accelerate is configured to accumulate {parts} parts, the settings say {settings.accumulate}: expected "
             "accumulate alone"
@@ -570,11 +579,19 @@ def main(description: str | None = None, **changes: Any) -> None:
         _fail(2, f"{error.name} is not installed: pip install 'palette-diffusers[train]'")
     except (ValueError, OSError) as error:
         _fail(2, str(error))
-    except FloatingPointError as error:
-        _fail(1, str(error))
+    except (FloatingPointError, MemoryError) as error:
+        _fail(1, str(error) or "out of memory")
     except torch.AcceleratorError as error:
         advice = "the accelerator failed or is gone; --resume goes on from the last checkpoint:"
         _fail(1, f"{advice} {str(error).partition(chr(10))[0]}")
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):  # told wherever the main process is
+            raise
+        _fail(1, f"{str(error).strip()} Was memory short? Fewer workers take less; --resume goes on")
+
+
+def _last(folder: Path) -> str:
+    return f"the last state is in {folder}" if any(folder.glob("step-*.pt")) else "no state had been saved yet"
 
 
 def _fail(code: int, message: str) -> NoReturn:
@@ -717,13 +734,13 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> tuple[Path,
             if "losses" in numbers:
                 tally.add(numbers.pop("losses"), numbers)
             if not tally.finite():
-                raise FloatingPointError(f"the loss is not finite at step {at}: the last state is in {folder}")
+                raise FloatingPointError(f"the loss is not finite at step {at}: {_last(folder)}")
             if "norm" in numbers:
                 good = bool(torch.isfinite(numbers["norm"]))
                 in_a_row = 0 if good else in_a_row + 1
                 tally.left_out += not good
                 if in_a_row > settings.bad_steps:
-                    raise FloatingPointError(f"the gradient is not finite at step {at}: the last state is in {folder}")
+                    raise FloatingPointError(f"the gradient is not finite at step {at}: {_last(folder)}")
 
     def work(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Losses of each sample, and how well a critic tells it, (1 or 2, B); their gradients are added to the

@@ -276,6 +276,7 @@ def test_names_of_files_and_folders_mean_nothing(tmp_path):
     """Words like `train` and `test` in a name, which would be taken for splits, and characters of patterns."""
     folder = tmp_path / "br [1] *?"
     names = ["train_station.png", "test-1.png", "dev/a.png", "b/val.png", "c.TIF", "d.webp", "[e].png", "f@2.jpg"]
+    names += ["g.gif", "h.jp2", "i.jfif", "j.ppm", "k.AVIF", "ä☃.png"]
     for name in [*names, ".hidden.png", ".cache/g.png", "__MACOSX/._a.png"]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         picture(3).save(folder / name)
@@ -291,7 +292,7 @@ def test_names_of_files_and_folders_mean_nothing(tmp_path):
     ]  # fmt: skip
 
 
-def test_a_folder_of_splits_gives_the_split(tmp_path):
+def test_a_folder_of_splits_gives_the_split(tmp_path, capsys):
     """Where there is nothing else; a folder that is called `train` among others is one of trains."""
     for name in ("train/cat/a.png", "train/dog/b.png", "val/cat/c.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -302,6 +303,17 @@ def test_a_folder_of_splits_gives_the_split(tmp_path):
     (tmp_path / "plane").mkdir()
     picture(3).save(tmp_path / "plane" / "d.png")
     assert sorted(names_in(tmp_path)) == ["a.png", "b.png", "c.png", "d.png"]
+    (tmp_path / "plane" / "d.png").rename(tmp_path / "d.png")
+    (tmp_path / "plane").rmdir()
+    assert len(names_in(tmp_path)) == 4  # a picture beside them
+    (tmp_path / "d.png").rename(tmp_path / "d.txt")
+    (tmp_path / "README.md").write_text("of what is here")
+    (tmp_path / "val").rename(tmp_path / "Validation")
+    capsys.readouterr()
+    assert names_in(tmp_path) == ["a.png", "b.png"] and names_in(tmp_path, "validation") == ["c.png"]
+    assert "of Validation, train the images of train" in capsys.readouterr().err
+    (tmp_path / "plane").mkdir()
+    picture(3).save(tmp_path / "plane" / "d.png")
     only = tmp_path / "plane" / "test"
     only.mkdir()
     (tmp_path / "plane" / "d.png").rename(only / "d.png")
@@ -348,7 +360,7 @@ def test_a_stream_may_begin_with_many_small_pictures(tmp_path):
     for number in range(130):
         Image.new("RGB", (9, 9)).save(tmp_path / f"{number:03d}.png")
     stream = PaletteStream(load_images(str(tmp_path), streaming=True), PaletteScheduler(), ["inpainting"], size=32)
-    with pytest.raises(ValueError, match="of the stream is 9x9, below 32 pixels: .*and 130 before"):
+    with pytest.raises(ValueError, match="of the stream is 9x9, below 32 pixels: .*and 260 before"):
         next(iter(stream))
     picture(3).save(tmp_path / "200.png")
     stream = PaletteStream(load_images(str(tmp_path), streaming=True), PaletteScheduler(), ["inpainting"], size=32)
@@ -360,10 +372,10 @@ def test_a_stream_may_begin_with_many_small_pictures(tmp_path):
 def test_a_shard_that_was_cut_off_is_named(shards):
     whole = (shards / "2.tar").read_bytes()
     (shards / "2.tar").write_bytes(whole[:1000])
-    with pytest.raises(ValueError, match="shards has a file that can't be read"):
+    with pytest.raises(ValueError, match=r"shards/2.tar can't be read: unexpected end of data"):
         load_images(str(shards))
     stream = PaletteStream(load_images(str(shards), streaming=True), PaletteScheduler(), ["inpainting"], size=32)
-    with pytest.raises(ValueError, match="a shard of the stream can't be read, past row 0"):
+    with pytest.raises(ValueError, match="a shard of the stream can't be read"):
         [sample for _, sample in zip(range(ROWS), stream, strict=False)]
 
 
@@ -376,3 +388,72 @@ def test_a_mistyped_folder_is_told_without_a_network(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", no_network)
     with pytest.raises(FileNotFoundError, match="photso/mine is no folder here, and can't be fetched"):
         load_images("photso/mine")
+
+
+def test_a_broken_parquet_file_is_named(parquet):
+    (parquet / "train-0.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(ValueError, match="parquet can't be read: .*magic bytes not found"):
+        load_images(str(parquet))
+
+
+def test_what_is_left_out_of_a_folder_is_told(tmp_path, capsys):
+    """A name that is not UTF-8; images that no metadata file names; other metadata; parquet files further below."""
+    for name in ("a.png", "b.png"):
+        picture(3).save(tmp_path / name)
+    os.rename(tmp_path / "b.png", os.fsencode(tmp_path) + b"/caf\xe9.png")
+    for streaming in (False, True):
+        with pytest.warns(UserWarning, match="caf.*xe9.png' is left out: its name is not UTF-8"):
+            assert names_in(tmp_path, streaming=streaming) == ["a.png"]
+    os.rename(os.fsencode(tmp_path) + b"/caf\xe9.png", tmp_path / "b.png")
+    (tmp_path / "metadata.csv").write_text("id,age\n1,2\n")
+    with pytest.raises(ValueError, match="metadata.csv: .*file_name.* rename others"):
+        load_images(str(tmp_path))
+    (tmp_path / "metadata.csv").write_text("file_name,age\nb.png,2\n")
+    assert names_in(tmp_path) == ["b.png"]
+    assert "1 rows by" in (said := capsys.readouterr().err) and "metadata.csv, of 2 images" in said
+    clone = tmp_path / "clone"
+    (clone / "data").mkdir(parents=True)
+    for name in ("data/train-00000-of-00001.parquet", "x.heic", "y.HEIC", "LICENSE"):
+        (clone / name).touch()
+    with pytest.raises(FileNotFoundError, match="it has 2 .heic, .*1 .parquet.*; .*clone/data has"):
+        load_images(str(clone))
+
+
+def test_the_target_of_a_pair_is_not_its_source(tmp_path):
+    """Whichever column comes first; of metadata, `datasets` would take one for the other."""
+    from datasets import Dataset, Features
+    from datasets import Image as ImageFeature
+
+    rows = {name: [{"bytes": file_of(picture(n)), "path": None}] for name, n in (("bad", 6), ("image", 1))}
+    data = Dataset.from_dict(rows, Features(bad=ImageFeature(), image=ImageFeature()))
+    (tmp_path / "parquet").mkdir()
+    data.to_parquet(tmp_path / "parquet" / "train-0.parquet")
+    (tmp_path / "folder").mkdir()
+    for name, value in (("a", 1), ("b", 6)):
+        picture(value).save(tmp_path / "folder" / f"{name}.png")
+    (tmp_path / "folder" / "metadata.csv").write_text("bad_file_name,file_name\nb.png,a.png\n")
+    with pytest.raises(ValueError, match="metadata.csv: bad_file_name is before file_name, expected after it"):
+        load_images(str(tmp_path / "folder"))
+    (tmp_path / "folder" / "metadata.csv").write_text("file_name,bad_file_name\na.png,b.png\n")
+    for kind in ("folder", "parquet"):
+        images = load_images(str(tmp_path / kind))
+        pairs = PaletteDataset(images, PaletteScheduler(), ["paired"], size=32, source_column="bad")
+        assert (number_of(pairs[0]["clean"]), number_of(pairs[0]["condition"])) == (1, 6)
+    for wrong in (dict(column="bad", source_column="bad"), dict(column="image", source_column="image")):
+        with pytest.raises(ValueError, match="is the column of sources, expected the targets in another"):
+            PaletteDataset(images, PaletteScheduler(), ["paired"], size=32, **wrong)
+
+
+@pytest.mark.parametrize("readers", [1, 4])
+def test_many_broken_rows_in_a_shuffled_stream_are_no_end(tmp_path, readers):
+    """Every epoch has another order, and a reader other rows."""
+    for number in range(24):
+        picture(3).save(tmp_path / f"{number:02d}.png")
+        if number % 2:
+            (tmp_path / f"{number:02d}.png").write_bytes(b"no picture")
+    for seed in range(3):
+        for reader in range(readers):
+            place = dict(process=reader, processes=readers, seed=seed, shuffle_buffer=100)
+            images = load_images(str(tmp_path), streaming=True)
+            stream = PaletteStream(images, PaletteScheduler(), ["inpainting"], size=32, **place)
+            assert len([sample for _, sample in zip(range(30), stream, strict=False)]) == 30

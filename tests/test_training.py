@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import diffusers
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import free_port, toy_unet
@@ -457,6 +458,7 @@ def test_a_run_that_fails_ends(folder, tmp_path, why):
             os.killpg(run.pid, signal.SIGKILL)
     expected = "File too large" if why == "a full disk" else "can't be decoded"
     assert expected in said and run.returncode, said[-2000:]
+    assert "Caught" not in said and said.startswith("error: ") or why == "two processes"  # no worker's traceback
     assert why == "two processes" or "exit status 2" in said  # the script's, which Accelerate passes on as 1
     assert not list((tmp_path / "run").glob("*.part"))
 
@@ -796,6 +798,8 @@ def test_dry_run(folder, tmp_path, capsys):
         (dict(precision="fp16"), "precision is fp16, which a CPU is not trained in"),
         (dict(precision="fp16", dry_run=True), "precision is fp16, which a CPU is not trained in"),
         (dict(unet=[16, 32]), r"unet is \[16, 32\], expected the network's configuration as JSON"),
+        (dict(unet=dict(block_out_channels=5)), "of which no network can be made"),
+        (dict(unet=dict(dropout="x")), "of which no network can be made"),
         (dict(unet=dict(block_out_chanels=[8])), "unet has 'block_out_chanels', .*did you mean block_out_channels"),
         (dict(task_weights="colorization=x"), "task_weights has 'colorization=x', expected TASK=NUMBER"),
         (dict(loss_weights="inpainting=-1"), "expected a number of at least 0"),
@@ -814,6 +818,22 @@ def test_bad_settings(folder, tmp_path, changes, message):
     with pytest.raises((ValueError, OSError), match=message):
         train(settings(folder, tmp_path / "run", **changes))
     assert not list(tmp_path.glob("run/step-*"))
+
+
+def test_a_worker_that_was_killed_is_told(folder, tmp_path):
+    run = launch(*options(folder, tmp_path / "run", workers=1, steps=100_000), "--tracker=none")
+    try:
+        while not (tmp_path / "run" / "log.jsonl").exists():
+            assert run.poll() is None, run.stderr.read()[-2000:]
+            time.sleep(0.1)
+        main = next(p for p in psutil.Process(run.pid).children(recursive=True) if "train_palette" in str(p.cmdline()))
+        os.kill(next(p.pid for p in main.children() if p.cmdline() == main.cmdline()), signal.SIGKILL)
+        _, said = run.communicate(timeout=100)
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+    assert "killed by signal: Killed" in said and "Was memory short? Fewer workers take less" in said
+    assert "exit status 1" in said and said.startswith("error: ")
 
 
 def test_a_network_is_changed_by_what_is_given(folder, tmp_path):
@@ -858,9 +878,11 @@ def test_a_log_ends_where_the_state_does(folder, tmp_path, capsys):
     (run / "log.jsonl").write_text("".join(json.dumps({"step": step, "loss": 99.0}) + "\n" for step in range(1, 10)))
     for step in (1, 9):
         (run / "samples" / f"step-{step:07d}.png").touch()
+    (run / "samples" / "step-best.png").touch()
     train(settings(folder, run, steps=2, resume=True))
     assert f"{run} has no checkpoint: the run begins at step 0" in capsys.readouterr().err
-    assert [line["step"] for line in read_log(run / "log.jsonl")] == [1, 2] and not list((run / "samples").iterdir())
+    assert [line["step"] for line in read_log(run / "log.jsonl")] == [1, 2]
+    assert [path.name for path in (run / "samples").iterdir()] == ["step-best.png"]  # a user's own
     assert all(line["loss"] < 99 for line in read_log(run / "log.jsonl"))
     with open(run / "log.jsonl", "a") as log:
         log.write(json.dumps({"step": 3, "loss": 99.0}) + "\n")
