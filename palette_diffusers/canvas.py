@@ -8,8 +8,8 @@ import itertools
 import math
 import os
 import re
+import secrets
 import struct
-import tempfile
 import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -493,15 +493,15 @@ def save(image: Image.Image, path: str | os.PathLike) -> None:
     if kind == "PNG" and RECIPE in image.info:
         options["pnginfo"] = PngInfo()
         options["pnginfo"].add_text(RECIPE, image.info[RECIPE])
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as stream:
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    with open(part, "xb") as stream:  # of the rights that new files have
+        try:
             image.save(stream, kind, **options)
-        os.chmod(part, 0o644)
-        os.replace(part, path)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise
+            stream.close()
+            os.replace(part, path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
 
 
 def diversity(images: list[Image.Image]) -> float:

@@ -261,13 +261,11 @@ def _folder(work: _Work, mask: str | None) -> None:
         raise ValueError(f"samples is {work.samples}: of a folder, each photograph gets one")
     if "hints" in work.options:
         raise ValueError(f"hints are for one photograph, {work.source} is a folder")
-    from . import folders
+    from . import canvas, folders, sizes
     from .files import alone
 
     jobs = folders.plan(work.source, work.output, work.recursive, mask)
     if work.plan:
-        from . import canvas
-
         todo = [job for job in jobs if work.overwrite or not job.target.exists()]
         print(f"{len(jobs)} photographs, {len(jobs) - len(todo)} there already" + ("; the next one:" if todo else ""))
         for job in todo[:1]:
@@ -280,10 +278,15 @@ def _folder(work: _Work, mask: str | None) -> None:
     pipe.set_progress_bar_config(disable=True)
 
     def restore(some: list, pictures: list, masks: list | None) -> list:
-        images = pipe(
-            pictures, task=work.task, num_inference_steps=work.steps, max_pixels=work.limit,
-            generator=[torch.Generator().manual_seed(work.seed) for _ in some], **_masked(masks), **work.options,
-        ).images  # fmt: skip
+        try:
+            images = pipe(
+                pictures, task=work.task, num_inference_steps=work.steps, max_pixels=work.limit,
+                generator=[torch.Generator().manual_seed(work.seed) for _ in some], **_masked(masks), **work.options,
+            ).images  # fmt: skip
+        except sizes.NothingToExtend:  # of several, they are asked one by one
+            if len(some) > 1:
+                raise
+            return [canvas.to_pil(pictures[0].image, pictures[0])]
         return [work.finish(image, work.recipe(job.source, job.mask)) for image, job in zip(images, some, strict=True)]
 
     with alone(work.output, rank):

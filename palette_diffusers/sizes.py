@@ -246,11 +246,15 @@ def rings(mask: torch.Tensor) -> Iterator[torch.Tensor]:
         before = now
 
 
+class NothingToExtend(ValueError):
+    """The picture has the aspect already."""
+
+
 def sides_for(size: tuple[int, int], aspect: float) -> dict[str, int]:
     """(height, width) => pixels to add at each side, so that width / height becomes `aspect`, to the nearest pixel.
 
     Raises:
-        ValueError: an aspect that is not above 0, or that the picture has already.
+        ValueError: an aspect that is not above 0. NothingToExtend: one that the picture has already.
 
     >>> sides_for((100, 101), 2.0)
     {'left': 49, 'right': 50, 'top': 0, 'bottom': 0}
@@ -260,7 +264,9 @@ def sides_for(size: tuple[int, int], aspect: float) -> dict[str, int]:
     height, width = size
     across, down = max(0, round(height * aspect) - width), max(0, round(width / aspect) - height)
     if not (across or down):
-        raise ValueError(f"the picture is {width}x{height}, which is aspect {aspect:.4g} already: nothing to extend")
+        raise NothingToExtend(
+            f"the picture is {width}x{height}, which is aspect {aspect:.4g} already: nothing to extend"
+        )
     return {"left": across // 2, "right": across - across // 2, "top": down // 2, "bottom": down - down // 2}
 
 

@@ -1,4 +1,5 @@
 import io
+import os
 import struct
 import zlib
 
@@ -347,8 +348,11 @@ def test_files_are_written_as_told(suffix, photo, tmp_path):
     exif[0x010F] = "Maker"
     image.info = {"icc_profile": profile, "exif": exif.tobytes(), canvas.RECIPE: '{"seed": 3}'}
     path = tmp_path / f"a{suffix}"
-    canvas.save(image, path)
-    assert [p.name for p in tmp_path.iterdir()] == [path.name] and path.stat().st_mode & 0o777 == 0o644
+    for umask in (0o077, 0o022):  # rights are those of any new file
+        before = os.umask(umask)
+        canvas.save(image, path)
+        os.umask(before)
+        assert [p.name for p in tmp_path.iterdir()] == [path.name] and path.stat().st_mode & 0o777 == 0o666 & ~umask
     again = Image.open(path)
     assert again.info["icc_profile"] == profile and again.getexif()[0x010F] == "Maker"
     assert again.info.get(canvas.RECIPE) == ('{"seed": 3}' if suffix == ".png" else None)
@@ -368,7 +372,7 @@ def test_every_jpeg_quality(quality):
 
 def test_jpeg_quality_of_other_tables_and_files():
     file = io.BytesIO()
-    Image.new("L", (8, 8)).save(file, "JPEG", qtables=[[min(255, 2 * q + 1) for q in canvas._LUMINANCE.tolist()]])
+    Image.new("L", (8, 8)).save(file, "JPEG", qtables=[[min(255, 2 * q + 1) for q in canvas.LUMINANCE.tolist()]])
     assert canvas.jpeg_quality(Image.open(file)) == 25
     several = io.BytesIO()
     Image.new("RGB", (8, 8)).save(several, "MPO", quality=40, save_all=True, append_images=[Image.new("RGB", (8, 8))])

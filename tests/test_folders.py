@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import toy_unet
 from PIL import Image
 from typer.testing import CliRunner
 
-from palette_diffusers import cli, folders
+from palette_diffusers import PalettePipeline, PaletteScheduler, cli, folders
 from palette_diffusers.folders import Job, plan, run
 
 
@@ -260,3 +261,18 @@ def test_a_broken_file_makes_exit_code_1(album, tmp_path, pipe):
     )
     assert done.returncode == 1 and "5 done, 0 there already, 1 failed" in done.stdout
     assert "broken.jpg" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_photograph_that_has_the_aspect_is_taken_over(album, tmp_path):
+    """The others are extended; a single one is told instead."""
+    toy = tmp_path / "model"
+    PalettePipeline(toy_unet(), PaletteScheduler(), default_steps=1).save_pretrained(toy)
+    arguments = ["uncrop", str(album), "-o", str(tmp_path / "out"), "--aspect", "4:3", "--model", str(toy)]
+    told = CliRunner().invoke(cli.app, [*arguments, "--steps", "1"])
+    assert told.exit_code == 0 and "4 done, 0 there already, 0 failed" in told.output, told.output
+    sizes = [Image.open(tmp_path / "out" / f"{i}.png").size for i in range(4)]
+    assert sizes == [(120, 90)] * 4
+    same = np.asarray(Image.open(album / "0.png")), np.asarray(Image.open(tmp_path / "out" / "0.png"))
+    assert np.array_equal(*same)
+    one = CliRunner().invoke(cli.app, ["uncrop", str(album / "0.png"), "--aspect", "4:3", "--model", str(toy)])
+    assert one.exit_code == 2 and "nothing to extend" in one.stderr
