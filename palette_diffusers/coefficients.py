@@ -26,6 +26,8 @@ SAMPLED = 4096  # blocks that are asked for an earlier quantisation
 SEARCHED = 2048  # pixels of a picture that are asked where its blocks begin
 ROUNDED = 0.3  # variance of a coefficient whose pixels were rounded to 8 bits, with room
 FURTHER = 5  # times as far off as rounding are some, where colours out of range were cut off
+HELD = 0.8  # share of the blocks that an earlier JPEG must account for: others would only be smoothed
+GENERATIONS = 3  # of JPEGs that are traced back
 ENOUGH = 100.0  # log-likelihood ratio that tells one; ramps come to 70, photographs without one to 8
 TURNS = {  # EXIF orientation => is it transposed, and which sides are flipped then
     1: (False, ()), 2: (False, (-1,)), 3: (False, (-2, -1)), 4: (False, (-2,)),
@@ -176,9 +178,8 @@ def earlier_quality(luma: Plane) -> int | None:
     return _lattice(known.numpy() * steps, np.sqrt(steps**2 / 12 + ROUNDED), 1.9 * steps)[1]
 
 
-def _of_earlier(planes: tuple[Plane, ...], quality: int) -> tuple[Plane, ...]:
-    """The intervals that an earlier JPEG left, on the same grid."""
-    first, *others = planes
+def _of_earlier(first: Plane, quality: int) -> Plane:
+    """The intervals of luma that an earlier JPEG left, on the same grid."""
     table = torch.tensor(jpeg_tables()[quality - 1]).float().reshape(8, 8)
     coarse, room = torch.maximum(table, first.steps), _room(_error(first))
     levels, sure = torch.empty_like(first.levels), first.sure.clone()
@@ -188,13 +189,13 @@ def _of_earlier(planes: tuple[Plane, ...], quality: int) -> tuple[Plane, ...]:
         off = DCT.T @ (found * coarse - first.levels[rows] * first.unit) @ DCT
         levels[rows] = found.to(torch.int16)
         sure[rows] &= off.abs().amax((-2, -1)) < room
-    return replace(first, steps=coarse, unit=coarse, levels=levels, sure=sure), *_loosened(tuple(others), quality)
+    return replace(first, steps=coarse, unit=coarse, levels=levels, sure=sure)
 
 
-def _loosened(chroma: tuple[Plane, ...], quality: int) -> tuple[Plane, ...]:
+def _loosened(chroma: list[Plane], quality: int) -> list[Plane]:
     """Chroma that lies near the middle of the intervals that an earlier JPEG left, enlarged and reduced since."""
     steps = torch.tensor(jpeg_tables(CHROMINANCE)[quality - 1]).float().reshape(8, 8)
-    return tuple(replace(plane, steps=torch.maximum(steps, plane.steps)) for plane in chroma)
+    return [replace(plane, steps=torch.maximum(steps, plane.steps)) for plane in chroma]
 
 
 def _error(luma: Plane) -> float:
@@ -206,7 +207,7 @@ def _error(luma: Plane) -> float:
 def _room(error: float) -> float:
     """Levels by which pixels may be off what an earlier JPEG showed, in a block that was not cut off by black or
     white."""
-    return 1.5 + 4 * error
+    return 1.5 + 6 * error
 
 
 @dataclass(frozen=True)
@@ -214,13 +215,14 @@ class Coefficients:
     """The coefficients of a JPEG: of luma alone where it is gray, or where chroma is subsampled otherwise than 4:2:0.
 
     size: (height, width) as stored. orientation: how it is turned to be upright, by EXIF. earlier: the quality of a
-    coarser JPEG that the file was made of, whose coefficients these are.
+    coarser JPEG that the file was made of, whose coefficients these are. gray: whether the picture is, and stays so.
     """
 
     planes: tuple[Plane, ...]
     size: tuple[int, int]
     orientation: int = 1
     earlier: int | None = None
+    gray: bool = False
 
     @property
     def before(self) -> tuple[int, int]:
@@ -268,6 +270,8 @@ class Coefficients:
                 self._project(band, first, rounds=1)
             self._project(band, first, ROUNDS)
             stored[..., top : top + ROWS, :] = band[..., top - first :, :][..., :ROWS, :]
+        if self.gray:  # else a rounding apart
+            stored[:, 1:] = stored[:, :1]
         _flip(image, TURNS[self.orientation][1])
         return image
 
@@ -312,9 +316,9 @@ def _edges(pixels: torch.Tensor) -> list[int]:
     return sums.topk(2).indices.tolist()
 
 
-def _off_grid(pixels: torch.Tensor, error: float) -> tuple[int, tuple[int, int]] | None:
-    """The quality of the JPEG that a picture shows, whatever it was saved as since, and where its first block begins.
-    pixels: (H, W), 0 to 255, each off by `error` (a standard deviation) from what that JPEG showed."""
+def _off_grid(pixels: torch.Tensor, error: float) -> tuple[int, tuple[int, int], float] | None:
+    """The quality of the JPEG that a picture shows, whatever it was saved as since, where its first block begins, and
+    by how much the pixels (H, W), 0 to 255, are off; `error` (a standard deviation) was expected."""
     height, width = pixels.shape
     if min(height, width) < 32:
         return None
@@ -329,9 +333,14 @@ def _off_grid(pixels: torch.Tensor, error: float) -> tuple[int, tuple[int, int]]
             blocks = blocks[(blocks.amin((1, 2)) > 0) & (blocks.amax((1, 2)) < 255)]
             blocks = blocks[:: max(1, len(blocks) // SAMPLED)]
             values = (DCT @ (blocks - 128) @ DCT.T).reshape(-1, 64).numpy()
-            found.append((*_lattice(values, spread, spread), (y, x)))
-    _, quality, place = max(found, key=lambda one: one[0])
-    return None if quality is None else (quality, place)
+            found.append((*_lattice(values, spread, spread), (y, x), values))
+    _, quality, place, values = max(found, key=lambda one: one[0])
+    if quality is None:
+        return None
+    table = jpeg_tables()[quality - 1]
+    off = torch.from_numpy(np.round(values / table) * table - values).float().reshape(-1, 8, 8)
+    seen = 1.4826 * (DCT.T @ off @ DCT).abs().median().item()  # those that black and white cut off count little
+    return quality, place, max(error, seen)
 
 
 def shown_coefficients(image: torch.Tensor) -> Coefficients | None:
@@ -345,7 +354,11 @@ def shown_coefficients(image: torch.Tensor) -> Coefficients | None:
     found = _shown(levels, 0.0)
     if found is None:
         return None
-    quality, plane = found
+    plane, quality = found
+    first, earlier = _traced(plane, levels)
+    quality = quality if earlier is None else earlier
+    if all(torch.equal(image[:, 0], image[:, k]) for k in (1, 2)):
+        return Coefficients((first,), (height, width), earlier=quality, gray=True)
     h, w = height // 16, width // 16
     chroma = [torch.empty(h, w, 8, 8, dtype=torch.int16) for _ in range(2)]
     for top in range(0, 16 * h, BAND):
@@ -354,17 +367,39 @@ def shown_coefficients(image: torch.Tensor) -> Coefficients | None:
         for one, found_here in zip(chroma, blocks, strict=True):
             one[top // 16 : (top + BAND) // 16] = found_here.round().to(torch.int16)
     ones, sure = torch.ones(8, 8), torch.ones(h, w, dtype=torch.bool)
-    others = _loosened(tuple(Plane(ones, one, sure, 2, ones) for one in chroma), quality)
-    return Coefficients((plane, *others), (height, width), earlier=quality)
+    others = _loosened([Plane(ones, one, sure, 2, ones) for one in chroma], quality)
+    return Coefficients((first, *others), (height, width), earlier=quality)
 
 
-def _shown(levels: torch.Tensor, error: float) -> tuple[int, Plane] | None:
+def _shown(levels: torch.Tensor, error: float) -> tuple[Plane, int] | None:
+    """The plane of the JPEG that pixels show, and its quality."""
     found = _off_grid(levels, error)
     if found is None:
         return None
-    quality, (y, x) = found
+    quality, (y, x), off = found
     steps = torch.tensor(jpeg_tables()[quality - 1]).float().reshape(8, 8)
-    return quality, replace(Plane.decoded(levels[y:, x:], steps, 1, _room(error)), begin=(y, x))
+    plane = replace(Plane.decoded(levels[y:, x:], steps, 1, _room(off)), begin=(y, x))
+    return (plane, quality) if plane.sure.float().mean() > HELD else None
+
+
+def _traced(plane: Plane, levels: torch.Tensor) -> tuple[Plane, int | None]:
+    """The plane of the coarsest JPEG that a plane of luma, whose pixels are `levels`, was made of, and its quality:
+    step by step, since a JPEG in between hides the first."""
+    quality = None
+    for _ in range(GENERATIONS):
+        found = []
+        same = earlier_quality(plane)
+        if same is not None:
+            found.append((_of_earlier(plane, same), same))
+        other = _shown(levels, _error(plane))
+        if other is not None and other[0].begin != plane.begin:
+            found.append(other)
+        found = [one for one in found if one[0].steps.mean() > 1.5 * plane.steps.mean()]
+        found = [one for one in found if one[0].sure.float().mean() > HELD * plane.sure.float().mean()]
+        if not found:
+            break
+        plane, quality = min(found, key=lambda one: one[1])
+    return plane, quality
 
 
 def read_coefficients(path: str | os.PathLike) -> Coefficients:
@@ -392,14 +427,9 @@ def read_coefficients(path: str | os.PathLike) -> Coefficients:
         chroma = _decode(path, scale, 3)[1:]
         planes += [Plane.decoded(pixels, table, scale) for pixels, table in zip(chroma, tables[1:], strict=True)]
     orientation = orientation if orientation in TURNS else 1
-    earlier = earlier_quality(planes[0])
-    if earlier is not None:
-        return Coefficients(_of_earlier(tuple(planes), earlier), (height, width), orientation, earlier)
-    cropped = _shown(pixels, _error(planes[0]))
-    if cropped is not None and cropped[1].begin != (0, 0) and (cropped[1].steps > 1.9 * tables[0]).all():
-        held = (cropped[1], *_loosened(tuple(planes[1:]), cropped[0]))
-        return Coefficients(held, (height, width), orientation, cropped[0])
-    return Coefficients(tuple(planes), (height, width), orientation)
+    first, earlier = _traced(planes[0], pixels)
+    others = planes[1:] if earlier is None else _loosened(planes[1:], earlier)
+    return Coefficients((first, *others), (height, width), orientation, earlier, gray=len(components) == 1)
 
 
 def find_coefficients(picture: Picture) -> Coefficients | None:

@@ -124,7 +124,7 @@ def test_the_quality_of_a_jpeg_is_told(files, photo):
         "in.png": "in.png: no JPEG\n",
         "mild.jpg": "mild.jpg: a JPEG of quality 90; if it was resized after it had been a worse one, --no-consistent",
         "again.jpg": "again.jpg: a JPEG of quality 95, made of one of quality 17\n",
-        "copy.png": "copy.png: no JPEG, made of one of quality 17\n",
+        "copy.png": "copy.png: shows a JPEG of quality 17\n",
     }
     for name, words in known.items():
         out = invoke("restore", files / name, "-o", files / "out.png", "--model", files / "model", "--steps", 1)

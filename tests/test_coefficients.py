@@ -131,6 +131,27 @@ def test_a_jpeg_that_was_saved_again_is_held_to_what_it_was(tmp_path, first, las
     assert (now - clean).abs().mean() > 0.02 and moved[0] < 0.1 * (now - clean).abs().mean() and moved[1] < 0.01
 
 
+@pytest.mark.parametrize("middle", [50, 75, 85, 95])
+@pytest.mark.parametrize("kind", ["png", "jpg"])
+def test_the_worst_of_several_jpegs_is_found(tmp_path, middle, kind):
+    """One of quality 10, cropped, saved again at a higher one, and once more: almost all blocks are held to it."""
+    path, crop = tmp_path / f"a.{kind}", once(cat(), 10).crop((3, 5, 224, 192))
+    once(np.asarray(crop), middle).save(path, **({"quality": 97} if kind == "jpg" else {}))
+    found = find_coefficients(canvas.read(path))
+    assert found.earlier == 10 and found.planes[0].begin == (3, 5)
+    assert found.planes[0].sure.float().mean() > 0.9
+    clean = canvas.read(cat()[5:, 3:]).image
+    assert (found.project(clean) - clean).abs().mean() < 0.01
+
+
+def test_gray_of_16_bits_stays(pipe, tmp_path):
+    levels = np.asarray(once(cat(), 10).convert("L")).astype(np.uint16) * 257
+    Image.fromarray(levels).save(tmp_path / "a.png")
+    assert find_coefficients(canvas.read(tmp_path / "a.png")).earlier == 10
+    seed = torch.Generator().manual_seed(0)
+    assert pipe(tmp_path / "a.png", task="jpeg_restoration", generator=seed).images[0].mode == "I;16"
+
+
 @pytest.mark.parametrize("orientation", [3, 6])
 def test_a_turned_photograph_that_was_cropped_before(tmp_path, orientation):
     exif = Image.Exif()
