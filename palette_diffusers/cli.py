@@ -179,12 +179,13 @@ def _jpeg(picture: Any, consistent: bool | None) -> str:
 
     quality, coefficients = picture.quality, find_coefficients(picture)
     earlier = None if coefficients is None else coefficients.earlier
-    shown = quality if earlier is None else earlier
     if earlier is None:
         found = "no JPEG" if quality is None else f"a JPEG of quality {quality}"
-    else:
+    elif quality is None:
         found = f"shows a JPEG of quality {earlier}"
-        found = found if quality is None else f"a JPEG of quality {quality}, made of one of quality {earlier}"
+    else:
+        found = f"a JPEG of quality {quality}, made of one of quality {earlier}"
+    shown = quality if earlier is None else earlier
     if shown is not None and shown > MILD and consistent is None:
         found += "; if it was resized after it had been a worse one, --no-consistent mends that, too"
     return found

@@ -139,6 +139,11 @@ class Plane:
         return _joined(torch.where(self.sure[here][..., None, None], DCT.T @ nearest @ DCT, blocks))
 
 
+def _table(quality: int, *of: np.ndarray) -> torch.Tensor:
+    """libjpeg's quantisation table of a quality, (8, 8): of luma, or `of` what."""
+    return torch.tensor(jpeg_tables(*of)[quality - 1]).float().reshape(8, 8)
+
+
 def _lattice(values: np.ndarray, spread: np.ndarray, finest: np.ndarray) -> tuple[float, int | None]:
     """The quality (1 to 100, libjpeg's scale) of the JPEG whose steps coefficients (blocks, 64) lie on, each of them
     off by about its `spread`; of tables coarser than `finest`. How likely that is, and None where it is not.
@@ -180,8 +185,7 @@ def earlier_quality(luma: Plane) -> int | None:
 
 def _of_earlier(first: Plane, quality: int) -> Plane:
     """The intervals of luma that an earlier JPEG left, on the same grid."""
-    table = torch.tensor(jpeg_tables()[quality - 1]).float().reshape(8, 8)
-    coarse, room = torch.maximum(table, first.steps), _room(_error(first))
+    coarse, room = torch.maximum(_table(quality), first.steps), _room(_error(first))
     levels, sure = torch.empty_like(first.levels), first.sure.clone()
     for top in range(0, len(levels), BAND // 8):  # so that memory stays bounded
         rows = slice(top, top + BAND // 8)
@@ -194,7 +198,7 @@ def _of_earlier(first: Plane, quality: int) -> Plane:
 
 def _loosened(chroma: list[Plane], quality: int) -> list[Plane]:
     """Chroma that lies near the middle of the intervals that an earlier JPEG left, enlarged and reduced since."""
-    steps = torch.tensor(jpeg_tables(CHROMINANCE)[quality - 1]).float().reshape(8, 8)
+    steps = _table(quality, CHROMINANCE)
     return [replace(plane, steps=torch.maximum(steps, plane.steps)) for plane in chroma]
 
 
@@ -377,8 +381,7 @@ def _shown(levels: torch.Tensor, error: float) -> tuple[Plane, int] | None:
     if found is None:
         return None
     quality, (y, x), off = found
-    steps = torch.tensor(jpeg_tables()[quality - 1]).float().reshape(8, 8)
-    plane = replace(Plane.decoded(levels[y:, x:], steps, 1, _room(off)), begin=(y, x))
+    plane = replace(Plane.decoded(levels[y:, x:], _table(quality), 1, _room(off)), begin=(y, x))
     return (plane, quality) if plane.sure.float().mean() > HELD else None
 
 

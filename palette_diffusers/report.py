@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 from . import canvas
 from .files import write_text
 from .settings import TrainSettings
+from .sources import split_sources
 from .tasks import fill_holes
 
 BINS = (-6.0, -3.0, 0.0, 3.0, 6.0)  # log-SNR; six bins
@@ -243,12 +244,6 @@ def write_report(folder: Path, settings: TrainSettings) -> Path:
     return path
 
 
-def _given(text: str) -> list[tuple[str, float]]:
-    from .sources import split_sources
-
-    return split_sources(text)
-
-
 def _of_hub(path: str) -> bool:
     return "/" in path and not os.path.exists(path) and not path.startswith((".", "/", "~"))
 
@@ -264,13 +259,12 @@ def write_card(path: Path, settings: TrainSettings, step: int, parameters: int) 
     """The model card of a run: what was trained, on what, how long; no word of quality that nobody measured."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    sources = [
-        _named(path) + (f" (weight {weight:g})" if weight != 1 else "") for path, weight in _given(settings.data)
-    ]
-    crops = [_named(path) for path, _ in _given(settings.crops)]
+    given, others = split_sources(settings.data), split_sources(settings.crops)
+    sources = [_named(path) + (f" (weight {weight:g})" if weight != 1 else "") for path, weight in given]
+    crops = [_named(path) for path, _ in others]
     data = ModelCardData(
         library_name="diffusers", pipeline_tag="image-to-image", tags=["palette", *settings.task_list],
-        datasets=[path for path, _ in [*_given(settings.data), *_given(settings.crops)] if _of_hub(path)] or None,
+        datasets=[path for path, _ in [*given, *others] if _of_hub(path)] or None,
         base_model=settings.init if _of_hub(settings.init) else None,
     )  # fmt: skip
     kind = "Low-rank adapters, merged" if settings.lora_rank else "All weights"

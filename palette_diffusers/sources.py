@@ -95,7 +95,7 @@ def _image_folder(folder: Path, split: str, options: dict[str, Any]):
     files, metadata, others = _walk(folder)
     chosen = _split_folder(folder, [*files, *metadata], split)
     if chosen != folder:
-        files, metadata, others = _walk(chosen)
+        files, metadata = ([f for f in some if f.startswith(f"{chosen}{os.sep}")] for some in (files, metadata))
     if metadata:
         return _by_metadata(chosen, metadata, len(files), options)
     if not files:
