@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -658,7 +657,6 @@ def demo(
         from .demo_files import own_folder
 
         own_folder()  # before gradio is imported, which reads where its files go
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the folder goes, too
         from .demo import launch
 
         launch(model, host, port, device, mcp)

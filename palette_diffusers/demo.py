@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from html import escape
 from pathlib import Path
+from threading import BoundedSemaphore
 from typing import Any
 
 import gradio as gr
@@ -22,24 +23,28 @@ from starlette.routing import Route
 
 from . import __version__, canvas, sizes
 from .demo_batches import Stopped
+from .demo_downloads import bound_downloads
+from .demo_editor import bounded
 from .demo_examples import EXAMPLES, GROW, PHOTOGRAPHS, RIGHT, Examples, beside_of
 from .demo_files import deleting, own_folder
 from .demo_handlers import (
     ASPECTS,
     BATCH_TASKS,
+    MOST_PERCENT,
     SEEDS,
     SHOWN,
     SPEED_NAMES,
     STANDARD,
     Handlers,
     Moment,
+    Refused,
     Result,
     Settings,
     pack,
     smaller,
     write,
 )
-from .demo_jobs import SOLVERS, Step, on_zero_gpu
+from .demo_jobs import SOLVERS, Step, Waiting, on_zero_gpu
 from .demo_limits import BodyLimit, Failed, Limits, choice, open_upload, whole
 from .machine import best_dtype, bound_arenas, bound_caches, chosen_device
 from .norms import lay_out
@@ -108,6 +113,7 @@ class Page:
         )
         self.default_steps = min(handlers.pipe.config.default_steps, self.limits.max_steps)
         self.examples = Examples(handlers, self.default_steps)
+        self.looking = BoundedSemaphore(self.limits.max_jobs)  # photographs that are decoded to be painted on
         with gr.Blocks(
             title="Palette: mend photographs", analytics_enabled=False, delete_cache=AT_THE_END
         ) as self.blocks:
@@ -134,19 +140,19 @@ class Page:
                 gr.Markdown("Colour for a black-and-white photo. You know what colour something has? Tell it.")
                 with gr.Accordion("Paint colours", open=False, elem_id="paint"):
                     gr.Markdown("A short stroke on each thing is enough: its colour goes as far as the thing does.")
-                    self.strokes = gr.ImageEditor(
+                    self.strokes = bounded(gr.ImageEditor(
                         label="Paint here", elem_id="strokes",
                         brush=gr.Brush(colors=PAINTS, default_color=PAINTS[0], default_size=14), **editor,
-                    )  # fmt: skip
+                    ))  # fmt: skip
                     with gr.Accordion("Upload strokes instead (transparent elsewhere)", open=False):
                         self.hints = gr.Image(label="Strokes", elem_id="hints", height=200, **photo)
                 self._finish("Colorize", beside=self.hints)
             with gr.Tab("Inpaint"):
                 gr.Markdown("Paint over what should go.")
-                self.editor = gr.ImageEditor(
+                self.editor = bounded(gr.ImageEditor(
                     label="Paint here", elem_id="editor",
                     brush=gr.Brush(colors=[("#ff2d78", 0.6)], color_mode="fixed", default_size=32), **editor,
-                )  # fmt: skip
+                ))  # fmt: skip
                 with gr.Row():
                     self.invert = gr.Checkbox(label="Keep only what is painted")
                     self.grow = gr.Slider(0, 64, GROW, step=1, label="Grow the mask (pixels)")
@@ -158,11 +164,11 @@ class Page:
                 self.aspect = gr.Radio(list(ASPECTS), value=OWN, label="Shape")
                 with gr.Row():
                     self.left, self.right = (
-                        gr.Slider(0, 400, value, step=0.01, label=f"{side} (%)", min_width=130)
+                        gr.Slider(0, MOST_PERCENT, value, step=0.01, label=f"{side} (%)", min_width=130)
                         for side, value in (("Left", 0), ("Right", RIGHT))
                     )
                     self.top, self.bottom = (
-                        gr.Slider(0, 400, 0, step=0.01, label=f"{side} (%)", min_width=130)
+                        gr.Slider(0, MOST_PERCENT, 0, step=0.01, label=f"{side} (%)", min_width=130)
                         for side in ("Top", "Bottom")
                     )
                 self._finish("Uncrop")
@@ -256,18 +262,21 @@ class Page:
             runs.append(cleared.then(self._example(tab), tries.dataset, self._shown(), **options))
             tries.dataset.click(None, js=SHOW_RESULT)
         for run in runs:
-            run.then(lambda: gr.update(visible=False), None, self.stop, queue=False, show_progress="hidden", **private)
+            run.then(self._idle, None, self.stop, queue=False, show_progress="hidden", **private)
         self.stop.click(self._stop, None, None, queue=False, show_progress="hidden", **private)
         chosen = self.photo.change(
             self._photo,
             self.photo,
-            [self.facts, self.quality, self.editor, self.strokes, self.aspect],
+            about := [self.facts, self.quality, self.editor, self.strokes, self.aspect],
             preprocess=False,
             show_progress="hidden",
             **private,
         )
-        chosen.failure(lambda: None, None, self.photo, queue=False, show_progress="hidden", **private)
-        self.aspect.input(self._aspect, [self.photo, self.aspect], sides, preprocess=False, **private)
+        chosen.failure(
+            self._photo_again, self.photo, [self.photo, *about], preprocess=False, queue=False, show_progress="hidden",
+            **private,
+        )  # fmt: skip
+        self.aspect.input(self._aspect, [self.photo, self.aspect], sides, preprocess=False, queue=False, **private)
         gr.on([side.input for side in sides], lambda: OWN, None, self.aspect, queue=False, **private)
         gr.on(
             [self.photo.upload, self.photo.clear], lambda: dict.fromkeys(beside), None, beside, queue=False, **private
@@ -279,7 +288,7 @@ class Page:
         )  # fmt: skip
         self.go_on.click(
             lambda path: {self.photo: path} | dict.fromkeys(beside), self.download, [self.photo, *beside],
-            show_progress="hidden", **private,
+            queue=False, show_progress="hidden", **private,
         )  # fmt: skip
 
     def _shown(self) -> list:
@@ -294,25 +303,38 @@ class Page:
             return "", "Choose a photo", None, None, OWN
         image = open_upload(payload, self.limits)
         quality = canvas.jpeg_quality(image)
-        picture = self.handlers.photo(payload)
-        height, width = picture.size
-        small = smaller(canvas.to_pil(picture.image), EDITOR)
+        with self.looking:
+            picture = self.handlers.photo(payload)
+            height, width = picture.size
+            small = smaller(canvas.to_pil(picture.image), EDITOR)
         facts = f"{width}x{height}" + ("" if quality is None else f", JPEG of quality {quality}")
         found = f"{image.format}, no JPEG" if quality is None else f"{quality} of 100"
         empty: dict[str, Any] = {"layers": [], "composite": None}
         return facts, found, empty | {"background": small}, empty | {"background": small.convert("L")}, OWN
 
+    def _photo_again(self, payload: Any) -> tuple:
+        """Without the queue, which may have been full; a photo that is refused goes."""
+        try:
+            return gr.skip(), *self._photo(payload)
+        except Failed:
+            return None, *self._photo(None)
+
     def _aspect(self, payload: Any, name: Any) -> list:
         aspect = choice("shape", name, ASPECTS)
         if not aspect or not payload:
             return [gr.skip()] * 4
-        height, width = self.handlers.photo(payload).size
+        with self.looking:
+            height, width = self.handlers.photo(payload).size
         try:
             pixels = sizes.sides_for((height, width), aspect)
         except ValueError:  # it has that shape already
             return [0.0] * 4
         wholes = {"left": width, "right": width, "top": height, "bottom": height}
-        return [round(100 * pixels[side] / whole, 2) for side, whole in wholes.items()]
+        percent = [round(100 * pixels[side] / whole, 2) for side, whole in wholes.items()]
+        if max(percent) > MOST_PERCENT:
+            gr.Warning(f"{name} adds {max(percent):.0f}% to a side, the limit is {MOST_PERCENT}%: extend it twice.")
+            return [gr.skip()] * 4
+        return percent
 
     def _pick(self, full: Any, pairs: Any, event: gr.SelectData) -> tuple:
         i = event.index
@@ -320,6 +342,10 @@ class Page:
 
     def _stop(self, request: gr.Request) -> None:
         self.handlers.stops.stop(request.session_hash or "")
+
+    def _idle(self, request: gr.Request) -> Any:
+        """The button to stop goes, unless another job of the visitor is at work."""
+        return gr.update(visible=self.handlers.stops.busy(request.session_hash or ""))
 
     # the five tabs
 
@@ -352,7 +378,7 @@ class Page:
         settings = Settings.checked(self.limits, *values)
         picture = picture or self.handlers.photo(payload)
         moments = self.handlers.moments(task, payload, picture, settings, request.session_hash or "", **options)
-        yield from self._follow(moments, settings.samples, settings.seed)
+        yield from self._follow(moments, settings.samples, settings.seed, request)
 
     def _example(self, tab: str) -> Callable[[gr.Request, Any], Iterator[dict]]:
         task, examples = TASKS[tab], self.examples
@@ -361,7 +387,7 @@ class Page:
             number = whole("example", number, 0, len(EXAMPLES[task]) - 1)
             kept = (task, number) in examples.kept
             moments = examples.moments(task, number, request.session_hash or "")
-            yield from self._follow(moments, 1, examples.settings.seed, kept=kept)
+            yield from self._follow(moments, 1, examples.settings.seed, request, kept=kept)
 
         return example
 
@@ -374,17 +400,15 @@ class Page:
         if len(payloads) > self.limits.max_files:
             raise gr.Error(f"{len(payloads)} photos came, the limit is {self.limits.max_files} at once.")
         name, session = choice("task", task, BATCH_TASKS), request.session_hash or ""
-
-        def all_moments() -> Iterator[Moment]:
-            for payload in payloads:
-                yield from self.handlers.moments(name, payload, self.handlers.photo(payload), settings, session)
-
-        yield from self._follow(all_moments(), len(payloads) * settings.samples, settings.seed, batch=True)
+        moments = self.handlers.batch(name, payloads, settings, session)
+        yield from self._follow(moments, len(payloads) * settings.samples, settings.seed, request, batch=True)
 
     def _follow(
-        self, moments: Iterator[Moment], total: int, seed: int, batch: bool = False, kept: bool = False
-    ) -> Iterator[dict]:
+        self, moments: Iterator[Moment], total: int, seed: int, request: gr.Request, batch: bool = False,
+        kept: bool = False,
+    ) -> Iterator[dict]:  # fmt: skip
         """What the page shows while the work goes on, and at its end."""
+        refused: list[Refused] = []
         full: list[str] = []
         pairs: list[str] = []
         captions: list[str] = []
@@ -403,6 +427,10 @@ class Page:
                         self._keep(moment, folder / str(len(full)), full, pairs)
                         photo = moment.name.rpartition("-")[0]
                         captions.append(f"{photo}, {moment.caption}" if batch else moment.caption)
+                    elif isinstance(moment, Refused):
+                        refused.append(moment)
+                    elif isinstance(moment, Waiting):
+                        yield {self.status: _status("Waiting for other visitors' photos ...")}
                     elif time.monotonic() - last > FRAME:
                         last = time.monotonic()
                         yield {
@@ -412,11 +440,13 @@ class Page:
                         }
                 text = "Made before and kept." if kept else f"Done in {time.monotonic() - begun:.1f} s."
                 text += f" Seed {seed}."
-            except (Stopped, Failed) as error:  # a message in a corner would go, and the bar stay
+            except (Stopped, gr.Error) as error:  # a message in a corner would go, and the bar stay
                 text = "Stopped." if isinstance(error, Stopped) else error.message
-                text += f" {len(full)} of {total} pictures are ready." if full else ""
+            if len(full) < total and (full or refused):
+                text += f" {len(full)} of {total} pictures are ready."
+            text += "".join(f" {each.name}: {each.reason}" for each in refused)
             if not full:
-                yield {self.status: _status(text), self.stop: gr.update(visible=False)}
+                yield {self.status: _status(text), self.stop: self._idle(request)}
                 return
             thumbnails, archive = list(zip(pairs[1::2], captions, strict=True)), None
             if batch:
@@ -426,7 +456,7 @@ class Page:
                     text = error.message
             yield {
                 self.status: _status(text),
-                self.stop: gr.update(visible=False),
+                self.stop: self._idle(request),
                 self.preview: gr.update(visible=False, value=None),
                 self.slider: gr.update(visible=True, value=(pairs[0], pairs[1])),
                 self.gallery: gr.update(visible=len(full) > 1, value=thumbnails, selected_index=0),
@@ -486,6 +516,8 @@ def load(model: str | None = None, device: str = "auto") -> tuple[PalettePipelin
     for few steps, if it names one."""
     bound_caches()
     bound_arenas()
+    if on_zero_gpu():  # what `spaces` makes of CUDA there holds for this thread alone
+        return _warm(model, chosen_device(device))
     with ThreadPoolExecutor(1) as other:  # whose team of threads goes with it (`machine.without_team`)
         return other.submit(_warm, model, chosen_device(device)).result()
 
@@ -513,13 +545,15 @@ def launch(
     model: str | None = None, host: str | None = None, port: int | None = None, device: str = "auto",
     mcp: bool = False, **options: Any,
 ) -> Any:  # fmt: skip
-    """Starts the demo. The model is `PALETTE_MODEL` unless one is named; `PALETTE_LOGIN=user:password` asks for a
-    login; limits come from the environment (`Limits`)."""
+    """Starts the demo, its files in a folder of their own (`demo_files`). The model is `PALETTE_MODEL` unless one is
+    named; `PALETTE_LOGIN=user:password` asks for a login; limits come from the environment (`Limits`)."""
     limits = Limits.from_environment()
-    user, colon, password = os.environ.get("PALETTE_LOGIN", "").partition(":")
-    if user and not (colon and password):
-        raise ValueError("PALETTE_LOGIN has no password, expected user:password")
-    own_folder()
+    login = os.environ.get("PALETTE_LOGIN", "")
+    user, _, password = login.partition(":")
+    if login and not (user and password):
+        raise ValueError(f"PALETTE_LOGIN has no {'password' if user else 'user'}, expected user:password")
+    folder = own_folder()
+    bound_downloads(limits)
     pipe, few = load(model or os.environ.get("PALETTE_MODEL"), device)
     page = Page(Handlers(pipe, limits, few))
     Image.MAX_IMAGE_PIXELS = limits.max_pixels
@@ -534,14 +568,14 @@ def launch(
         auth=(user, password) if user else None,
         max_file_size=limits.max_bytes,
         state_session_capacity=limits.max_visitors,
-        mcp_server=mcp,
+        mcp_server=mcp or None,  # GRADIO_MCP_SERVER counts then
         css=CSS,
         theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         footer_links=["api"],
         show_error=False,
         ssr_mode=False,
         app_kwargs={
-            "lifespan": deleting(page.blocks, limits.keep_seconds),
+            "lifespan": deleting(folder, page.blocks, limits.keep_seconds),
             "routes": [Route("/health", health)],
             "middleware": [Middleware(BodyLimit, max_bytes=limits.max_files * limits.max_bytes + 1_000_000)],
         },

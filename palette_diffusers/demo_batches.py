@@ -45,9 +45,18 @@ class _Asked:
         return self.sample[:, 0].numel()
 
 
+@dataclass(eq=False)
+class _Room:
+    """pixels: that jobs may hold together; held: that they do. line: jobs that wait."""
+
+    pixels: int
+    held: int = 0
+    line: list[object] = field(default_factory=list)
+
+
 class SharedNetwork:
     """The network of `pipe` (and others of its size), for jobs that hold at most `pixels` of photographs together, so
-    that memory is bounded."""
+    that memory is bounded; and small ones a quarter of that besides, so that a large one does not keep them waiting."""
 
     def __init__(self, pipe: PalettePipeline, pixels: int):
         self._evaluate = evaluate
@@ -56,28 +65,36 @@ class SharedNetwork:
         self._worker = ThreadPoolExecutor(1)
         self._changed = Condition()
         self._took = 0.0  # seconds, by the last evaluation
-        self._pixels, self._held, self._jobs = pixels, 0, 0
-        self._line: list[object] = []  # jobs that wait for room
+        self._jobs = 0
+        self._large, self._small = _Room(pixels), _Room(pixels // 4)
 
     @contextmanager
-    def job(self, pipe: PalettePipeline, pixels: int, stopped: Callable[[], bool]) -> Iterator[None]:
-        """`pipe` asks here while this lasts; first come, first served, once there is room for its `pixels`.
+    def job(
+        self, pipe: PalettePipeline, pixels: int, stopped: Callable[[], bool], waits: Callable[[], None] = lambda: None
+    ) -> Iterator[None]:
+        """`pipe` asks here while this lasts; first come, first served, once there is room for its `pixels`, among those
+        of its kind: small ones are a 16th of what all may hold. `waits` is called where there is none yet.
 
         Raises:
             Stopped: `stopped()` before there was.
         """
-        pixels = min(pixels, self._pixels)
-        own = object()
+        room = self._small if pixels <= self._large.pixels // 16 else self._large
+        pixels = min(pixels, room.pixels)
+        own, told = object(), False
         with self._changed:
-            self._line.append(own)
+            room.line.append(own)
             try:
-                while self._line[0] is not own or self._held + pixels > self._pixels:
+                while room.line[0] is not own or room.held + pixels > room.pixels:
+                    if not told:
+                        waits()
+                        told = True
                     self._changed.wait(0.1)
                     if stopped():
                         raise Stopped
-                self._held, self._jobs = self._held + pixels, self._jobs + 1
+                room.held += pixels
+                self._jobs += 1
             finally:
-                self._line.remove(own)
+                room.line.remove(own)
                 self._changed.notify_all()
         pipe._predict = partial(self.predict, pipe.unet)  # type: ignore[method-assign]
         try:
@@ -85,7 +102,8 @@ class SharedNetwork:
         finally:
             del pipe._predict
             with self._changed:
-                self._held, self._jobs = self._held - pixels, self._jobs - 1
+                room.held -= pixels
+                self._jobs -= 1
                 self._changed.notify_all()
 
     def predict(

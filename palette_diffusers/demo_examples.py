@@ -38,17 +38,16 @@ class Examples:
             yield self.kept[task, number]
             return
         photo = PHOTOGRAPHS / EXAMPLES[task][number]
-        payload = {"path": str(photo)}
-        picture = self.handlers.photo(payload)
+        picture = self.handlers.photo(photo)
         options: dict[str, Any] = {}
         beside = beside_of(photo)
         if task == "inpainting":
-            options["mask_image"] = self.handlers.mask(picture, None, {"path": str(beside)}, False, GROW)
+            options["mask_image"] = self.handlers.mask(picture, None, beside, False, GROW)
         if task == "colorization" and beside is not None:
-            options = self.handlers.hints(picture, None, {"path": str(beside)})
+            options = self.handlers.hints(picture, None, beside)
         if task == "uncropping":
             options = dict(self.handlers.sides(picture, 0, RIGHT, 0, 0))
-        for moment in self.handlers.moments(task, payload, picture, self.settings, session, **options):
+        for moment in self.handlers.moments(task, photo, picture, self.settings, session, **options):
             if isinstance(moment, Result):
                 self.kept[task, number] = moment
             yield moment

@@ -5,53 +5,85 @@ import asyncio
 import atexit
 import os
 import shutil
+import signal
+import sys
 import tempfile
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-Seen = dict[tuple[str, int], float]  # a file as it was written => when that was seen first, by a clock that nobody sets
+from filelock import FileLock, Timeout
+
+Seen = dict[tuple[str, int], float]  # what was there, as it was written => when that was seen first, by a steady clock
+PREFIX, LOCK = "palette-demo-", ".lock"
+_own: list[FileLock] = []  # held as long as the process lives
 
 
-def own_folder() -> None:
-    """What visitors send is kept in a folder that only this process' user may read, removed with the process unless it
-    is killed. Gradio's default, /tmp/gradio, is the first user's on a machine: the next one's uploads fail.
-    `GRADIO_TEMP_DIR` stays where it is set."""
-    if os.environ.get("GRADIO_TEMP_DIR"):
-        return
-    folder = os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="palette-demo-")
+def own_folder() -> Path:
+    """What visitors send is kept in a folder that only this process' user may read, in `GRADIO_TEMP_DIR` where it is
+    set; it is removed with the process, and what one that was killed left is removed by the next. Gradio's default,
+    /tmp/gradio, is the first user's on a machine: the next one's uploads fail. To be called before gradio is imported.
+    """
+    if _own:
+        return Path(_own[0].lock_file).parent
+    parent = Path(os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir()).resolve()
+    parent.mkdir(parents=True, exist_ok=True)
+    for left in parent.glob(f"{PREFIX}*"):
+        _remove_abandoned(left)
+    folder = tempfile.mkdtemp(prefix=PREFIX, dir=parent)
+    lock = FileLock(Path(folder, LOCK))
+    lock.acquire()
+    _own.append(lock)
+    os.environ["GRADIO_TEMP_DIR"] = folder
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the folder goes, too
+    return Path(folder)
 
 
-def delete_old(blocks: Any, seen: Seen, age: float) -> Seen:
-    """Of the files that this `gr.Blocks` made, those that were `seen` first, as they are, more than `age` seconds ago;
-    its components' own stay. Returns what is seen now."""
+def _remove_abandoned(folder: Path) -> None:
+    """Of a server that was killed: nobody holds its lock."""
+    with suppress(Timeout, OSError):
+        whose = folder.lstat().st_uid
+        if not hasattr(os, "getuid") or (whose == os.getuid() and (folder / LOCK).is_file()):
+            with FileLock(folder / LOCK, timeout=0):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def delete_old(folder: Path, blocks: Any, seen: Seen, age: float) -> Seen:
+    """Of what lies in the folder, and other files that this `gr.Blocks` made, what was `seen` first, as it is, more
+    than `age` seconds ago; its components' own stay. Empty folders go, too. Returns what is seen now."""
     own = set().union(*(getattr(block, "keep_in_cache", ()) for block in blocks.blocks.values()))
+    made = set().union(*(list(files) for files in blocks.temp_file_sets))  # a list is copied at once
+    found = {str(path) for path in folder.rglob("*")} - {str(folder / LOCK)}
     now, left = time.monotonic(), {}
+    for name in sorted((found | made) - own, reverse=True):  # what a folder holds comes before it
+        path = Path(name)
+        with suppress(OSError):  # gone already, or a folder that is not empty
+            written = name, path.stat().st_mtime_ns
+            since = seen.get(written, now)
+            left[written] = since
+            if now - since > age:
+                path.rmdir() if path.is_dir() else path.unlink()
+                del left[written]
     for files in blocks.temp_file_sets:
-        for name in set(list(files)) - own:  # a list is copied at once, whoever adds to the set
-            path = Path(name)
-            with suppress(FileNotFoundError):
-                written = name, path.stat().st_mtime_ns
-                since = seen.get(written, now)
-                if now - since <= age:
-                    left[written] = since
-                    continue
-                path.unlink()
-            files.discard(name)
+        for name in list(files):
+            if name not in own and not Path(name).exists():
+                files.discard(name)
     return left
 
 
-def deleting(blocks: Any, age: float) -> Callable[[Any], AbstractAsyncContextManager[None]]:
+def deleting(folder: Path, blocks: Any, age: float) -> Callable[[Any], AbstractAsyncContextManager[None]]:
     """A lifespan for the server: looks twice in `age` seconds, every five minutes at least."""
 
     async def look() -> None:
         seen: Seen = {}
         while True:
             await asyncio.sleep(min(600, age) / 2)
-            seen = await asyncio.to_thread(delete_old, blocks, seen, age)
+            seen = await asyncio.to_thread(delete_old, folder, blocks, seen, age)
 
     @asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from . import canvas, masks
 from .demo_batches import SharedNetwork, Stopped
-from .demo_jobs import LOST, SOLVERS, Step, Stops, borrowing_gpu, friendly, on_zero_gpu, watch, with_solver
+from .demo_jobs import LOST, SOLVERS, Step, Stops, Waiting, borrowing_gpu, friendly, on_zero_gpu, watch, with_solver
 from .demo_limits import Limits, choice, number, open_upload, stem, whole
 from .machine import accelerator_lost, without_team
 from .pipeline import PalettePipeline
@@ -26,6 +26,7 @@ from .speed import FAST, SPEEDS
 SHOWN = 1280  # pixels of the longer side on the page; files are full size
 SEEDS = 2**31 - 1
 ASPECTS = {"Own": 0.0, "Square": 1.0, "4:3": 4 / 3, "3:2": 1.5, "16:9": 16 / 9, "9:16": 9 / 16, "Panorama 3:1": 3.0}
+MOST_PERCENT = 400  # of a side that is added
 STANDARD = "Standard"  # the steps and solver that are given
 SPEED_NAMES = {STANDARD: None} | {name.capitalize(): name for name in SPEEDS}
 BATCH_TASKS = {"Colorize": "colorization", "Restore JPEG": "jpeg_restoration"}
@@ -70,7 +71,15 @@ class Result:
     after: Image.Image
 
 
-Moment = Step | Result
+@dataclass(frozen=True)
+class Refused:
+    """A photo of several that could not be done, and why."""
+
+    name: str
+    reason: str
+
+
+Moment = Step | Waiting | Result | Refused
 
 
 def smaller(image: Image.Image, side: int = SHOWN) -> Image.Image:
@@ -100,6 +109,8 @@ def gpu_seconds(
 ) -> float:
     """What is asked of ZeroGPU for one variation: a generous guess by steps and pixels, 10 to 120 seconds."""
     height, width = picture.size
+    height += options.get("top", 0) + options.get("bottom", 0)
+    width += options.get("left", 0) + options.get("right", 0)
     return min(120.0, 10 + settings.steps * height * width / 1e6)
 
 
@@ -177,7 +188,8 @@ class Handlers:
         height, width = picture.size
         percent = {"left": left, "right": right, "top": top, "bottom": bottom}
         lengths = {"left": width, "right": width, "top": height, "bottom": height}
-        sides = {k: round(number(k, v, 0, 400) / 100 * lengths[k]) for k, v in percent.items()}
+        parts = {k: number(k, v, 0, MOST_PERCENT) / 100 * lengths[k] for k, v in percent.items()}
+        sides = {k: max(1, round(part)) if part else 0 for k, part in parts.items()}
         if not any(sides.values()):
             raise gr.Error("Choose a shape, or move a slider: no side is extended yet.")
         new = (width + sides["left"] + sides["right"], height + sides["top"] + sides["bottom"])
@@ -194,12 +206,31 @@ class Handlers:
         Raises:
             Stopped: the visitor stopped it. gr.Error: what the pipeline refused.
         """
-        job = self.stops.start(session)
-        try:
-            for seed in range(settings.seed, settings.seed + settings.samples):
-                yield from self._one(task, payload, picture, seed, settings, job, options)
-        finally:
-            self.stops.end(job)
+        with self.stops.job(session) as job:
+            yield from self._each(task, payload, picture, settings, job, options)
+
+    def batch(self, task: str, payloads: list, settings: Settings, session: str) -> Iterator[Moment]:
+        """Photo after photo, as one job: one that is refused is told (`Refused`), and the others go on.
+
+        Raises:
+            Stopped: the visitor stopped it. gr.Error: no photo can be done any more.
+        """
+        with self.stops.job(session) as job:
+            for payload in payloads:
+                if self.stops.event(job).is_set():
+                    raise Stopped
+                try:
+                    yield from self._each(task, payload, self.photo(payload), settings, job, {})
+                except gr.Error as error:
+                    if self.unwell:
+                        raise
+                    yield Refused(stem(payload), error.message)
+
+    def _each(
+        self, task: str, payload: Any, picture: canvas.Picture, settings: Settings, job: int, options: dict[str, Any]
+    ) -> Iterator[Moment]:
+        for seed in range(settings.seed, settings.seed + settings.samples):
+            yield from self._one(task, payload, picture, seed, settings, job, options)
 
     def _one(
         self, task: str, payload: Any, picture: canvas.Picture, seed: int, settings: Settings, job: int,
@@ -211,7 +242,7 @@ class Handlers:
             for moment in steps:
                 if self.stops.event(job).is_set():
                     raise Stopped
-                if isinstance(moment, Step):
+                if isinstance(moment, (Step, Waiting)):
                     yield moment
                 else:
                     before = canvas.to_pil(picture.image)
@@ -224,7 +255,7 @@ class Handlers:
 
     def _steps(
         self, picture: canvas.Picture, task: str, seed: int, settings: Settings, job: int, options: dict[str, Any]
-    ) -> Iterator[Step | Image.Image]:
+    ) -> Iterator[Step | Waiting | Image.Image]:
         """One variation, watched; what is given and what comes can go from process to process."""
         pipe = with_solver(self.few if self.few and settings.speed == FAST else self.pipe, settings.solver)
         number = settings.steps
@@ -336,7 +367,7 @@ class Handlers:
                 for moment in self.moments(task, payload, picture, settings, session, **options):
                     if isinstance(moment, Result):
                         yield write(moment.after, Path(folder) / f"{moment.name}.png")
-                    elif time.monotonic() - last > 1:
+                    elif isinstance(moment, Step) and time.monotonic() - last > 1:
                         yield write(moment.picture, Path(folder) / "preview.png")
                         last = time.monotonic()
             except Stopped:

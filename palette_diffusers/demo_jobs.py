@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import count
 from queue import SimpleQueue
@@ -47,6 +47,11 @@ class Step:
     picture: Image.Image
 
 
+@dataclass(frozen=True)
+class Waiting:
+    """Other photographs take all the room there is."""
+
+
 class Stops:
     """Who may stop what: the jobs of each visitor's session."""
 
@@ -54,14 +59,19 @@ class Stops:
         self._numbers = count()
         self._jobs: dict[int, tuple[str, Event]] = {}
 
-    def start(self, session: str) -> int:
-        """A new job; its number."""
+    @contextmanager
+    def job(self, session: str) -> Iterator[int]:
+        """A new job, as long as this lasts; its number."""
         number = next(self._numbers)
         self._jobs[number] = session, Event()
-        return number
+        try:
+            yield number
+        finally:
+            del self._jobs[number]
 
-    def end(self, number: int) -> None:
-        del self._jobs[number]
+    def busy(self, session: str) -> bool:
+        """Whether a job of the session is at work."""
+        return any(whose == session for whose, _ in list(self._jobs.values()))
 
     def event(self, number: int) -> Event:
         """What stops this job; another process knows none, and there it is never set."""
@@ -107,16 +117,16 @@ def with_solver(pipe: PalettePipeline, name: str | None) -> PalettePipeline:
 
 def watch(
     pipe: PalettePipeline, picture: canvas.Picture, stop: Event, shared: SharedNetwork | None = None, **options: Any
-) -> Iterator[Step | Image.Image]:
+) -> Iterator[Step | Waiting | Image.Image]:
     """`pipe(picture, **options)` in a thread: every step as it is done, and the finished picture last; on a `shared`
-    network, beside other jobs.
+    network, beside other jobs, or after them.
 
     Closing the generator, as Gradio does when the browser has left, stops the work too.
 
     Raises:
         Stopped: `stop` was set. What the pipeline raises comes through.
     """
-    news: SimpleQueue[Step | Image.Image | BaseException] = SimpleQueue()
+    news: SimpleQueue[Step | Waiting | Image.Image | BaseException] = SimpleQueue()
     gone = Event()  # nobody looks any more
     level, begun = 0, time.monotonic()
     height, width = picture.size
@@ -139,7 +149,8 @@ def watch(
             if shared and height * width < LARGE:
                 without_team()  # nearly all is the network's, whose thread has one
             ended = lambda: stop.is_set() or gone.is_set()  # noqa: E731
-            with shared.job(pipe, height * width, ended) if shared else nullcontext():
+            wait = lambda: news.put(Waiting())  # noqa: E731
+            with shared.job(pipe, height * width, ended, wait) if shared else nullcontext():
                 done: Any = pipe(picture, callback_on_step_end=tell, **options)
             news.put(done.images[0])
         except BaseException as error:  # handed over to the one who waits

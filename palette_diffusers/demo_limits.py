@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 from PIL import Image
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
@@ -84,31 +85,34 @@ def choice(name: str, value: Any, known: Mapping[str, Any]) -> Any:
     return known[value]
 
 
-def stem(payload: Mapping[str, Any]) -> str:
+def stem(payload: Any) -> str:
     """The name of an uploaded file, without its ending and whatever a file system would mind."""
-    name = Path(str(payload.get("orig_name") or payload.get("path") or "photo")).stem
+    given = payload if isinstance(payload, Path) else payload.get("orig_name") or payload.get("path") or "photo"
+    name = Path(str(given)).stem
     return re.sub(r"[^\w-]+", "_", name)[:60].strip("_") or "photo"
 
 
 def open_upload(payload: Any, limits: Limits, what: str = "photo") -> Image.Image:
-    """What Gradio received for an image => the opened image, not yet decoded.
+    """What Gradio received for an image, or a file of the demo's own (a Path) => the opened image, not yet decoded.
 
     Raises:
         Failed: nothing came, it is too large, or no picture; the message is for the visitor and names no path.
     """
-    if not isinstance(payload, Mapping):
+    source: Path | io.BytesIO
+    url = payload.get("url") if isinstance(payload, Mapping) else None
+    if isinstance(payload, Path):
+        source, size = payload, payload.stat().st_size
+    elif not isinstance(payload, Mapping):
         raise Failed(f"Choose a {what} first.")
-    url = payload.get("url")
-    source: str | io.BytesIO
-    if isinstance(url, str) and url.startswith("data:"):
+    elif isinstance(url, str) and url.startswith("data:"):
         try:
             source = io.BytesIO(base64.b64decode(url.partition(",")[2], validate=True))
         except ValueError:  # binascii.Error is one
             raise Failed(f"The {what} is damaged: its data is no base64.") from None
         size = source.getbuffer().nbytes
     elif payload.get("path"):
-        source = str(payload["path"])
-        size = os.path.getsize(source) if os.path.isfile(source) else 0
+        source = _uploaded(payload["path"], limits, what)
+        size = source.stat().st_size
     else:
         raise Failed(f"Choose a {what} first.")
     if size > limits.max_bytes:
@@ -119,6 +123,18 @@ def open_upload(payload: Any, limits: Limits, what: str = "photo") -> Image.Imag
         return Image.open(source, formats=[name for name in FORMATS if name in _formats()])
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise Failed(_refusal(source, error)) from None
+
+
+def _uploaded(path: Any, limits: Limits, what: str) -> Path:
+    """A file that Gradio keeps for visitors: whatever else the server could read, or whether it exists, is not told."""
+    try:
+        file = Path(str(path)).resolve()
+        if file.is_relative_to(Path(get_upload_folder()).resolve()) and file.is_file():
+            return file
+    except (OSError, ValueError):  # no name of a file
+        pass
+    kept = f"{limits.keep_seconds / 60:g} minutes"
+    raise Failed(f"This {what} is not here any more (files are deleted after {kept}): choose it again.")
 
 
 def _formats() -> dict[str, Any]:
@@ -133,19 +149,20 @@ def _formats() -> dict[str, Any]:
     return Image.OPEN
 
 
-def _refusal(source: str | io.BytesIO, error: Exception) -> str:
+def _refusal(source: Path | io.BytesIO, error: Exception) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return "This picture has far too many pixels: make it smaller first."
-    if isinstance(source, str):
-        with open(source, "rb") as file:
+    if isinstance(source, Path):
+        with source.open("rb") as file:
             head = file.read(512)
     else:
         head = source.getvalue()[:512]
-    if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"mif1", b"msf1"):
+    if "HEIF" not in _formats() and head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"mif1", b"msf1"):
         return "This is a HEIC photo, and this server has no decoder for it (pillow-heif): save it as JPEG first."
     if b"<svg" in head.lower():
         return "This is an SVG drawing, not a photograph: save it as PNG first."
-    return "This file is no picture that can be read here: use JPEG, PNG, WebP, TIFF, BMP, GIF, AVIF or HEIC."
+    kinds = "JPEG, PNG, WebP, TIFF, BMP, GIF" + (", AVIF or HEIC" if "HEIF" in _formats() else " or AVIF")
+    return f"This file is no picture that can be read here: use {kinds}."
 
 
 class BodyLimit:

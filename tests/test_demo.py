@@ -2,7 +2,9 @@
 
 import asyncio
 import base64
+import contextlib
 import errno
+import http.server
 import importlib.util
 import io
 import json
@@ -22,15 +24,25 @@ import pytest
 import requests
 import torch
 from conftest import free_port, toy_unet
+from filelock import FileLock
 from PIL import Image
 from typer.testing import CliRunner
 
 gr = pytest.importorskip("gradio")
 from gradio_client import Client, handle_file  # noqa: E402
 
-from palette_diffusers import PalettePipeline, PaletteScheduler, cli, demo, demo_handlers  # noqa: E402
+from palette_diffusers import (  # noqa: E402
+    PalettePipeline,
+    PaletteScheduler,
+    cli,
+    demo,
+    demo_downloads,
+    demo_editor,
+    demo_files,
+    demo_handlers,
+)  # fmt: skip
 from palette_diffusers.demo_batches import Stopped  # noqa: E402
-from palette_diffusers.demo_handlers import Handlers, Settings, gpu_seconds  # noqa: E402
+from palette_diffusers.demo_handlers import Handlers, Refused, Result, Settings, gpu_seconds  # noqa: E402
 from palette_diffusers.demo_jobs import SOLVERS, Step, watch, with_solver  # noqa: E402
 from palette_diffusers.demo_limits import Failed, Limits, whole  # noqa: E402
 from palette_diffusers.space import write_space  # noqa: E402
@@ -83,6 +95,13 @@ def encoded(image, **options):
     buffer = io.BytesIO()
     image.save(buffer, **({"format": "PNG"} | options))
     return buffer.getvalue()
+
+
+class Request:
+    session_hash = "visitor"
+
+
+PIXEL = encoded(Image.new("RGB", (64, 64), "gray"))
 
 
 def bomb(side=30_000):
@@ -224,8 +243,14 @@ def test_old_files_are_deleted_while_others_come(monkeypatch, tmp_path, photo):
     for name in uploads:
         os.utime(name, (time.time() + 1e6,) * 2)  # as where the clock was set back since
     assert {Path(name).name for name in uploads} == {"0.png", "1.png", "2.png", "3.png"}
+    half = Path(os.environ["GRADIO_TEMP_DIR"], "tmp1234")  # of a connection that broke
+    half.write_bytes(picture)
+    (folder := half.with_name("a")).mkdir()
     time.sleep(3.5)
-    assert not any(Path(name).exists() for name in uploads) and not known()
+    assert not any(Path(name).exists() for name in uploads) and not known() and not half.exists()
+    time.sleep(1)
+    assert not any(Path(name).parent.exists() for name in uploads) and not folder.exists(), "nor empty folders"
+    assert half.with_name(demo_files.LOCK).exists()
     app.get_blocks().close()
 
 
@@ -304,13 +329,88 @@ def call(server, endpoint, *data):
 
 
 def test_files_of_the_server_stay_there(server):
-    for path in ("/etc/passwd", "../../etc/passwd", str(ROOT / "README.md"), "/proc/self/environ"):
+    picture = str(ROOT / "palette_diffusers" / "photographs" / "cat.jpg")
+    told = set()
+    others = "/etc/passwd", "../../etc/passwd", "/proc/self/environ", "/no", "\0"
+    for path in (*others, str(ROOT / "README.md"), picture):
         text = call(server, "colorize", {"path": path, "meta": {"_type": "gradio.FileData"}}, 0, 4, "Standard")
         assert text and "root:" not in text
+        for given in ({"path": path}, {"path": path, "meta": {"_type": "x"}}, {"path": f"/tmp/../{path}"}):
+            told.add(call(server, "colorize", given, 0, 4, "Standard"))  # Gradio lets it pass
+            told.add(call(server, "inpaint", data_url(PIXEL), given, 0, 4, "Standard").replace("mask", "photo"))
         for address in (f"gradio_api/file={path}", f"file={path}", f"gradio_api/file/{path}"):
             assert not requests.get(server + address, timeout=5).ok
+    assert len(told) == 1 and "not here any more" in told.pop(), "nor is told what exists"
     local = {"path": f"{server}health", "meta": {"_type": "gradio.FileData"}}
-    assert call(server, "colorize", local, 0, 4, "Standard"), "its own network isn't open to visitors"
+    assert "address" in call(server, "colorize", local, 0, 4, "Standard"), "its own network isn't open to visitors"
+
+
+class Elsewhere(http.server.BaseHTTPRequestHandler):
+    """A photograph, a large file, one that never ends, another address."""
+
+    def do_GET(self):
+        kind = self.path.strip("/").partition(".")[0]
+        self.send_response({"moved": 302, "round": 302, "gone": 404}.get(kind, 200))
+        if kind in ("moved", "round"):
+            self.send_header("Location", "/photo.png" if kind == "moved" else "/round")
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            if kind == "photo":
+                self.wfile.write(encoded(Image.new("RGB", (80, 60), "gray")))
+            for _ in range({"large": 300, "slow": 20}.get(kind, 0)):
+                self.wfile.write(b" " * 10_000)
+                time.sleep(0.5 if kind == "slow" else 0)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_an_address_is_read_within_the_limits(server, monkeypatch, tmp_path):
+    async def public(host):  # as if this one were
+        return host
+
+    monkeypatch.setattr(demo_downloads.safehttpx, "async_validate_url", public)
+    monkeypatch.setattr(demo_downloads, "SECONDS", 2)
+    other = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere)
+    threading.Thread(target=other.serve_forever, daemon=True).start()
+    try:
+        ask = lambda name: call(  # noqa: E731
+            server, "colorize", {"path": f"http://127.0.0.1:{other.server_port}/{name}",
+                                 "meta": {"_type": "gradio.FileData"}}, 0, 1, "Standard"
+        )  # fmt: skip
+        assert ask("photo.png") is None and ask("moved") is None
+        for name, message in (
+            ("large.png", "more than 2 MB"), ("slow.png", "more than 2 s"), ("gone", "answers 404"),
+            ("round", "leads on"), ("empty", "empty"), ("a b", "empty"),
+        ):  # fmt: skip
+            assert message in ask(name), name
+    finally:
+        other.shutdown()
+    assert not list(Path(os.environ["GRADIO_TEMP_DIR"]).rglob("*.part"))
+    with pytest.raises(Failed, match="can't be read"):
+        asyncio.run(demo_downloads.fetch("http://[::1", tmp_path, 9))
+
+
+def test_what_is_painted_has_an_end_in_memory(server, running, monkeypatch):
+    editors = [block for block in running[0].get_blocks().blocks.values() if isinstance(block, gr.ImageEditor)]
+    monkeypatch.setattr(demo_editor, "STORE", 1_000_000)
+    kept = editors[0].blob_storage
+
+    def paint(name, size, kind="layer", index="0"):
+        data = {"type": kind, "index": index, "id": name, "session_hash": "s", "fn_name": "accept_blobs",
+                "component_id": editors[0]._id}  # fmt: skip
+        return requests.post(f"{server}gradio_api/component_server", data=data, files={"file": b"x" * size}, timeout=9)
+
+    for i in range(9):
+        assert paint(f"{i}", 300_000).ok
+    assert set(kept) == {"6", "7", "8"} and len(editors) == 2
+    assert paint("6", 300_000, "background").ok and set(kept) == {"6", "8"}, "the oldest goes"
+    for kind, index in (("layer", "100000000"), ("layer", "-1"), ("layer", "x"), ("other", "0")):
+        assert not paint("9", 1, kind, index).ok and "9" not in kept
+    monkeypatch.setattr(demo_editor, "AGE", -1)
+    paint("10", 1)
+    assert not kept
+    assert not list((ROOT / "palette_diffusers").glob("*.pyi")), "nothing is written beside the code"
 
 
 def test_payloads_of_the_wrong_type(server, photo):
@@ -527,6 +627,19 @@ def test_what_zero_gpu_is_given(pipe, photo, monkeypatch):
     assert image.size == (200, 150) and steps[-1].number == 20
     with pytest.raises(gr.Error, match="this checkpoint knows"):  # a message that comes through
         list(handlers.steps(picture, "sharpening", 1, settings(), 0, {}))
+    sides = dict(left=300, right=300, top=75, bottom=75)
+    assert abs(gpu_seconds(picture, "uncropping", 1, settings(steps=20), 0, sides) - 14.8) < 1e-6, "of what is made"
+    told = []
+    monkeypatch.setattr(demo, "_warm", lambda *args: told.append(threading.current_thread()))
+    demo.load(None, "cpu")
+    assert told == [threading.main_thread()], "what `spaces` makes of CUDA holds for its own thread alone"
+    page = demo.Page(handlers)
+
+    def quota():
+        yield from steps[:1]
+        raise gr.Error("You have no GPU quota left.")
+
+    assert "quota" in list(page._follow(quota(), 1, 0, Request()))[-1][page.status], "in its own words"
 
 
 def test_brush_upload_invert_and_grow_make_one_mask(pipe, photo):
@@ -587,7 +700,63 @@ def test_a_thousand_strokes_are_one_mask(pipe, photo):
     assert mask.mean() > 0.5 and not page.editor.blob_storage
 
 
+def test_one_stop_ends_a_batch_and_one_refusal_does_not(pipe, photo):
+    handlers = Handlers(pipe, Limits())
+    good, bad = data_url(encoded(Image.fromarray(photo))), data_url(b"no picture")
+    given = [good, bad | {"orig_name": "a note.png"}, good]
+    moments = list(handlers.batch("colorization", given, settings(steps=1), "a"))
+    kinds = [type(moment) for moment in moments if not isinstance(moment, Step)]
+    assert kinds == [Result, Refused, Result]
+    [refused] = [moment for moment in moments if isinstance(moment, Refused)]
+    assert refused.name == "a_note" and "no picture" in refused.reason
+    moments, seen = handlers.batch("colorization", [good] * 3, settings(steps=1), "a"), []
+    with pytest.raises(Stopped):
+        for moment in moments:
+            seen.append(type(moment))
+            if isinstance(moment, Result):  # while it is written, no step is at work
+                handlers.stops.stop("a")
+    assert seen.count(Result) == 1 and not handlers.stops.busy("a")
+    handlers.unwell = "gone"
+    with pytest.raises(Failed):
+        list(handlers.batch("colorization", [bad, good], settings(steps=1), "a"))
+
+
+def test_the_button_to_stop_stays_while_another_job_works(pipe):
+    page = demo.Page(Handlers(pipe, Limits()))
+    with page.handlers.stops.job(Request().session_hash):
+        assert page._idle(Request())["visible"]
+        assert list(page._example("Colorize")(Request(), 0))[-1][page.stop]["visible"]
+    assert not page._idle(Request())["visible"]
+
+
+def test_looking_at_a_photo_needs_no_place_in_the_queue(pipe, photo):
+    page = demo.Page(Handlers(pipe, Limits()))
+    asked = {fn.name: fn.queue for fn in page.blocks.fns.values()}
+    assert not any(asked[name] for name in ("_photo_again", "_aspect", "_stop", "_pick")) and asked["_photo"]
+    given = data_url(encoded(Image.fromarray(photo)))
+    kept, facts, *_ = page._photo_again(given)  # the queue was full
+    assert kept == gr.skip() and facts == "200x150" == page._photo(given)[0]
+    assert page._photo_again(data_url(b"no picture"))[:3] == (None, "", "Choose a photo")
+    assert page._aspect(given, "Square") == [0, 0, 16.67, 16.67]
+    narrow = data_url(encoded(Image.new("L", (30, 120))))
+    with pytest.warns(UserWarning, match="Panorama 3:1 adds 550%"):
+        assert all(side == gr.skip() for side in page._aspect(narrow, "Panorama 3:1"))
+
+
+def test_thin_photos_are_extended_by_a_pixel_at_least(pipe):
+    handlers = Handlers(pipe, Limits())
+    thin = handlers.photo(data_url(encoded(Image.new("L", (1, 30)))))
+    assert handlers.sides(thin, 0, 25, 0, 0)["right"] == 1
+
+
 # starting and publishing
+
+
+def test_a_login_needs_user_and_password(monkeypatch):
+    for login, missing in ((":secret", "user"), ("anna", "password"), (":", "user"), ("anna:", "password")):
+        monkeypatch.setenv("PALETTE_LOGIN", login)
+        with pytest.raises(ValueError, match=f"PALETTE_LOGIN has no {missing}"):
+            demo.launch()
 
 
 def test_it_starts_and_asks_for_a_login(tmp_path):
@@ -720,11 +889,25 @@ def test_a_full_disk_is_told(pipe, photo, tmp_path, monkeypatch):
         app.get_blocks().close()
 
 
-def test_visitors_files_are_in_a_folder_of_its_own_that_goes_with_it(photo, tmp_path):
+@pytest.mark.parametrize("way", ["command", "Space"])
+def test_visitors_files_are_in_a_folder_of_its_own_that_goes_with_it(photo, tmp_path, way):
     (tmp_path / "gradio").write_text("another user's")
+    (left := tmp_path / f"{demo_files.PREFIX}left").mkdir()  # by one that was killed
+    (left / demo_files.LOCK).touch()
+    (other := tmp_path / f"{demo_files.PREFIX}other").mkdir()  # whatever that is
+    (used := tmp_path / f"{demo_files.PREFIX}used").mkdir()
+    with FileLock(used / demo_files.LOCK):
+        _own_folder(photo, tmp_path, way, left)
+    assert other.exists() and used.exists()
+
+
+def _own_folder(photo, tmp_path, way, left):
     port = free_port()
     environment = {k: v for k, v in os.environ.items() if k != "GRADIO_TEMP_DIR"} | {"TMPDIR": str(tmp_path)}
     command = [sys.executable, "-m", "palette_diffusers.cli", "demo", "--port", str(port)]
+    if way == "Space":
+        command = [sys.executable, str(ROOT / "spaces_app" / "app.py")]
+        environment |= {"GRADIO_SERVER_PORT": str(port), "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         url = f"http://127.0.0.1:{port}/"
@@ -736,10 +919,10 @@ def test_visitors_files_are_in_a_folder_of_its_own_that_goes_with_it(photo, tmp_
                 assert process.poll() is None
                 time.sleep(0.1)
         sent = requests.post(f"{url}gradio_api/upload", files={"files": encoded(Image.fromarray(photo))}, timeout=20)
-        [folder] = tmp_path.glob("palette-demo-*")
-        assert sent.status_code == 200 and sent.json()[0].startswith(str(folder))
+        folder = Path(sent.json()[0]).parents[1]
+        assert sent.status_code == 200 and folder.parent == tmp_path and folder.name.startswith(demo_files.PREFIX)
         assert folder.stat().st_mode & 0o077 == 0
     finally:
         process.terminate()
         code = process.wait(30)
-    assert code == 143 and not folder.exists()
+    assert code == 143 and not folder.exists() and not left.exists()

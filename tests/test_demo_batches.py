@@ -148,12 +148,18 @@ def test_photographs_that_memory_does_not_hold_wait_in_line(pipe):
             threads[-1].start()
             time.sleep(0.02)
         assert order == [], "the small one doesn't overtake"
+        with shared.job(with_solver(pipe, None), 6, lambda: False):
+            order.append("tiny")
+            asked = []
+            with pytest.raises(Stopped), shared.job(with_solver(pipe, None), 41, lambda: True, lambda: asked.append(1)):
+                pass
+            assert asked == [1], "who waits is told, once"
         gone.set()
         time.sleep(0.3)
-        assert order == ["gone"]
+        assert order == ["tiny", "gone"]
     for thread in threads:
         thread.join(5)
-    assert order[1:] == ["large", "small", "all"]
+    assert order[2:] == ["large", "small", "all"]
 
 
 def data_url(image):
@@ -185,7 +191,7 @@ def test_stopping_one_lets_the_others_go_on(pipe, photo, batches):
     assert two.shape == three.shape == (150, 200, 3)
     assert abs(two - three).max() <= 1, "their places in a batch may round otherwise"
     assert {2, 3} <= set(batches), "three, then two"
-    assert handlers.shared._jobs == 0 and handlers.shared._held == 0
+    assert handlers.shared._jobs == 0 and handlers.shared._large.held == handlers.shared._small.held == 0
 
 
 def test_eight_clients_at_once_each_get_their_own_picture(tmp_path, photo, batches):
