@@ -104,7 +104,9 @@ def pad_to(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def _up(value: float, multiple: int) -> int:
-    return max(multiple, math.ceil(value / multiple) * multiple)
+    """The next multiple, from the second on: where the network's smallest level is one pixel wide, oneDNN's bfloat16
+    convolutions of stride 2 return what happened to lie in memory (seen with AMX, torch 2.13)."""
+    return max(2 * multiple, math.ceil(value / multiple) * multiple)
 
 
 def fit(height: int, width: int, native: int, multiple: int, top: int = 0, left: int = 0) -> View:

@@ -15,7 +15,8 @@ side = st.integers(1, 3000)
 @given(height=side, width=side, native=st.sampled_from([32, 64, 256]), multiple=st.sampled_from([4, 8, 32]))
 def test_views_fit_the_network(height, width, native, multiple):
     view = sizes.fit(height, width, native, multiple)
-    assert all(o % multiple == 0 and 0 <= o - i < multiple for o, i in zip(view.outer, view.inner, strict=True))
+    for outer, inner in zip(view.outer, view.inner, strict=True):
+        assert outer % multiple == 0 and inner <= outer < max(inner + multiple, 2 * multiple + 1)
     if min(height, width) * 4 >= max(height, width) and min(height, width) >= native:
         ratio = view.inner[0] / view.inner[1] / (height / width)
         assert 0.9 < ratio < 1.12 and 0.5 < view.inner[0] * view.inner[1] / native**2 < 2
@@ -140,7 +141,7 @@ def test_levels_rise_to_the_photographs_own_resolution(height, width):
     assert views[-1].inner == (height, width) or len(views) == 1 and views[0].inner == (height, width)
     for coarse, fine in zip(views, views[1:], strict=False):
         assert all(f <= 2.7 * c for f, c in zip(fine.inner, coarse.inner, strict=True))
-        assert all(o % 8 == 0 and 0 <= o - i < 8 for o, i in zip(fine.outer, fine.inner, strict=True))
+        assert all(o % 8 == 0 and i <= o < max(i + 8, 17) for o, i in zip(fine.outer, fine.inner, strict=True))
 
 
 def test_tiles_outside_the_hole_are_left_out():
@@ -267,6 +268,7 @@ def test_a_line_of_pixels_is_no_more_work_than_it_is_worth():
     inner = sizes.fit(1, 5000, 64, 8).inner
     assert inner[0] * inner[1] <= 20 * 64 * 64  # without the limit: 32 x 160000
     assert sizes.fit(100, 2000, 64, 8).inner[0] == 32  # a strip keeps its height
+    assert sizes.fit(5000, 1, 64, 8).outer[1] == 16, "no level of the network is one pixel wide"
 
 
 def test_what_is_smaller_than_a_cell_has_no_grain():
