@@ -491,7 +491,9 @@ def evaluate(
     samples: Annotated[int, typer.Option(help="of each of the first 100 photographs, for diversity")] = 1,
     size: Annotated[int | None, typer.Option(min=8, help="pixels a side; default: the model's, else 64")] = None,
     batch: Annotated[int, typer.Option(min=1, help="photographs at a time")] = 50,
-    steps: Steps = None, seed: Seed = 0, device: Device = "auto", dtype: DType = "auto",
+    steps: Steps = None,
+    seed: Annotated[int, typer.Option(min=0, max=999_999, help="of sources, samples and intervals")] = 0,
+    device: Device = "auto", dtype: DType = "auto",
 ) -> None:  # fmt: skip
     """Measure restorers by the paper's protocol: tables, pictures and a page. Share it with accelerate launch."""
     _needs("datasets", "torchmetrics", install="'palette-diffusers[eval]'")
@@ -538,7 +540,7 @@ def fool_rate(
     votes: Annotated[Path, typer.Option(help="SQLite file; the votes in it are kept")] = Path("votes.sqlite"),
     seconds: Annotated[float, typer.Option(help="that a pair is shown; the paper: 3 or 5")] = 3,
     count: Annotated[int | None, typer.Option(min=1, help="pairs, drawn by the seed; default: all")] = None,
-    seed: Annotated[int, typer.Option(help="of pairs, order and sides")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="of pairs, order and sides")] = 0,
     host: Annotated[str, typer.Option(help="0.0.0.0 lets others in")] = "127.0.0.1",
     port: Annotated[int, typer.Option()] = 7861,
     export: Annotated[Path | None, typer.Option(help="write all votes as CSV, print the fool rate, and stop")] = None,

@@ -87,6 +87,8 @@ def convert(
                 raise ValueError(f"{source} is neither Janspiry's nor guided-diffusion's U-Net: it begins with {some}")
     except KeyError as error:
         raise ValueError(f"{source} is incomplete: it lacks {error}") from None
+    except (IndexError, ZeroDivisionError, TypeError, RuntimeError) as error:  # where weights are read for their shapes
+        raise ValueError(f"{source} has weights of shapes or names that no such network has: {error}") from None
     names = list(tasks or named or TASKS)
     for name in names:
         get_task(name)
@@ -410,6 +412,12 @@ def grow(weights: State, channels: int) -> None:
 def build(config: dict[str, Any], weights: State) -> PaletteUNet2DModel:
     """The network with these weights, all of them."""
     unet = PaletteUNet2DModel(**config)
+    surplus = sorted(weights.keys() - unet.state_dict().keys())  # strict loading passes over a block that is None
+    if surplus:
+        raise ValueError(f"{len(surplus)} weights have no place in the network, {surplus[0]} for one")
+    bad = [name for name, value in weights.items() if not torch.isfinite(value).all()]
+    if bad:
+        raise ValueError(f"{len(bad)} weights are not finite, {bad[0]} for one")
     try:
         unet.load_state_dict(weights)
     except RuntimeError as error:

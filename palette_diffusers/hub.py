@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from . import __version__, canvas
 from .bundle import COMPONENTS, FILES, bundle
 from .checkpoint import is_local, variants
+from .evaluation.store import weights_content
 from .files import new_folder, occupied
 from .pipeline import SHIPPED, STARTER, PalettePipeline
 from .report import draw_samples
@@ -35,6 +36,7 @@ from .tasks import Given, get_task, task_names
 SUMS = "SHA256SUMS"
 SHEET = "samples.png"
 SHARD = "1GB"
+SAMPLED = ("steps", "solver", "dtype")  # of an evaluation's row, told on the card
 ADAPTERS = (
     "`lora/` holds the low-rank adapters on their own, for the model that they were tuned on: "
     "`pipe.unet.load_lora_adapter(FOLDER, prefix=None, use_safetensors=True)`."
@@ -69,7 +71,7 @@ def publish(
         license: as the Hub names it, "other" for instance; datasets, base_model: Hub ids. Without them, what the
             folder's own card says.
         evaluation: results.json of `palette evaluate`, or JSON with `results`, task => "Palette" => metric =>
-            number; becomes the card's table and its model-index.
+            number; becomes the card's table and its model-index. Of the former, the rows of these weights are taken.
         photos: pictures that samples are made of. sheet: instead of these, the run's newest sheet of samples, which
             shows photographs of its data.
         max_shard_size: weights are split into files of at most this size.
@@ -99,7 +101,7 @@ def publish(
         elif photos:
             steps, number = pipe.config.default_steps, len(photos)
             draw_samples(pipe.unet, pipe.scheduler, _Photos(pipe, photos), steps, tree / SHEET, number)
-        results = read_evaluation(evaluation) if evaluation else {}
+        results = read_evaluation(evaluation, _weights(pipe)) if evaluation else {}
         card = make_card(pipe, repo_id, folder, run, results, (tree / SHEET).is_file(), license, datasets, base_model)
         card.save(tree / "README.md")
         write_sums(tree)
@@ -222,18 +224,30 @@ def sha256(content: bytes) -> str:
 # the card
 
 
-def read_evaluation(path: str | os.PathLike) -> dict[str, Any]:
+def _weights(pipe: PalettePipeline) -> set[str]:
+    """The hashes that an evaluation of these weights may have noted: it read them in this precision, or in half."""
+    half = {name: value.half() for name, value in pipe.unet.state_dict().items()}
+    return {weights_content(pipe.unet.state_dict()), weights_content(half)}
+
+
+def read_evaluation(path: str | os.PathLike, weights: Collection[str] = ()) -> dict[str, Any]:
     """An evaluation's JSON => `results`, task => "Palette" => metric => number, beside `count` and `dataset`.
 
-    It may be what `palette evaluate` wrote (results.json) or already of this form.
+    It may be what `palette evaluate` wrote (results.json), of which the rows of these `weights` are taken (hashes,
+    `evaluation.store.weights_content`), or already of this form.
 
     Raises:
-        ValueError: no JSON with such results.
+        ValueError: no JSON with such results, or it is of other weights.
     """
     try:
         report = json.loads(Path(path).read_text())
         if "rows" in report:
-            report = _of_rows(report)
+            rows = [row for row in report["rows"] if "weights" in row.get("about", {})]
+            own = [row for row in rows if row["about"]["weights"] in weights]
+            if weights and rows and not own:
+                others = ", ".join(dict.fromkeys(row["images"] for row in rows))
+                raise ValueError(f"{path} holds figures of other weights ({others}), none of this pipeline's")
+            report = _of_rows(report, own)
         ours = _ours(report)
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError, KeyError):
         ours = []
@@ -242,12 +256,22 @@ def read_evaluation(path: str | os.PathLike) -> dict[str, Any]:
     return report
 
 
-def _of_rows(table: dict[str, Any]) -> dict[str, Any]:
+def _of_rows(table: dict[str, Any], own: list[dict[str, Any]]) -> dict[str, Any]:
+    """By task and row; the first of one's `own` of each task is "Palette", and how it was sampled is told."""
     results: dict[str, dict] = {}
     for row in table["rows"]:
-        figures = {name: round(row[key]["value"], 4) for key, name in table["figures"].items() if key in row}
-        results.setdefault(row["task"], {})[row["images"]] = figures
-    return {"count": table["settings"]["count"], "dataset": table["settings"]["data"], "results": results}
+        if not own or row["images"] != "Palette":  # which may be another model's
+            results.setdefault(row["task"], {})[row["images"]] = _figures(table, row)
+    how = {}
+    for row in reversed(own):
+        results.setdefault(row["task"], {})["Palette"] = _figures(table, row)
+        how[row["task"]] = ", ".join(f"{name} {row['about'][name]}" for name in SAMPLED if name in row["about"])
+    told = "; ".join(dict.fromkeys(how.values()))
+    return {"count": table["settings"]["count"], "dataset": table["settings"]["data"], "results": results, "how": told}
+
+
+def _figures(table: dict[str, Any], row: dict[str, Any]) -> dict[str, float]:
+    return {name: round(row[key]["value"], 4) for key, name in table["figures"].items() if key in row}
 
 
 def make_card(
@@ -340,7 +364,8 @@ def _ours(evaluation: dict[str, Any]) -> list[tuple[str, str, float]]:
 def measured(evaluation: dict[str, Any]) -> str:
     """A Markdown table of an evaluation, empty where there is none."""
     rows = [f"| {task} | {metric} | {value:g} |" for task, metric, value in _ours(evaluation)]
-    count = f"{evaluation['count']} images a task.\n\n" if "count" in evaluation else ""
+    how = f" ({evaluation['how']})" if evaluation.get("how") else ""
+    count = f"{evaluation['count']} images a task{how}.\n\n" if "count" in evaluation else ""
     return count + "\n".join(["| task | metric | value |", "| --- | --- | --- |", *rows]) if rows else ""
 
 
@@ -352,6 +377,7 @@ def _eval_results(evaluation: dict[str, Any]) -> list[EvalResult]:
             task_name=task,
             dataset_type=dataset,
             dataset_name=dataset,
+            dataset_config=task,  # the Hub groups by it, and not by the task's name
             metric_type=metric.lower().replace(" ", "-"),
             metric_name=metric,
             metric_value=value,

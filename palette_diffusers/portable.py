@@ -1,6 +1,7 @@
 """The network without this package's code: ONNX, run by onnxruntime, or a program of `torch.export`; sampled by the
 same pipeline. Any batch and size; float32, on a CPU."""
 
+import copy
 import json
 import os
 import shutil
@@ -43,6 +44,10 @@ class PortableUNet(nn.Module):
         self.config = FrozenDict(config)
         self.file = folder / FILES["onnx" if (folder / FILES["onnx"]).is_file() else "torch"]
         self._run = _onnx(self.file) if self.file.suffix == ".onnx" else torch.export.load(self.file).module()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "PortableUNet":
+        """It can't be moved, nor be cast."""
+        return self
 
     def forward(
         self, sample: torch.Tensor, noise_level: torch.Tensor | float, condition: torch.Tensor, return_dict: bool = True
@@ -101,7 +106,7 @@ def write_portable(pipe: PalettePipeline, folder: Path, kind: str = "onnx") -> f
         raise ValueError(f"format is {kind!r}, expected {', '.join(FILES)}")
     if folder.exists():
         raise FileExistsError(f"{folder} is there already: name a new folder")
-    unet = pipe.unet.float().eval()
+    unet = copy.deepcopy(pipe.unet).float().eval()
     multiple, size = unet.size_multiple, unet.config.sample_size
     batch = torch.export.Dim("batch", min=1, max=MOST)
     height, width = (multiple * torch.export.Dim(name, min=1, max=4096) for name in ("rows", "columns"))
@@ -155,12 +160,18 @@ def load_portable(folder: str | os.PathLike) -> PalettePipeline:
     """The pipeline around an exported network: it is called as any other; one that can't be trained or moved.
 
     Raises:
-        FileNotFoundError: no folder of `write_portable`.
+        FileNotFoundError: no folder of `write_portable`. ValueError: a damaged one. ImportError: no onnxruntime.
     """
     folder = Path(folder)
     if not is_portable(folder):
         raise FileNotFoundError(f"{folder} is no folder with a portable.json, as palette export-network writes it")
-    about = json.loads((folder / "portable.json").read_text())
-    name = about.pop("scheduler")
-    kind = PaletteScheduler if name == "PaletteScheduler" else getattr(diffusers, name)
-    return PalettePipeline(PortableUNet(folder / "unet"), kind.from_pretrained(folder / "scheduler"), **about)
+    try:
+        about = json.loads((folder / "portable.json").read_text())
+        name = about.pop("scheduler")
+        kind = PaletteScheduler if name == "PaletteScheduler" else getattr(diffusers, name)
+        unet, scheduler = PortableUNet(folder / "unet"), kind.from_pretrained(folder / "scheduler")
+        return PalettePipeline(unet, scheduler, **about)
+    except (ImportError, FileNotFoundError, MemoryError):
+        raise
+    except Exception as error:  # each runtime has its own
+        raise ValueError(f"{folder} is damaged, export it again: {type(error).__name__}: {error}") from None

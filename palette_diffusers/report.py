@@ -255,17 +255,46 @@ def _named(path: str) -> str:
     return f"`{path if _of_hub(path) else folder.parent.name if run else folder.name}`"
 
 
-def write_card(path: Path, settings: TrainSettings, step: int, parameters: int) -> None:
-    """The model card of a run: what was trained, on what, how long; no word of quality that nobody measured."""
+def licences(settings: TrainSettings) -> str:
+    """The LICENSE of what a run starts from and learns from, which goes on to what it makes; empty where there is
+    none."""
+    from .pipeline import SHIPPED
+
+    texts = []
+    for name in filter(None, (settings.init, settings.teacher)):
+        if _of_hub(name) and name not in SHIPPED:
+            path = _licence_of_hub(name)
+        else:
+            path = SHIPPED.get(name, Path(name).expanduser()) / "LICENSE"
+        if path is not None and path.is_file():
+            texts.append(path.read_text(errors="replace"))
+    return "\n\n".join(dict.fromkeys(texts))
+
+
+def _licence_of_hub(name: str) -> Path | None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(hf_hub_download(name, "LICENSE"))
+    except (HfHubHTTPError, OSError, ValueError):  # it has none, or can't be reached now
+        return None
+
+
+def write_card(path: Path, settings: TrainSettings, step: int, parameters: int, licensed: bool = False) -> None:
+    """The model card of a run: what was trained, on what, how long; no word of quality that nobody measured.
+    licensed: by the LICENSE beside it."""
     from huggingface_hub import ModelCard, ModelCardData
 
     given, others = split_sources(settings.data), split_sources(settings.crops)
     sources = [_named(path) + (f" (weight {weight:g})" if weight != 1 else "") for path, weight in given]
     crops = [_named(path) for path, _ in others]
+    licence: dict[str, Any] = {"license": "other", "license_name": "see-license-file", "license_link": "LICENSE"}
     data = ModelCardData(
         library_name="diffusers", pipeline_tag="image-to-image", tags=["palette", *settings.task_list],
         datasets=[path for path, _ in [*given, *others] if _of_hub(path)] or None,
-        base_model=settings.init if _of_hub(settings.init) else None,
+        base_model=[name for name in dict.fromkeys((settings.init, settings.teacher)) if _of_hub(name)] or None,
+        **(licence if licensed else {}),
     )  # fmt: skip
     kind = "Low-rank adapters, merged" if settings.lora_rank else "All weights"
     origin = f", from {_named(settings.init)}" if settings.init else ""
@@ -278,6 +307,15 @@ def write_card(path: Path, settings: TrainSettings, step: int, parameters: int) 
         "optimiser": f"{settings.optimizer}, rate {settings.rate:g}, {settings.schedule}; EMA {settings.ema:g}",
         "precision": settings.precision or "as Accelerate was configured",
     }
+    if settings.teacher:
+        levels = f"{settings.levels} noise levels of each of its pictures"
+        facts["teacher"] = f"{_named(settings.teacher)}, {settings.teacher_steps or 'its default'} steps"
+        facts["distilled"] = f"for {settings.student_steps} steps, " + (
+            "from where the student's own steps lead" if settings.on_policy else levels
+        )
+    if settings.adversarial:
+        every = f"; the teacher at each {settings.teacher_every} steps" if settings.teacher_every > 1 else ""
+        facts["critic"] = f"weight {settings.adversarial:g}, rate {settings.critic_rate:g}{every}"
     if crops:
         facts["crops"] = f"of {', '.join(crops)}: JPEG restoration's samples, {settings.crop_share:.0%} of other tasks'"
     text = "\n".join(f"- {name}: {value}" for name, value in facts.items())

@@ -248,7 +248,7 @@ def undecoded(data, columns: Sequence[str]):
     return data
 
 
-def _pixels(picture: Image.Image) -> np.ndarray:
+def pixels(picture: Image.Image) -> np.ndarray:
     """As it is looked at: uint8 (H, W, 3), levels of 16 bits scaled, what is transparent on white."""
     if picture.mode in PLAIN and "transparency" not in picture.info:
         return np.asarray(picture.convert("RGB"))
@@ -269,7 +269,7 @@ def decode_photos(row: dict, columns: Sequence[str], size: int) -> list[np.ndarr
     photos = []
     for column in columns:
         try:
-            photos.append(_pixels(ImageFeature().decode_example(row[column])))
+            photos.append(pixels(ImageFeature().decode_example(row[column])))
         except MemoryError:
             raise
         except Exception as error:  # a decoder raises whatever a damaged file makes it stumble over

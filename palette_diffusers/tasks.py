@@ -4,7 +4,7 @@ Images are (B, 3, H, W), RGB, [-1, 1]; masks (B, 1, H, W), 1 = generate, 0 = kee
 """
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -41,6 +41,11 @@ class Given:
             condition=torch.cat([given.condition for given in several]),
             mask=torch.cat(masks) if masks else None,
         )
+
+    def first(self, number: int) -> "Given":
+        """Of a batch, the first so many."""
+        mask = None if self.mask is None else self.mask[:number]
+        return replace(self, known=self.known[:number], condition=self.condition[:number], mask=mask)
 
     def to(self, device: torch.device | str) -> "Given":
         """The same on another device."""

@@ -28,7 +28,7 @@ from .files import alone, write_text
 from .fused import use_fused_blocks
 from .norms import use_channels_last_norms
 from .replay import Replay, ReplayedForward
-from .report import Tally, cut_back, draw_batch, draw_samples, write_card, write_report
+from .report import Tally, cut_back, draw_batch, draw_samples, licences, write_card, write_report
 from .scheduler import PaletteScheduler, diffuse, training_target
 from .settings import PRESETS, TrainSettings, parse, preset
 from .sharding import share, share_optimizer, whole
@@ -185,12 +185,8 @@ def _new_network(settings: TrainSettings) -> PaletteUNet2DModel:
 def _network(settings: TrainSettings) -> tuple[PaletteUNet2DModel, PaletteScheduler, int, int | None]:
     """The network, the scheduler and the steps that are published: new ones, or those of `init`."""
     if not settings.init:
-        return (
-            _new_network(settings),
-            make_scheduler(settings),
-            1 if settings.regression else 20,
-            None,
-        )
+        few = settings.student_steps if settings.teacher else None
+        return _new_network(settings), make_scheduler(settings), few or (1 if settings.regression else 20), few
     pipe = _pipeline(settings.init, settings.size)
     kind = pipe.scheduler.config.prediction_type
     if kind != settings.prediction_type:
@@ -880,7 +876,10 @@ def _publish(
             unet, scheduler, tasks=tasks, default_task=tasks[0], default_steps=default_steps, few_steps=few_steps
         )
         pipe.save_pretrained(part)
-        write_card(part / "README.md", settings, step, sum(p.numel() for p in unet.parameters()))
+        licence = licences(settings)
+        if licence:
+            (part / "LICENSE").write_text(licence)
+        write_card(part / "README.md", settings, step, sum(p.numel() for p in unet.parameters()), bool(licence))
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
         if isinstance(error, SafetensorError):  # its words for a full disk

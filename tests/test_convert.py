@@ -111,6 +111,24 @@ def test_adm_of_one_class(tmp_path):
         np.testing.assert_allclose(load(tmp_path / "out").unet(y, LEVELS, x).sample, expected[:, :3], atol=1e-5)
 
 
+def test_weights_that_are_missing_or_damaged_are_told(tmp_path):
+    recorded, _ = original("adm")
+    whole = fill(recorded["layout"])
+    for i, (name, change, says) in enumerate((
+        ("middle_block.1.qkv.weight", None, "no place in the network"),
+        ("input_blocks.1.0.in_layers.2.weight", None, "Missing key"),
+        ("out.2.weight", lambda x: x.flatten()[0], "shapes or names"),
+        ("out.2.weight", lambda x: x * float("nan"), "not finite, conv_out.weight"),
+        ("out.2.bias", lambda x: x[:1], "don't fit"),
+    )):  # fmt: skip
+        state = dict(whole)
+        value = state.pop(name)
+        torch.save(state if change is None else state | {name: change(value)}, tmp_path / "bad.pt")
+        done = run("convert", tmp_path / "bad.pt", tmp_path / f"{i}", "--head-channels", 16, "--image-size", 16)
+        assert done.exit_code == 2 and says in done.stderr, (name, done.output)
+        assert not (tmp_path / f"{i}").exists()
+
+
 @pytest.mark.parametrize("name", ["adm", "adm_new_order", "adm_conv"])
 def test_adm(tmp_path, name):
     """Three channels in became six: the source, whatever it is, changes nothing yet."""

@@ -266,7 +266,7 @@ def test_a_students_own_evaluations_are_of_its_weights_as_they_are():
     assert not unet.training
 
 
-@pytest.mark.parametrize("wrong", [{}, {"teacher": "nowhere"}, {"on_policy": False}])
+@pytest.mark.parametrize("wrong", [{}, {"teacher": "nowhere"}, {"on_policy": False}, {"on_policy": False, "init": ""}])
 def test_the_script_makes_a_student(folder, tmp_path, wrong, monkeypatch, capsys):
     pipe = toy_teacher()
     pipe.scheduler.register_to_config(source_eta=0.5)
@@ -293,7 +293,11 @@ def test_the_script_makes_a_student(folder, tmp_path, wrong, monkeypatch, capsys
     pipe = PalettePipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert pipe.config.default_steps == pipe.config.few_steps == 2
     assert pipe.scheduler.config.slow_noise == 0, "the noise that it learnt from"
-    assert pipe.scheduler.config.sampling_variance == ("fixed_large" if wrong else "zero"), "its own steps"
+    assert pipe.scheduler.config.sampling_variance == (
+        "zero" if not wrong else "fixed_small" if "init" in wrong else "fixed_large"
+    ), "its own steps"
     assert pipe.scheduler.config.source_eta is None
+    card = (tmp_path / "run" / "pipeline" / "README.md").read_text()
+    assert "- teacher: `teacher`, its default steps\n" in card and "- distilled: for 2 steps, " in card
     before = PalettePipeline.from_pretrained(tmp_path / "teacher").unet.state_dict()
     assert any(not torch.equal(value, before[name]) for name, value in pipe.unet.state_dict().items())

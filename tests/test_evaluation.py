@@ -23,6 +23,7 @@ from palette_diffusers.evaluation.features import FeatureNetwork
 from palette_diffusers.evaluation.inputs import Batch, Photographs, degrade, sampling_seed
 from palette_diffusers.evaluation.lpips import Lpips
 from palette_diffusers.evaluation.restorers import Restorer, baseline, from_function
+from palette_diffusers.evaluation.store import Store
 from palette_diffusers.files import alone
 
 ROOT = Path(__file__).parents[1]
@@ -247,12 +248,15 @@ def test_sources_are_fixed_by_the_seed(photographs):
     assert right[:, 16:].all() and not right[:, :16].any()
 
 
-def test_several_samples_give_diversity(pipe, photographs, features, tmp_path):
+def test_several_samples_give_diversity(pipe, photographs, features, tmp_path, monkeypatch):
     from palette_diffusers.evaluation.restorers import from_pipeline
 
+    monkeypatch.setattr("palette_diffusers.evaluation.run.DIVERSE", BATCH + 3)  # in the middle of a batch
     row = evaluate([from_pipeline(pipe, steps=2)], photographs, ["inpainting"], features, tmp_path / "a", batch=BATCH,
         samples=2, replicates=5, progress=False)["rows"][1]  # fmt: skip
     assert 0 < row["ms_ssim"]["value"] < 1 and row["spread"]["value"] > 0
+    kept = Store(tmp_path / "a" / "inpainting" / "Palette", COUNT // BATCH).column("ms_ssim")
+    assert row["about"]["weights"] and len(kept) == BATCH + 3
 
     def constant(known, mask):
         return known
@@ -500,6 +504,41 @@ def test_a_classifier_with_other_classes_has_no_accuracy(work, tmp_path):
     named = replace(named, classes=("A", "b", "c", "d"))
     results = evaluate([baseline("identity")], photographs, ["colorization"], named, tmp_path / "c", progress=False)
     assert results["notes"] == [] and "accuracy" in results["rows"][0]
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_photographs_are_measured_as_they_are_seen(tmp_path, photo, listed):
+    """Levels of 16 bits are scaled, what is transparent is white, a turned one is upright; a damaged one is named."""
+    gray = np.asarray(Image.fromarray(photo[:32, :32]).convert("L"))
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    Image.fromarray(gray.astype(np.uint16) * 257).save(folder / "a.png")
+    Image.fromarray(gray).save(folder / "b.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(photo[:32, :32]).save(folder / "c.png", exif=exif)
+    clear = Image.fromarray(photo[:32, :32]).convert("RGBA")
+    clear.putalpha(0)
+    clear.save(folder / "d.png")
+    (folder / "e.png").write_bytes((folder / "b.png").read_bytes()[:200])
+    (tmp_path / "list.txt").write_text("a.png\nb.png\nc.png\nd.png\ne.png\n")
+    photographs = Photographs(str(folder), 32, names=tmp_path / "list.txt" if listed else None)
+    assert torch.equal(photographs[0], photographs[1]) and photographs[3].min() == 255
+    upright = np.rot90(photo[:32, :32], -1)
+    assert torch.equal(photographs[2].permute(1, 2, 0), torch.from_numpy(upright.copy()))
+    with pytest.raises(ValueError, match=r"photograph 4 \(.*e.png\) can't be decoded"):
+        photographs[4]
+
+
+def test_labels_may_be_names_and_may_lack(tmp_path, photo):
+    for i in range(3):
+        Image.fromarray(photo[:32, i : i + 32]).save(tmp_path / f"{i}.png")
+    names = ["cat", "ant", "cat"]
+    for labels, expected, classes in ((names, [1, 0, 1], ["ant", "cat"]), ([3, None, 1], [3, -1, 1], None)):
+        rows = [{"file_name": f"{i}.png", "label": label} for i, label in enumerate(labels)]
+        (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        photographs = Photographs(str(tmp_path), 32)
+        assert photographs.labels == expected and photographs.classes == classes
 
 
 def test_a_file_list_names_pictures_and_labels(work, tmp_path):

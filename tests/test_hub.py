@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from palette_diffusers import PalettePipeline, PaletteScheduler
 from palette_diffusers.bundle import FILES, bundle
+from palette_diffusers.evaluation.store import weights_content
 from palette_diffusers.hub import measured, publish, read_evaluation, write_weights
 
 ROOT = Path(__file__).parents[1]
@@ -384,6 +385,35 @@ def test_an_evaluations_table_is_read(tmp_path):
     report = read_evaluation(tmp_path / "results.json")
     assert (report["count"], report["dataset"]) == (7, "photos")
     assert measured(report).splitlines()[-1] == "| inpainting | FD-classifier | 3.25 |"
+
+
+def test_each_task_has_figures_of_its_own_in_the_index(place, tmp_path):
+    figures = {"colorization": {"Palette": {"PSNR": 21.5}}, "inpainting": {"Palette": {"PSNR": 18.25}}}
+    (tmp_path / "e.json").write_text(json.dumps({"dataset": "me/photos", "results": figures}))
+    publish(place / "run", NAME, license="mit", dry_run=tmp_path / "tree", evaluation=tmp_path / "e.json")
+    data = ModelCard.load(tmp_path / "tree" / "README.md").data
+    assert {(r.task_name, r.metric_value) for r in data.eval_results} == {("colorization", 21.5), ("inpainting", 18.25)}
+
+
+def test_only_this_models_figures_are_on_its_card(place, tmp_path):
+    """Of an evaluation of several, by the weights that it noted; those of others alone are refused."""
+    pipe, figure = small_pipe(), lambda value: {"value": value, "low": 0, "high": 99}
+    own = weights_content({name: value.bfloat16() for name, value in pipe.unet.state_dict().items()})
+    about = {"solver": "PaletteScheduler", "steps": 7, "dtype": "bfloat16", "weights": own}
+    rows = [
+        {"task": "colorization", "images": "Palette", "about": {"weights": "another"}, "psnr": figure(1)},
+        {"task": "inpainting", "images": "Palette", "about": {"weights": "another"}, "psnr": figure(1)},
+        {"task": "colorization", "images": "mine", "about": about, "psnr": figure(2)},
+    ]
+    table = {"settings": {"count": 7, "data": "photos"}, "figures": {"psnr": "PSNR"}, "rows": rows}
+    (tmp_path / "results.json").write_text(json.dumps(table))
+    publish(place / "run", NAME, license="mit", dry_run=tmp_path / "tree", evaluation=tmp_path / "results.json")
+    card = ModelCard.load(tmp_path / "tree" / "README.md")
+    assert [r.metric_value for r in card.data.eval_results] == [2.0] and "| inpainting |" not in card.text
+    assert "7 images a task (steps 7, solver PaletteScheduler, dtype bfloat16)" in card.text
+    (tmp_path / "results.json").write_text(json.dumps(table | {"rows": rows[:2]}))
+    with pytest.raises(ValueError, match="figures of other weights .Palette., none of this"):
+        publish(place / "run", NAME, license="mit", dry_run=tmp_path / "no", evaluation=tmp_path / "results.json")
 
 
 def test_dry_run_is_what_is_published(hub, published, place, tmp_path):

@@ -1,11 +1,12 @@
 import pytest
+import torch
 from conftest import toy_unet
 from PIL import Image
 from typer.testing import CliRunner
 
 from palette_diffusers import PalettePipeline, PaletteScheduler
 from palette_diffusers.cli import app
-from palette_diffusers.portable import FILES, load_portable, write_portable
+from palette_diffusers.portable import FILES, inputs_for, load_portable, write_portable
 
 
 @pytest.mark.parametrize("kind", list(FILES))
@@ -31,6 +32,27 @@ def test_what_is_refused(pipe, tmp_path):
         write_portable(pipe, tmp_path)
     with pytest.raises(FileNotFoundError, match="portable.json"):
         load_portable(tmp_path)
+
+
+def test_a_damaged_one_is_told_and_none_is_moved(pipe, tmp_path):
+    pipe.unet.bfloat16()
+    write_portable(pipe, tmp_path / "out", "torch")
+    assert pipe.unet.dtype == torch.bfloat16, "the caller's stays as it was"
+    loaded = load_portable(tmp_path / "out").to(torch.bfloat16)
+    assert loaded.unet.dtype == torch.float32
+    assert loaded.unet(*inputs_for(loaded.unet, 1, 32, 32)).sample.dtype == torch.float32
+    network = tmp_path / "out" / "unet" / "network.pt2"
+    about, content = (tmp_path / "out" / "portable.json").read_text(), network.read_bytes()
+    renamed = about.replace("PaletteScheduler", "None").encode()
+    for path, damaged in (
+        (network, content[:999]), (tmp_path / "out" / "portable.json", renamed),
+        (tmp_path / "out" / "unet" / "config.json", b"{}"),
+    ):  # fmt: skip
+        whole = path.read_bytes()
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="out is damaged, export it again: "):
+            load_portable(tmp_path / "out")
+        path.write_bytes(whole)
 
 
 def test_a_difference_is_found(pipe, tmp_path, monkeypatch):

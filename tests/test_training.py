@@ -34,8 +34,10 @@ from palette_diffusers import (
     zero,
 )
 from palette_diffusers.data import PaletteDataset, random_crop
+from palette_diffusers.hub import publish
+from palette_diffusers.pipeline import SHIPPED
 from palette_diffusers.replay import Replay
-from palette_diffusers.report import read_log, write_card
+from palette_diffusers.report import licences, read_log, write_card
 from palette_diffusers.scheduler import training_target
 from palette_diffusers.sources import load_images, load_sources
 from palette_diffusers.training import (
@@ -910,6 +912,24 @@ def test_the_card_names_all_that_was_trained_on(folder, tmp_path):
     text = (tmp_path / "card.md").read_text()
     assert "- data: `USER/photos` (weight 2), `OTHER/more`\n" in text
     assert "datasets:\n- USER/photos\n- OTHER/more\n- USER/large\n" in text
+
+
+def test_a_licence_goes_on_to_what_is_made(folder, tmp_path):
+    """From the folder that was started from, and on from there, wherever it lies."""
+    base = train(settings(folder, tmp_path / "a"))
+    assert not (base / "LICENSE").exists() and "license" not in (base / "README.md").read_text()
+    (base / "LICENSE").write_text("Not for sale.")
+    tuned = train(settings(folder, tmp_path / "b", init=str(base)))
+    again = train(settings(folder, tmp_path / "c", init=str(tuned)))
+    card = (again / "README.md").read_text()
+    assert (again / "LICENSE").read_text() == "Not for sale."
+    assert "license: other\nlicense_name: see-license-file" in card
+    shutil.copytree(again, tmp_path / "elsewhere")
+    tree = publish(tmp_path / "elsewhere", "me/tuned", dry_run=tmp_path / "tree")
+    assert (Path(tree) / "LICENSE").read_text() == "Not for sale."
+    taught = replace(settings(folder, ""), teacher="starter", init="")
+    assert licences(taught) == (SHIPPED["starter"] / "LICENSE").read_text() == licences(replace(taught, init="starter"))
+    assert licences(replace(taught, init=str(base))).startswith("Not for sale.\n\n")
 
 
 def test_the_report_has_the_network_and_the_noise_that_there_were(folder, tmp_path):

@@ -23,6 +23,7 @@ from PIL import Image
 from .. import canvas
 from ..canvas import SUFFIXES
 from ..files import write_text
+from .store import fingerprint
 
 QUESTION = "Which image would you guess is from a camera?"
 CHECK_EVERY = 10  # one pair of ten has a picture that nobody takes for a photograph
@@ -113,8 +114,8 @@ class Study:
 
     def __init__(self, pairs: list[Pair], votes: Path, seed: int = 0):
         self.pairs, self.votes, self.seed = {pair.name: pair for pair in pairs}, votes, seed
-        content = "".join(f"{p.name}{p.result.stat().st_size}{p.original.stat().st_size}" for p in pairs)
-        about = json.dumps({"pairs": hashlib.sha256(content.encode()).hexdigest()[:16], "seed": seed})
+        files = [part for pair in pairs for part in (pair.name, pair.result, pair.original)]
+        about = json.dumps({"pairs": fingerprint(*files), "seed": seed})
         try:
             with self._database() as database:
                 database.execute("PRAGMA journal_mode=WAL")

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from .. import canvas
 from ..masks import border_mask, center_mask, free_form_mask
+from ..sources import image_column, load_images, pixels
 from ..tasks import Given, get_task, jpeg
 from .store import fingerprint
 
@@ -68,7 +69,7 @@ def check_variant(variant: str) -> str:
 
 def sampling_seed(index: int, seed: int, sample: int = 0) -> int:
     """Of a sample of photograph `index`, in a run of `seed`."""
-    return index + 10**7 * seed + 10**9 * sample
+    return index + 10**7 * seed + 10**13 * sample
 
 
 def degrade(variant: str, clean: torch.Tensor, index: int, seed: int = 0) -> Given:
@@ -93,8 +94,9 @@ class Batch:
 
 
 def middle_square(picture: Image.Image, size: int) -> torch.Tensor:
-    """The largest square in the middle, at `size` pixels: uint8 (3, size, size)."""
-    picture = picture.convert("RGB")
+    """The largest square in the middle, at `size` pixels: uint8 (3, size, size). Levels of 16 bits are scaled, what is
+    transparent shows white."""
+    picture = Image.fromarray(pixels(picture))
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
     if picture.size != (side, side):
@@ -116,7 +118,8 @@ class Photographs:
         split: of parquet files and Hub ids.
 
     Raises:
-        ValueError: fewer than `count`, an empty list, or a WordNet id as a label.
+        ValueError: fewer than `count`, an empty list, a WordNet id as a label, or, when it is read, a photograph that
+            can't be decoded.
         FileNotFoundError: the folder, the list or a file on it is missing.
     """
 
@@ -152,12 +155,14 @@ class Photographs:
             self.labels.append(int(label[0]) if label else -1)
 
     def _load(self, path: str, split: str) -> None:
-        from ..sources import image_column, load_images
-
         self._rows: Any = load_images(path, split)
         self._column = image_column(self._rows)
-        self.labels = list(self._rows["label"]) if "label" in self._rows.features else [-1] * len(self._rows)
         self.classes = getattr(self._rows.features.get("label"), "names", None)
+        labels: list[Any] = list(self._rows["label"]) if "label" in self._rows.features else [-1] * len(self._rows)
+        if any(isinstance(label, str) for label in labels):
+            self.classes = sorted({label for label in labels if label is not None})
+            labels = [None if label is None else self.classes.index(label) for label in labels]
+        self.labels = [-1 if label is None else int(label) for label in labels]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -169,10 +174,23 @@ class Photographs:
         return fingerprint(json.dumps(self.labels), {str(i): self[i] for i in places})
 
     def __getitem__(self, index: int) -> torch.Tensor:
+        try:
+            if self._files:
+                with Image.open(self._files[index]) as picture:
+                    return middle_square(ImageOps.exif_transpose(picture), self.size)
+            return middle_square(self._rows[index][self._column], self.size)
+        except MemoryError:
+            raise
+        except Exception as error:  # a decoder raises whatever a damaged file makes it stumble over
+            raise ValueError(f"photograph {index} ({self._name(index)}) can't be decoded: {error}") from None
+
+    def _name(self, index: int) -> str:
+        from datasets import Image as ImageFeature
+
         if self._files:
-            with Image.open(self._files[index]) as picture:
-                return middle_square(picture, self.size)
-        return middle_square(self._rows[index][self._column], self.size)
+            return str(self._files[index])
+        row = self._rows.cast_column(self._column, ImageFeature(decode=False))[index]
+        return row[self._column]["path"] or self.path
 
     def batch(self, indices: Sequence[int]) -> torch.Tensor:
         """(B, 3, S, S) in [-1, 1]."""

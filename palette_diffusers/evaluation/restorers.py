@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 
 from .. import canvas
 from ..machine import accelerator_lost
 from ..tasks import get_task
 from .features import load_function
 from .inputs import Batch
-from .store import fingerprint
+from .store import fingerprint, weights_content
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ def from_pipeline(
         "dtype": str(pipe.unet.dtype).removeprefix("torch."),
     }
     content = _content(pipe)
+    if isinstance(pipe.unet, ModelMixin):  # an exported network has no weights to read
+        facts["weights"] = weights_content(pipe.unet.state_dict())
     return Restorer(name, restore, True, {**facts, **(about or {}), **changes}, check, content=lambda variant: content)
 
 

@@ -258,7 +258,7 @@ class _Run:
         if self.lpips is not None:
             out["lpips"] = self.lpips(images, clean)
         if len(several) > 1:
-            out |= self.diversity(several)
+            out |= self.diversity([images[: len(several[1])] for images in several])
         return out
 
     def task(self, variant: str, restorers: Sequence[Restorer], manifest: Path | None) -> None:
@@ -289,10 +289,12 @@ class _Run:
 
     def _more(self, restorer: Restorer, batch: Batch, indices: range) -> list[torch.Tensor]:
         """Further samples of the same inputs."""
-        if not restorer.stochastic or indices.start >= DIVERSE:
+        some = indices[: max(0, DIVERSE - indices.start)]
+        if not restorer.stochastic or not some:
             return []
-        seeds = [[inputs.sampling_seed(k, self.seed, sample) for k in indices] for sample in range(1, self.samples)]
-        return [restorer(replace(batch, seeds=some)) for some in seeds]
+        first = replace(batch, names=batch.names[: len(some)], given=batch.given.first(len(some)))
+        seeds = [[inputs.sampling_seed(k, self.seed, sample) for k in some] for sample in range(1, self.samples)]
+        return [restorer(replace(first, seeds=own)) for own in seeds]
 
     def diversity(self, several: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Of samples of the same inputs, the mean over all pairs: MS-SSIM, the features' distance, LPIPS (the paper's

@@ -97,6 +97,11 @@ class Store:
         return round(total, 2)
 
 
+def weights_content(weights: Mapping[str, torch.Tensor]) -> str:
+    """Of a network's weights, whether they were read in float32 or bfloat16."""
+    return fingerprint({name: value.bfloat16() for name, value in weights.items()})
+
+
 def keep_row(folder: Path, about: dict[str, Any]) -> None:
     """`keep_facts` of a row, after its batches are removed where another restorer of its name made them: told by
     "content".
@@ -105,6 +110,8 @@ def keep_row(folder: Path, about: dict[str, Any]) -> None:
         ValueError: the same restorer, asked for otherwise.
     """
     path = folder / "about.json"
+    if path.is_file() and "weights" in about and "weights" not in json.loads(path.read_text()):
+        write_text(path, json.dumps(json.loads(path.read_text()) | {"weights": about["weights"]}, indent=2) + "\n")
     if path.is_file() and json.loads(path.read_text()).get("content") != about.get("content"):
         what = f"{folder.name} of {folder.parent.name}"
         print(f"{what} is not what it was: its figures are made anew (NAME=... keeps both)", file=sys.stderr)
