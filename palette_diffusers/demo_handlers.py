@@ -4,7 +4,8 @@ import random
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from PIL import Image
 from . import canvas, masks
 from .demo_batches import SharedNetwork, Stopped
 from .demo_jobs import LOST, SOLVERS, Step, Stops, Waiting, borrowing_gpu, friendly, on_zero_gpu, watch, with_solver
-from .demo_limits import Limits, choice, number, open_upload, stem, whole
+from .demo_limits import Failed, Limits, choice, number, open_upload, stem, whole
 from .machine import accelerator_lost, without_team
 from .pipeline import PalettePipeline
 from .speed import FAST, SPEEDS
@@ -229,13 +230,21 @@ class Handlers:
     def _each(
         self, task: str, payload: Any, picture: canvas.Picture, settings: Settings, job: int, options: dict[str, Any]
     ) -> Iterator[Moment]:
+        begun = None  # waiting does not count
         for seed in range(settings.seed, settings.seed + settings.samples):
-            yield from self._one(task, payload, picture, seed, settings, job, options)
+            with closing(self._one(task, payload, picture, seed, settings, job, options)) as moments:
+                for moment in moments:
+                    yield moment
+                    now = time.monotonic()
+                    begun = now if begun is None and isinstance(moment, Step) else begun
+                    if begun is not None and now - begun > self.limits.max_seconds:
+                        limit = f"{self.limits.max_seconds} seconds"
+                        raise Failed(f"This takes more than {limit}, the limit: take fewer steps, or a smaller photo.")
 
     def _one(
         self, task: str, payload: Any, picture: canvas.Picture, seed: int, settings: Settings, job: int,
         options: dict[str, Any],
-    ) -> Iterator[Moment]:  # fmt: skip
+    ) -> Generator[Moment, None, None]:  # fmt: skip
         without_team()
         steps = self.steps(picture, task, seed, settings, job, options)
         try:

@@ -36,6 +36,7 @@ class Limits:
     max_files: int = 16
     max_jobs: int = 8  # that work at the same time, sharing the network
     max_queue: int = 16  # jobs that wait
+    max_seconds: int = 1800  # that work on one photo takes, all variations together
     max_visitors: int = 64  # whose page is remembered, at 4 MB each; the one who was away longest is forgotten
     keep_seconds: int = 3600  # temporary files
 
