@@ -5,7 +5,6 @@
 
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,9 +23,9 @@ from starlette.routing import Route
 from . import __version__, canvas, sizes
 from .demo_batches import Stopped
 from .demo_downloads import bound_downloads
-from .demo_editor import bounded
+from .demo_editor import Store
 from .demo_examples import EXAMPLES, GROW, PHOTOGRAPHS, RIGHT, Examples, beside_of
-from .demo_files import deleting, own_folder
+from .demo_files import deleting, own_folder, scratch
 from .demo_handlers import (
     ASPECTS,
     BATCH_TASKS,
@@ -140,19 +139,19 @@ class Page:
                 gr.Markdown("Colour for a black-and-white photo. You know what colour something has? Tell it.")
                 with gr.Accordion("Paint colours", open=False, elem_id="paint"):
                     gr.Markdown("A short stroke on each thing is enough: its colour goes as far as the thing does.")
-                    self.strokes = bounded(gr.ImageEditor(
+                    self.strokes = gr.ImageEditor(
                         label="Paint here", elem_id="strokes",
                         brush=gr.Brush(colors=PAINTS, default_color=PAINTS[0], default_size=14), **editor,
-                    ))  # fmt: skip
+                    )  # fmt: skip
                     with gr.Accordion("Upload strokes instead (transparent elsewhere)", open=False):
                         self.hints = gr.Image(label="Strokes", elem_id="hints", height=200, **photo)
                 self._finish("Colorize", beside=self.hints)
             with gr.Tab("Inpaint"):
                 gr.Markdown("Paint over what should go.")
-                self.editor = bounded(gr.ImageEditor(
+                self.editor = gr.ImageEditor(
                     label="Paint here", elem_id="editor",
                     brush=gr.Brush(colors=[("#ff2d78", 0.6)], color_mode="fixed", default_size=32), **editor,
-                ))  # fmt: skip
+                )  # fmt: skip
                 with gr.Row():
                     self.invert = gr.Checkbox(label="Keep only what is painted")
                     self.grow = gr.Slider(0, 64, GROW, step=1, label="Grow the mask (pixels)")
@@ -234,7 +233,8 @@ class Page:
         self.blocks.load(None, js=FIT_TABS)
         handlers = self.handlers
         private: dict[str, Any] = dict(api_visibility="private")
-        handlers.read_mask, handlers.read_strokes = self.editor.preprocess, self.strokes.preprocess
+        self.stores = [Store(self.editor), Store(self.strokes)]
+        handlers.read_mask, handlers.read_strokes = (store.take for store in self.stores)
         settings = [self.seed, self.anew, self.samples, self.steps, self.solver, self.speed]
         sides = [self.left, self.right, self.top, self.bottom]
         beside = [self.mask, self.hints]  # they belong to one photo, and go with it
@@ -318,6 +318,11 @@ class Page:
             return gr.skip(), *self._photo(payload)
         except Failed:
             return None, *self._photo(None)
+
+    def forget(self) -> None:
+        """What was painted and never taken."""
+        for store in self.stores:
+            store.forget()
 
     def _aspect(self, payload: Any, name: Any) -> list:
         aspect = choice("shape", name, ASPECTS)
@@ -419,7 +424,7 @@ class Page:
             self.preview: gr.update(visible=False, value=None),
             self.seed: seed,
         }
-        with tempfile.TemporaryDirectory() as name:
+        with scratch() as name:
             folder = Path(name)
             try:
                 for moment in moments:
@@ -575,7 +580,7 @@ def launch(
         show_error=False,
         ssr_mode=False,
         app_kwargs={
-            "lifespan": deleting(folder, page.blocks, limits.keep_seconds),
+            "lifespan": deleting(folder, page.blocks, limits.keep_seconds, page.forget),
             "routes": [Route("/health", health)],
             "middleware": [Middleware(BodyLimit, max_bytes=limits.max_files * limits.max_bytes + 1_000_000)],
         },

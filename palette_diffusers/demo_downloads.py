@@ -59,7 +59,7 @@ async def _fetch(url: str, target: Path, most: int) -> None:
         transport = None if trusted else safehttpx.AsyncSecureTransport(await safehttpx.async_validate_url(host))
         async with (
             httpx.AsyncClient(transport=transport, timeout=SECONDS) as client,
-            client.stream("GET", url, follow_redirects=False) as answer,
+            client.stream("GET", url, headers={"Accept-Encoding": "identity"}, follow_redirects=False) as answer,
         ):
             if answer.has_redirect_location:
                 url = urljoin(url, answer.headers["Location"])
@@ -67,7 +67,7 @@ async def _fetch(url: str, target: Path, most: int) -> None:
             if answer.status_code != 200:
                 raise Failed(f"The address answers {answer.status_code}: upload the photo instead.")
             with target.open("wb") as file:
-                async for piece in answer.aiter_bytes():
+                async for piece in answer.aiter_raw():  # never unpacked: little may become much
                     if file.tell() + len(piece) > most:
                         raise Failed(f"The file there has more than {most / 1e6:g} MB, which is the limit.")
                     file.write(piece)

@@ -18,8 +18,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 Seen = dict[tuple[str, int], float]  # what was there, as it was written => when that was seen first, by a steady clock
-PREFIX, LOCK = "palette-demo-", ".lock"
-_own: list[FileLock] = []  # held as long as the process lives
+PREFIX, LOCK = "palette-demo-", ".palette-demo-server"
+_own: list[FileLock] = []  # held as long as the process lives: of the visitors' files, and of work that goes on
 
 
 def own_folder() -> Path:
@@ -27,38 +27,49 @@ def own_folder() -> Path:
     set; it is removed with the process, and what one that was killed left is removed by the next. Gradio's default,
     /tmp/gradio, is the first user's on a machine: the next one's uploads fail. To be called before gradio is imported.
     """
-    if _own:
-        return Path(_own[0].lock_file).parent
-    parent = Path(os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir()).resolve()
-    parent.mkdir(parents=True, exist_ok=True)
-    for left in parent.glob(f"{PREFIX}*"):
-        _remove_abandoned(left)
-    folder = tempfile.mkdtemp(prefix=PREFIX, dir=parent)
-    lock = FileLock(Path(folder, LOCK))
-    lock.acquire()
-    _own.append(lock)
-    os.environ["GRADIO_TEMP_DIR"] = folder
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the folder goes, too
-    return Path(folder)
+    if not _own:
+        system = Path(tempfile.gettempdir()).resolve()
+        parent = Path(os.environ.get("GRADIO_TEMP_DIR") or system).resolve()
+        parent.mkdir(parents=True, exist_ok=True)
+        for left in [path for place in {parent, system} for path in place.glob(f"{PREFIX}*")]:
+            _remove_abandoned(left)
+        for place in (parent, system):  # results are made beside: what lies among the visitors' files, Gradio serves
+            folder = tempfile.mkdtemp(prefix=PREFIX, dir=place)
+            lock = FileLock(Path(folder, LOCK))
+            lock.acquire()
+            _own.append(lock)
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ["GRADIO_TEMP_DIR"] = str(Path(_own[0].lock_file).parent)
+        main = threading.current_thread() is threading.main_thread()
+        if main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the folders go, too
+    return Path(_own[0].lock_file).parent
+
+
+def scratch() -> tempfile.TemporaryDirectory:
+    """A folder for a job's results until Gradio has taken them; with `own_folder`, what a kill leaves goes, too."""
+    return tempfile.TemporaryDirectory(dir=Path(_own[1].lock_file).parent if _own else None)
 
 
 def _remove_abandoned(folder: Path) -> None:
     """Of a server that was killed: nobody holds its lock."""
     with suppress(Timeout, OSError):
-        whose = folder.lstat().st_uid
-        if not hasattr(os, "getuid") or (whose == os.getuid() and (folder / LOCK).is_file()):
+        ours = not hasattr(os, "getuid") or folder.lstat().st_uid == os.getuid()
+        if ours and not folder.is_symlink() and (folder / LOCK).is_file():
             with FileLock(folder / LOCK, timeout=0):
                 shutil.rmtree(folder, ignore_errors=True)
 
 
 def delete_old(folder: Path, blocks: Any, seen: Seen, age: float) -> Seen:
-    """Of what lies in the folder, and other files that this `gr.Blocks` made, what was `seen` first, as it is, more
-    than `age` seconds ago; its components' own stay. Empty folders go, too. Returns what is seen now."""
+    """Of the files that this `gr.Blocks` made, and what broken uploads left in the folder, what was `seen` first, as it
+    is, more than `age` seconds ago; its components' own stay. Empty folders go, too. Returns what is seen now."""
     own = set().union(*(getattr(block, "keep_in_cache", ()) for block in blocks.blocks.values()))
     made = set().union(*(list(files) for files in blocks.temp_file_sets))  # a list is copied at once
-    found = {str(path) for path in folder.rglob("*")} - {str(folder / LOCK)}
+    below: list[Path] = []
+    with suppress(OSError):  # what went while it was listed: the next time
+        below.extend(folder.rglob("*"))
+    left_over = [path for path in below if path.suffix == ".part" or (path.parent == folder and path.name[:3] == "tmp")]
+    found = {str(path) for path in [*left_over, *(path for path in below if path.is_dir())]}
     now, left = time.monotonic(), {}
     for name in sorted((found | made) - own, reverse=True):  # what a folder holds comes before it
         path = Path(name)
@@ -76,14 +87,17 @@ def delete_old(folder: Path, blocks: Any, seen: Seen, age: float) -> Seen:
     return left
 
 
-def deleting(folder: Path, blocks: Any, age: float) -> Callable[[Any], AbstractAsyncContextManager[None]]:
-    """A lifespan for the server: looks twice in `age` seconds, every five minutes at least."""
+def deleting(
+    folder: Path, blocks: Any, age: float, forget: Callable[[], None]
+) -> Callable[[Any], AbstractAsyncContextManager[None]]:
+    """A lifespan for the server: looks twice in `age` seconds, every five minutes at least, and calls `forget`."""
 
     async def look() -> None:
         seen: Seen = {}
         while True:
             await asyncio.sleep(min(600, age) / 2)
             seen = await asyncio.to_thread(delete_old, folder, blocks, seen, age)
+            forget()
 
     @asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:

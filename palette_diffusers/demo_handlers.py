@@ -1,7 +1,6 @@
 """What happens when a visitor of the demo clicks, or a program calls: values are checked, the pipeline works."""
 
 import random
-import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Generator, Iterator
@@ -13,11 +12,11 @@ from typing import Any
 import gradio as gr
 import numpy as np
 import torch
-from gradio.components.image_editor import EditorData
 from PIL import Image
 
 from . import canvas, masks
 from .demo_batches import SharedNetwork, Stopped
+from .demo_files import scratch
 from .demo_jobs import LOST, SOLVERS, Step, Stops, Waiting, borrowing_gpu, friendly, on_zero_gpu, watch, with_solver
 from .demo_limits import Failed, Limits, choice, number, open_upload, stem, whole
 from .machine import accelerator_lost, without_team
@@ -98,7 +97,7 @@ def write(image: Image.Image, path: Path) -> str:
     """
     kept = {key: image.info[key] for key in ("icc_profile", "exif") if key in image.info}
     try:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path, compress_level=1, **kept)
     except OSError as error:
         raise friendly(error) from None
@@ -127,8 +126,8 @@ class Handlers:
         self.shared = None if on_zero_gpu() else SharedNetwork(pipe, limits.max_pixels)
         self.steps = borrowing_gpu(self._steps, gpu_seconds)
         # of the page's two editors
-        self.read_mask: Callable[[EditorData], Any] = lambda data: None
-        self.read_strokes: Callable[[EditorData], Any] = lambda data: None
+        self.read_mask: Callable[[dict], list[Any]] = lambda brush: []
+        self.read_strokes: Callable[[dict], list[Any]] = lambda brush: []
 
     def photo(self, payload: Any, what: str = "photo") -> canvas.Picture:
         """What Gradio received => the picture, or a message for the visitor."""
@@ -175,14 +174,16 @@ class Handlers:
             raise gr.Error(f"The {what} is {w}x{h}, the photo {width}x{height}: they must have the same size.")
         return uploaded
 
-    def _layers(self, brush: Any, read: Callable[[EditorData], Any]) -> list[Image.Image]:
-        if not isinstance(brush, dict):
-            return []
-        try:
-            value = read(EditorData(**brush)) or {}
-        except (ValueError, OSError, Image.DecompressionBombError):
-            raise gr.Error("What was painted can't be read: paint it again.") from None
-        return [layer for layer in value.get("layers", ()) if isinstance(layer, Image.Image)]
+    def _layers(self, brush: Any, read: Callable[[dict], list[Any]]) -> list[Image.Image]:
+        layers = []
+        for given in read(brush) if isinstance(brush, dict) else ():
+            try:
+                layer = open_upload(given, self.limits, "painting")
+                self.limits.check(layer)
+                layers.append(layer.convert("RGBA"))
+            except (ValueError, OSError, SyntaxError, MemoryError, Image.DecompressionBombError):
+                raise gr.Error("What was painted can't be read: paint it again.") from None
+        return layers
 
     def sides(self, picture: canvas.Picture, left: Any, right: Any, top: Any, bottom: Any) -> dict[str, int]:
         """Percent of the side => pixels."""
@@ -371,7 +372,7 @@ class Handlers:
         picture = picture or self.photo(payload)
         session = request.session_hash or ""
         last = time.monotonic()
-        with tempfile.TemporaryDirectory() as folder:
+        with scratch() as folder:
             try:
                 for moment in self.moments(task, payload, picture, settings, session, **options):
                     if isinstance(moment, Result):

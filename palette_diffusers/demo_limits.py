@@ -57,12 +57,18 @@ class Limits:
 
     def picture(self, image: Image.Image) -> canvas.Picture:
         """An opened image => the picture, upright; too many pixels are refused before they are decoded."""
+        self.check(image)
+        return canvas.read(image, self.max_pixels)
+
+    def check(self, image: Image.Image) -> None:
+        """Raises:
+        Failed: an opened image of too many pixels.
+        """
         if image.width * image.height > self.max_pixels:
             raise Failed(
                 f"This picture is {image.width}x{image.height}. "
                 f"The limit is {self.max_pixels / 1e6:g} megapixels: make it smaller first."
             )
-        return canvas.read(image, self.max_pixels)
 
 
 def whole(name: str, value: Any, low: int, high: int) -> int:
@@ -94,7 +100,8 @@ def stem(payload: Any) -> str:
 
 
 def open_upload(payload: Any, limits: Limits, what: str = "photo") -> Image.Image:
-    """What Gradio received for an image, or a file of the demo's own (a Path) => the opened image, not yet decoded.
+    """What Gradio received for an image, a file of the demo's own (a Path) or bytes => the opened image, not yet
+    decoded.
 
     Raises:
         Failed: nothing came, it is too large, or no picture; the message is for the visitor and names no path.
@@ -103,6 +110,8 @@ def open_upload(payload: Any, limits: Limits, what: str = "photo") -> Image.Imag
     url = payload.get("url") if isinstance(payload, Mapping) else None
     if isinstance(payload, Path):
         source, size = payload, payload.stat().st_size
+    elif isinstance(payload, bytes):
+        source, size = io.BytesIO(payload), len(payload)
     elif not isinstance(payload, Mapping):
         raise Failed(f"Choose a {what} first.")
     elif isinstance(url, str) and url.startswith("data:"):

@@ -165,7 +165,9 @@ def write_code(tree: Path) -> None:
 
 def _copy_extras(folder: Path, run: Path | None, tree: Path) -> None:
     """The licence and low-rank adapters."""
-    licence = STARTER / "LICENSE" if _from_starter(run) else folder / "LICENSE"
+    licence = folder / "LICENSE"
+    if not licence.is_file() and _from_starter(run):
+        licence = STARTER / "LICENSE"
     for path, name in (
         (licence, "LICENSE"),
         (folder / "lora" / "pytorch_lora_weights.safetensors", "lora/pytorch_lora_weights.safetensors"),

@@ -3,6 +3,7 @@
 import html
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -273,11 +274,13 @@ def licences(settings: TrainSettings) -> str:
 
 def _licence_of_hub(name: str) -> Path | None:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(name, "LICENSE"))
-    except (HfHubHTTPError, OSError, ValueError):  # it has none, or can't be reached now
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        if not isinstance(error, EntryNotFoundError) or isinstance(error, LocalEntryNotFoundError):
+            print(f"warning: whether {name} has a LICENSE can't be known now: {error}", file=sys.stderr)
         return None
 
 

@@ -927,6 +927,10 @@ def test_a_licence_goes_on_to_what_is_made(folder, tmp_path):
     shutil.copytree(again, tmp_path / "elsewhere")
     tree = publish(tmp_path / "elsewhere", "me/tuned", dry_run=tmp_path / "tree")
     assert (Path(tree) / "LICENSE").read_text() == "Not for sale."
+    told = json.loads((tmp_path / "c" / "settings.json").read_text())
+    (tmp_path / "c" / "settings.json").write_text(json.dumps(told | {"init": "starter"}))
+    tree = publish(tmp_path / "c", "me/tuned", dry_run=tmp_path / "other")
+    assert (Path(tree) / "LICENSE").read_text() == "Not for sale.", "what lies there, the teacher's terms in it"
     taught = replace(settings(folder, ""), teacher="starter", init="")
     assert licences(taught) == (SHIPPED["starter"] / "LICENSE").read_text() == licences(replace(taught, init="starter"))
     assert licences(replace(taught, init=str(base))).startswith("Not for sale.\n\n")

@@ -190,7 +190,7 @@ class Photographs:
         if self._files:
             return str(self._files[index])
         row = self._rows.cast_column(self._column, ImageFeature(decode=False))[index]
-        return row[self._column]["path"] or self.path
+        return (row[self._column] or {}).get("path") or self.path
 
     def batch(self, indices: Sequence[int]) -> torch.Tensor:
         """(B, 3, S, S) in [-1, 1]."""
