@@ -214,7 +214,11 @@ def test_an_agent_finds_the_tasks_and_calls_one(server, photo):
                 tools = {tool.name: tool for tool in (await session.list_tools()).tools}
                 image = data_url(encoded(Image.fromarray(photo)))["url"]
                 called = [name for name in tools if name.endswith("restore_jpeg")][0]
-                return tools, await session.call_tool(called, {"image": image, "seed": 0, "steps": 4})
+                for _ in range(3):  # Gradio's own client gives its server 5 s to answer, which busy machines miss
+                    answer = await session.call_tool(called, {"image": image, "seed": 0, "steps": 4})
+                    if [getattr(content, "text", "") for content in answer.content] != ["timed out"]:
+                        break
+                return tools, answer
 
     tools, answer = asyncio.run(talk())
     for task in ("colorize", "inpaint", "uncrop", "restore_jpeg"):
