@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 Seen = dict[tuple[str, int], float]  # what was there, as it was written => when that was seen first, by a steady clock
 PREFIX, LOCK = "palette-demo-", ".palette-demo-server"
-_own: list[FileLock] = []  # held as long as the process lives: of the visitors' files, and of work that goes on
+_own: list[tuple[Path, FileLock]] = []  # as long as the process lives: for visitors' files, and work that goes on
 
 
 def own_folder() -> Path:
@@ -34,21 +34,21 @@ def own_folder() -> Path:
         for left in [path for place in {parent, system} for path in place.glob(f"{PREFIX}*")]:
             _remove_abandoned(left)
         for place in (parent, system):  # results are made beside: what lies among the visitors' files, Gradio serves
-            folder = tempfile.mkdtemp(prefix=PREFIX, dir=place)
-            lock = FileLock(Path(folder, LOCK))
+            folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
+            lock = FileLock(folder / LOCK)
             lock.acquire()
-            _own.append(lock)
+            _own.append((folder, lock))
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        os.environ["GRADIO_TEMP_DIR"] = str(Path(_own[0].lock_file).parent)
+        os.environ["GRADIO_TEMP_DIR"] = str(_own[0][0])
         main = threading.current_thread() is threading.main_thread()
         if main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the folders go, too
-    return Path(_own[0].lock_file).parent
+    return _own[0][0]
 
 
 def scratch() -> tempfile.TemporaryDirectory:
     """A folder for a job's results until Gradio has taken them; with `own_folder`, what a kill leaves goes, too."""
-    return tempfile.TemporaryDirectory(dir=Path(_own[1].lock_file).parent if _own else None)
+    return tempfile.TemporaryDirectory(dir=_own[1][0] if _own else None)
 
 
 def _remove_abandoned(folder: Path) -> None:

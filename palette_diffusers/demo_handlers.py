@@ -17,7 +17,19 @@ from PIL import Image
 from . import canvas, masks
 from .demo_batches import SharedNetwork, Stopped
 from .demo_files import scratch
-from .demo_jobs import LOST, SOLVERS, Step, Stops, Waiting, borrowing_gpu, friendly, on_zero_gpu, watch, with_solver
+from .demo_jobs import (
+    LOST,
+    SOLVERS,
+    Step,
+    Stops,
+    Waiting,
+    borrowing_gpu,
+    friendly,
+    on_zero_gpu,
+    pixels_of,
+    watch,
+    with_solver,
+)
 from .demo_limits import Failed, Limits, choice, number, open_upload, stem, whole
 from .machine import accelerator_lost, without_team
 from .pipeline import PalettePipeline
@@ -108,10 +120,7 @@ def gpu_seconds(
     picture: canvas.Picture, task: str, seed: int, settings: Settings, job: int, options: dict[str, Any]
 ) -> float:
     """What is asked of ZeroGPU for one variation: a generous guess by steps and pixels, 10 to 120 seconds."""
-    height, width = picture.size
-    height += options.get("top", 0) + options.get("bottom", 0)
-    width += options.get("left", 0) + options.get("right", 0)
-    return min(120.0, 10 + settings.steps * height * width / 1e6)
+    return min(120.0, 10 + settings.steps * pixels_of(picture, options) / 1e6)
 
 
 class Handlers:

@@ -115,6 +115,14 @@ def with_solver(pipe: PalettePipeline, name: str | None) -> PalettePipeline:
     return own
 
 
+def pixels_of(picture: canvas.Picture, options: dict[str, Any]) -> int:
+    """Of the result: of an extended photo, more than it has."""
+    height, width = picture.size
+    height += options.get("top", 0) + options.get("bottom", 0)
+    width += options.get("left", 0) + options.get("right", 0)
+    return height * width
+
+
 def watch(
     pipe: PalettePipeline, picture: canvas.Picture, stop: Event, shared: SharedNetwork | None = None, **options: Any
 ) -> Iterator[Step | Waiting | Image.Image]:
@@ -129,9 +137,7 @@ def watch(
     news: SimpleQueue[Step | Waiting | Image.Image | BaseException] = SimpleQueue()
     gone = Event()  # nobody looks any more
     level, begun = 0, time.monotonic()
-    height, width = picture.size
-    height += options.get("top", 0) + options.get("bottom", 0)
-    width += options.get("left", 0) + options.get("right", 0)
+    pixels = pixels_of(picture, options)
 
     def tell(pipe: PalettePipeline, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict:
         nonlocal level, begun
@@ -146,11 +152,11 @@ def watch(
 
     def work() -> None:
         try:
-            if shared and height * width < LARGE:
+            if shared and pixels < LARGE:
                 without_team()  # nearly all is the network's, whose thread has one
             ended = lambda: stop.is_set() or gone.is_set()  # noqa: E731
             wait = lambda: news.put(Waiting())  # noqa: E731
-            with shared.job(pipe, height * width, ended, wait) if shared else nullcontext():
+            with shared.job(pipe, pixels, ended, wait) if shared else nullcontext():
                 done: Any = pipe(picture, callback_on_step_end=tell, **options)
             news.put(done.images[0])
         except BaseException as error:  # handed over to the one who waits

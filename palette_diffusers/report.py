@@ -263,7 +263,7 @@ def licences(settings: TrainSettings) -> str:
 
     texts = []
     for name in filter(None, (settings.init, settings.teacher)):
-        if _of_hub(name) and name not in SHIPPED:
+        if _of_hub(name):
             path = _licence_of_hub(name)
         else:
             path = SHIPPED.get(name, Path(name).expanduser()) / "LICENSE"

@@ -110,9 +110,10 @@ def keep_row(folder: Path, about: dict[str, Any]) -> None:
         ValueError: the same restorer, asked for otherwise.
     """
     path = folder / "about.json"
-    if path.is_file() and "weights" in about and "weights" not in json.loads(path.read_text()):
-        write_text(path, json.dumps(json.loads(path.read_text()) | {"weights": about["weights"]}, indent=2) + "\n")
-    if path.is_file() and json.loads(path.read_text()).get("content") != about.get("content"):
+    there = json.loads(path.read_text()) if path.is_file() else about
+    if "weights" in about and "weights" not in there:  # written before they were noted
+        write_text(path, json.dumps(there | {"weights": about["weights"]}, indent=2) + "\n")
+    if there.get("content") != about.get("content"):
         what = f"{folder.name} of {folder.parent.name}"
         print(f"{what} is not what it was: its figures are made anew (NAME=... keeps both)", file=sys.stderr)
         for batch in folder.glob("batch-*.safetensors"):
