@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from .convert_sr3 import sr3_layout
 from .files import new_folder, occupied
 from .pipeline import PalettePipeline
-from .scheduler import PaletteScheduler
+from .scheduler import PaletteScheduler, linear_gammas
 from .tasks import get_task
 from .unet import PaletteUNet2DModel
 
@@ -33,6 +34,8 @@ SHARED = (
     "flip_sin_to_cos", "freq_shift", "out_channels",
 )  # fmt: skip
 TASKS = ("colorization", "inpainting", "uncropping", "jpeg_restoration")
+USUAL = {"n_timestep": 2000, "linear_start": 1e-6, "linear_end": 0.01}  # of Janspiry's training
+USUAL_SAMPLING = {"n_timestep": 1000, "linear_start": 1e-4, "linear_end": 0.09}
 STOCK_DOWN = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
 
 
@@ -53,7 +56,8 @@ def convert(
         source: Janspiry's `N_Network.pth` (Palette) or `I..._gen.pth` (SR3), guided-diffusion's `.pt`, or a folder of
             diffusers' `UNet2DModel` (or of a pipeline that has one).
         output: a new folder.
-        config: Janspiry's JSON: its schedule, heads, norm groups, size and task are taken from there.
+        config: Janspiry's JSON: its schedules, heads, norm groups, size and task are taken from there. Without it, the
+            training schedule is the one whose levels the file holds; with it, the two must agree.
         head_channels: channels of an attention head, which a checkpoint doesn't tell; 32 (Janspiry) or 64 (ADM).
         new_attention_order: trained with `use_new_attention_order`; a checkpoint doesn't tell it either.
         image_size: pixels a side; 256 if nothing says it.
@@ -142,6 +146,45 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no configuration of Janspiry's: expected JSON with model.which_networks") from None
 
 
+def stored_schedule(state: State, settings: dict[str, Any]) -> dict[str, Any]:
+    """The linear schedule whose levels Janspiry's networks save beside their weights, {} if they have none.
+
+    Raises:
+        ValueError: another than linear, or one that the configuration doesn't have.
+    """
+    levels = state.get("gammas", state.get("alphas_cumprod"))
+    if levels is None:
+        return {}
+    gammas = levels.double().numpy()
+    for given in (*settings.get("beta_schedule", {}).values(), USUAL):
+        if _gives(given, gammas):
+            return given
+    if _gives(USUAL_SAMPLING, gammas):  # saved while it sampled
+        return USUAL
+    sure = gammas > 1e-30  # below, float32 has no ratio of two
+    betas = 1 - gammas[sure] / np.append(1.0, gammas[sure][:-1])
+    slope, start = np.polyfit(np.arange(len(betas)), betas, 1) if len(betas) > 1 else (0.0, np.nan)
+    ends = (float(f"{x:.3g}") for x in (start, start + slope * (len(gammas) - 1)))  # float32 knows no more
+    found = dict(zip(("n_timestep", "linear_start", "linear_end"), (len(gammas), *ends), strict=True))
+    if not _gives(found, gammas):
+        raise ValueError("the file's own noise levels are of no linear schedule: only that can be converted")
+    if settings.get("beta_schedule"):
+        raise ValueError(
+            f"the file's own noise levels are of {found}, the configuration says {settings['beta_schedule']}: "
+            "name the one that it was trained with"
+        )
+    return found
+
+
+def _gives(schedule: dict[str, Any], gammas: np.ndarray) -> bool:
+    """Whether a configuration's schedule has these levels (T,), to what float32 leaves of them."""
+    schedule = USUAL | schedule
+    start, end, steps = (schedule[name] for name in ("linear_start", "linear_end", "n_timestep"))
+    if steps != len(gammas) or not 0 < start <= end < 1:
+        return False
+    return np.allclose(linear_gammas(start, end, steps)[1:], gammas, rtol=0.01, atol=1e-6)
+
+
 def is_sr3(state: State) -> bool:
     """Whether it is of the SR3 repository, which tells its network sqrt(gamma); that of Palette keeps `gammas`."""
     return "sqrt_alphas_cumprod" in state
@@ -153,6 +196,7 @@ def is_sr3(state: State) -> bool:
 def from_janspiry(state: State, settings: dict[str, Any], head_channels: int, image_size: int | None) -> Converted:
     """Janspiry's Palette (either network) and SR3: gamma or its root is embedded, the source comes first."""
     embedded = "sqrt_gamma" if is_sr3(state) else "gamma"
+    stored = stored_schedule(state, settings)
     state = {name.removeprefix("denoise_fn."): value for name, value in state.items() if "denoise_fn." in name}
     options = settings.get("unet", {})
     if "noise_level_mlp.1.weight" in state:
@@ -171,18 +215,20 @@ def from_janspiry(state: State, settings: dict[str, Any], head_channels: int, im
         noise_embedding_scale=1.0,
     )  # fmt: skip
     betas = settings.get("beta_schedule", {})
-    train, test = betas.get("train", {}), betas.get("test", {})
+    train = USUAL | betas.get("train", stored)
+    # beside its usual schedule that repository samples by another; an unusual one is sampled by itself
+    usual = USUAL.items() <= train.items() and embedded == "gamma"
+    test = (USUAL_SAMPLING if usual else train) | betas.get("test", {})
     for part in (train, test):
         if part.get("schedule", "linear") != "linear":
             raise ValueError(f"the schedule is {part['schedule']!r}, only 'linear' can be converted")
-    default = (2000, 1e-6, 0.01) if embedded == "sqrt_gamma" else (1000, 1e-4, 0.09)
     scheduler = PaletteScheduler(
-        num_train_timesteps=train.get("n_timestep", 2000),
-        beta_start=train.get("linear_start", 1e-6),
-        beta_end=train.get("linear_end", 0.01),
-        sampling_timesteps=test.get("n_timestep", default[0]),
-        sampling_beta_start=test.get("linear_start", default[1]),
-        sampling_beta_end=test.get("linear_end", default[2]),
+        num_train_timesteps=train["n_timestep"],
+        beta_start=train["linear_start"],
+        beta_end=train["linear_end"],
+        sampling_timesteps=test["n_timestep"],
+        sampling_beta_start=test["linear_start"],
+        sampling_beta_end=test["linear_end"],
         sampling_variance="fixed_small",
     )
     return build(unet, weights), scheduler, scheduler.config.sampling_timesteps

@@ -34,12 +34,22 @@ def run(*arguments):
     return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
+def levels(state: dict, steps: int, start: float, end: float, schedule=np.linspace) -> dict:
+    """The state with the buffers of this schedule, as Janspiry's networks compute and save them."""
+    betas = schedule(start, end, steps, dtype=np.float64)
+    kept = {"gammas": np.cumprod(1 - betas)}
+    if "betas" in state:
+        kept = {"betas": betas, "alphas_cumprod": kept["gammas"]}
+    return state | {name: torch.tensor(value, dtype=torch.float32) for name, value in kept.items()}
+
+
 @pytest.fixture
 def janspiry(tmp_path):
     """A checkpoint as Janspiry's code saves it, with its average and its configuration beside."""
     recorded, output = original("janspiry")
-    state = fill(recorded["layout"])
-    torch.save({name: value * 0.5 for name, value in state.items()}, tmp_path / "10_Network.pth")
+    state = levels(fill(recorded["layout"]), 2000, 1e-6, 0.01)
+    half = {name: value * (1 if name == "gammas" else 0.5) for name, value in state.items()}
+    torch.save(half, tmp_path / "10_Network.pth")
     torch.save(state, tmp_path / "10_Network_ema.pth")
     network = {"args": recorded["arguments"]}
     settings = {"model": {"which_model": {"args": {"task": "inpainting"}}, "which_networks": [network]}}
@@ -79,7 +89,7 @@ def test_janspiry_without_average_or_configuration(janspiry):
 def test_sr3_networks(tmp_path, name):
     """Its own repository's, which is told sqrt(gamma), and that of Janspiry's Palette, which is told gamma."""
     recorded, expected = original(name)
-    torch.save(fill(recorded["layout"]), tmp_path / "I10_E1_gen.pth")
+    torch.save(levels(fill(recorded["layout"]), 2000, 1e-6, 0.01), tmp_path / "I10_E1_gen.pth")
     arguments = recorded["arguments"]
     if name == "sr3":
         betas = {"train": arguments["beta_schedule"], "val": arguments["beta_schedule"] | {"n_timestep": 100}}
@@ -95,6 +105,42 @@ def test_sr3_networks(tmp_path, name):
     steps, task = (100, "paired") if name == "sr3" else (1000, "colorization")
     assert pipe.config.default_steps == steps and pipe.config.tasks == [task] and pipe.unet.config.sample_size == 16
     assert pipe(x[:1].clamp(-1, 1), num_inference_steps=2, output_type="pt").images.shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize("name", ["janspiry", "sr3"])
+def test_the_schedule_of_the_file_is_taken(tmp_path, name):
+    """2000 steps to 0.01 were taken in silence for a file of another schedule without its configuration."""
+    state = fill(original(name)[0]["layout"])
+    keys = ("num_train_timesteps", "beta_start", "beta_end")
+    own = (1000, 1e-4, 0.02)
+    for i, (saved, trained, sampled) in enumerate((
+        (own, own, own),
+        ((50, 1.25e-3, 0.3), (50, 1.25e-3, 0.3), (50, 1.25e-3, 0.3)),
+        ((2000, 1e-6, 0.01), (2000, 1e-6, 0.01), (1000, 1e-4, 0.09) if name == "janspiry" else (2000, 1e-6, 0.01)),
+    )):  # fmt: skip
+        torch.save(levels(state, *saved), tmp_path / "file.pth")
+        convert(tmp_path / "file.pth", tmp_path / f"{i}", head_channels=16, image_size=16)
+        config = load(tmp_path / f"{i}").scheduler.config
+        assert [config[key] for key in keys] == pytest.approx(trained)
+        sampling = (config.sampling_timesteps, config.sampling_beta_start, config.sampling_beta_end)
+        assert sampling == pytest.approx(sampled)
+
+    def squared(start, end, steps, dtype):
+        return np.linspace(start**0.5, end**0.5, steps, dtype=dtype) ** 2
+
+    torch.save(levels(state, *own, schedule=squared), tmp_path / "file.pth")
+    done = run("convert", tmp_path / "file.pth", tmp_path / "out", "--head-channels", 16)
+    assert done.exit_code == 2 and "no linear schedule" in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_a_configuration_of_another_schedule_is_refused(janspiry):
+    folder, _ = janspiry
+    for name in ("10_Network", "10_Network_ema"):
+        state = torch.load(folder / f"{name}.pth", weights_only=True)
+        torch.save(levels(state, 1000, 1e-4, 0.02), folder / f"{name}.pth")
+    done = run("convert", folder / "10_Network.pth", folder / "out", "--config", folder / "config.json")
+    assert done.exit_code == 2 and "'linear_end': 0.02" in done.stderr and "0.09" in done.stderr, done.output
+    assert not (folder / "out").exists()
 
 
 def test_adm_of_one_class(tmp_path):
