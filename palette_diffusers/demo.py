@@ -44,7 +44,7 @@ from .demo_handlers import (
     write,
 )
 from .demo_jobs import SOLVERS, Step, Waiting, on_zero_gpu
-from .demo_limits import BodyLimit, Failed, Limits, choice, open_upload, whole
+from .demo_limits import SHOWN_BY_BROWSERS, BodyLimit, Failed, Limits, choice, open_upload, stem, whole
 from .machine import best_dtype, bound_arenas, bound_caches, chosen_device
 from .norms import lay_out
 from .pipeline import PalettePipeline
@@ -276,6 +276,10 @@ class Page:
             self._photo_again, self.photo, [self.photo, *about], preprocess=False, queue=False, show_progress="hidden",
             **private,
         )  # fmt: skip
+        self.photo.upload(
+            self._as_png, self.photo, self.photo, preprocess=False, show_progress="hidden", trigger_mode="multiple",
+            **private,
+        )  # fmt: skip
         self.aspect.input(self._aspect, [self.photo, self.aspect], sides, preprocess=False, queue=False, **private)
         gr.on([side.input for side in sides], lambda: OWN, None, self.aspect, queue=False, **private)
         gr.on(
@@ -318,6 +322,21 @@ class Page:
             return gr.skip(), *self._photo(payload)
         except Failed:
             return None, *self._photo(None)
+
+    def _as_png(self, payload: Any) -> Iterator[Any]:
+        """A photo that browsers show as a broken picture (HEIC, TIFF) => a PNG of its pixels, upright, and metadata."""
+        try:
+            if not payload or open_upload(payload, self.limits).format in SHOWN_BY_BROWSERS:
+                yield gr.skip()
+                return
+            with self.looking:
+                picture = self.handlers.photo(payload)
+                png = canvas.to_pil(picture.image, picture)
+            with scratch() as folder:
+                path = write(png, Path(folder) / f"{stem(payload)}.png")
+                yield path if Path(path).stat().st_size <= self.limits.max_bytes else gr.skip()
+        except Failed:  # `_photo` says why
+            yield gr.skip()
 
     def forget(self) -> None:
         """What was painted and never taken."""

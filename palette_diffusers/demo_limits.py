@@ -19,6 +19,7 @@ from . import canvas
 
 # the decoders that a stranger's file may reach
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "HEIF")
+SHOWN_BY_BROWSERS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "AVIF")
 
 
 class Failed(gr.Error):
