@@ -437,6 +437,10 @@ class Page:
         pairs: list[str] = []
         captions: list[str] = []
         begun, last = time.monotonic(), 0.0
+        if self.handlers.stops.busy(request.session_hash or ""):  # both would write the same results
+            gr.Warning("Your last task is still at work: wait for it, or press Stop first.")
+            yield {self.seed: gr.skip()}
+            return
         yield {
             self.status: _status("Starting ..."),
             self.stop: gr.update(visible=True),

@@ -70,8 +70,8 @@ class Stops:
             del self._jobs[number]
 
     def busy(self, session: str) -> bool:
-        """Whether a job of the session is at work."""
-        return any(whose == session for whose, _ in list(self._jobs.values()))
+        """Whether a job of the session is at work that nobody stopped."""
+        return any(whose == session and not event.is_set() for whose, event in list(self._jobs.values()))
 
     def event(self, number: int) -> Event:
         """What stops this job; another process knows none, and there it is never set."""

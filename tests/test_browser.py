@@ -148,6 +148,23 @@ def test_a_photo_that_browsers_cannot_show_is_seen(open_page, photo, tmp_path, k
     assert result.size == (photo.shape[1::-1] if kind == "heic" else photo.shape[:2])
 
 
+def test_a_second_task_waits_for_the_first(open_page, upload):
+    """Both wrote the same results."""
+    page = open_page()
+    choose(page, upload)
+    steps(page, 60)
+    page.get_by_role("button", name="Colorize", exact=True).click()
+    page.locator("#stop").wait_for()
+    page.wait_for_function("() => /step/i.test(document.querySelector('#status').innerText)")
+    page.get_by_role("tab", name="Restore").click()
+    page.get_by_role("button", name="Restore", exact=True).click()
+    page.get_by_text("still at work").wait_for()
+    page.wait_for_function("() => /^Done/.test(document.querySelector('#status').innerText.trim())")
+    assert download(page)[1].endswith("-colorization.png")
+    assert "Done" in run(page, "Restore")
+    assert download(page)[1].endswith("-jpeg_restoration.png")
+
+
 def test_a_mask_drawn_by_mouse_and_every_pixel_outside_it_kept(open_page, upload, photo):
     page = open_page()
     choose(page, upload)
