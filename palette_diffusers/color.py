@@ -75,14 +75,19 @@ def even_chroma(
     light: torch.Tensor,
     factor: float = 1.0,
     contrast: torch.Tensor | None = None,
+    own: torch.Tensor | None = None,
     rounds: int = 60,
 ) -> torch.Tensor:
     """An image (B, 3, H, W) => one of luma `light` (B, 1, H, W), its chroma evened out within regions of like luma, and
-    multiplied by a factor; what differs from the picture's mean chroma by `contrast`, (B, 1, 1, 1), as well."""
+    multiplied by a factor; what differs from the picture's mean chroma by `contrast`, (B, 1, 1, 1), as well. `own`,
+    (B, 1, H, W), is the share of a pixel's chroma that nobody gave; mean and contrast are of that part, since all else
+    would be pushed away from what was given."""
     color = chroma(image)[:, ::2]  # green follows from the others, as chroma has no luma
     color = fit_to_edges(EVENNESS * color, EVENNESS, light, LUMA_EDGE, rounds, color).mul_(factor)
     if contrast is not None:
-        color = torch.lerp(color.mean((-2, -1), keepdim=True), color, contrast.to(color))
+        contrast, own = contrast.to(color), torch.ones_like(light) if own is None else own.to(color)
+        mean = (color * own).sum((-2, -1), keepdim=True) / own.sum((-2, -1), keepdim=True).clamp_min(1e-6)
+        color = torch.lerp(mean, color, 1 + (contrast - 1) * own)
     red, blue = color.split(1, dim=1)
     green = (red * LUMA_WEIGHTS[0] + blue * LUMA_WEIGHTS[2]) / -LUMA_WEIGHTS[1]
     return with_luma(light, torch.cat([red, green, blue], 1))

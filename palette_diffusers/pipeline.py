@@ -433,7 +433,8 @@ class PalettePipeline(DiffusionPipeline):
             # Euler and Heun carry y / sqrt(gamma): what the network saw is not what they step from
             original = predicted_original(output, scaled, gamma, kind).clamp(-1, 1)
             if evened and gamma <= until.max():
-                even = even_chroma(original, luma(given.known), evened, contrast if gamma <= EVENED else None)
+                raised = contrast if gamma <= EVENED else None
+                even = even_chroma(original, luma(given.known), evened, raised, getattr(task, "own", None))
                 original = torch.where(gamma <= until, even, original)
             if task is not None:
                 del output  # of a large photograph, each of these counts
@@ -623,7 +624,9 @@ class PalettePipeline(DiffusionPipeline):
             None if h is None else h.spread(image, max(v.inner))
             for h, image, v in zip(strokes, images, views, strict=True)
         ]
-        told = Colorization(Spread.of_batch(spreads, views, number)) if any(spreads) else task
+        told = task
+        if any(spreads):
+            told = Colorization(Spread.of_batch(spreads, views, number), int(steps or self.config.default_steps))
         denoise = partial(
             self.denoise, generator=every, num_inference_steps=steps, callback=callback, task=told, strength=strength,
             eta=eta,

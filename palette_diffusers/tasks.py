@@ -132,13 +132,14 @@ class Task:
 
 class Colorization(Task):
     """Grayscale => colour. The photograph's own luma is kept, the model gives the chroma; with `hints` at its working
-    size, it is blended with theirs at every step."""
+    size, it is blended with theirs at each of so many steps."""
 
     name = "colorization"
     strategy = "chroma"
 
-    def __init__(self, hints: Spread | None = None):
-        self.hints = hints
+    def __init__(self, hints: Spread | None = None, steps: int = 1):
+        self.hints = None if hints is None else hints.of_step(steps)
+        self.own = None if hints is None else 1 - hints.share  # how much of a pixel's chroma is the model's
 
     def degrade(self, clean: torch.Tensor, generator: torch.Generator | None = None) -> Given:
         return self.prepare(clean)

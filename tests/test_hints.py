@@ -6,7 +6,9 @@ from typer.testing import CliRunner
 
 from palette_diffusers import canvas
 from palette_diffusers.cli import app
-from palette_diffusers.color import chroma, luma
+from palette_diffusers.color import chroma, even_chroma, luma
+from palette_diffusers.hints import Spread
+from palette_diffusers.tasks import Colorization
 
 
 def halves(height=96, width=128) -> np.ndarray:
@@ -56,6 +58,32 @@ def test_a_stroke_leaves_no_halo_beyond_a_line(pipe):
     change = red(held) - red(free)
     inside, beyond = change[40:200, 140:154].mean(), change[40:200, 166:180].abs().mean()
     assert inside > 30 and beyond < 0.15 * inside, (inside, beyond)
+
+
+def test_the_steps_together_take_the_share_of_a_stroke():
+    """Taken whole at every step, a share of 15% was three quarters after eight: one stroke tinted the photograph."""
+    share = torch.tensor([0.0, 0.15, 0.6, 1.0]).reshape(1, 1, 1, 4)
+    spread = Spread(chroma(torch.rand(1, 3, 1, 4)) * share, share)
+    free = chroma(torch.rand(1, 3, 1, 4))
+    held = free
+    for _ in range(8):
+        held = Colorization(spread, 8).hints.blend(held)
+    torch.testing.assert_close(held, spread.blend(free), atol=1e-5, rtol=0)
+
+
+def test_what_has_no_stroke_is_not_pushed_to_the_opposite_colour():
+    """A blue stroke over half of a gray picture turned the other half brown."""
+    color = torch.zeros(1, 3, 16, 32)
+    color[..., :16] = torch.tensor([-0.3, -0.1, 0.6]).reshape(3, 1, 1)
+    color = chroma(color)
+    own, light, contrast = torch.ones(1, 1, 16, 32), torch.zeros(1, 1, 16, 32), torch.full((1, 1, 1, 1), 2.0)
+    own[..., :16] = 0
+    light[..., :16] = 0.3  # an edge between them
+    image, free = (even_chroma(light + color, light, 1.0, contrast, part) for part in (own, None))
+    right = chroma(free)[..., 20:]
+    assert right[:, 0].mean() > 0.1 > -0.1 > right[:, 2].mean(), "it is the contrast that does it"
+    assert chroma(image)[..., 20:].abs().max() < 0.02
+    torch.testing.assert_close(chroma(image)[..., :12], color[..., :12], atol=0.02, rtol=0)
 
 
 def test_each_photograph_has_its_own_hints(pipe):
