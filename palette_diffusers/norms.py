@@ -15,7 +15,7 @@ LEAST = 1 << 16  # numbers an image, below which torch's own is as fast
 
 
 class _GroupNorm(torch.autograd.Function):
-    """Of (B, C, H, W), channels last. Sums are in float32, products in the input's precision."""
+    """Of (B, C, H, W), channels last. Sums are in float32 at least, products in the input's precision."""
 
     @staticmethod
     def forward(
@@ -34,9 +34,10 @@ class _GroupNorm(torch.autograd.Function):
         dy, flat = (t.permute(0, 2, 3, 1).flatten(1, 2) for t in (dy, x))  # (B, H*W, C)
 
         # sums over each channel, then over each group: (B, G, C/G), (B, G, 1)
-        of_product = (dy * flat).sum(1, dtype=torch.float32).unflatten(1, (groups, -1))
-        of_dy = dy.sum(1, dtype=torch.float32).unflatten(1, (groups, -1))
-        mean, rstd, scale = mean.float()[..., None], rstd.float()[..., None], weight.float().view(1, groups, -1)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        of_product = (dy * flat).sum(1, dtype=wide).unflatten(1, (groups, -1))
+        of_dy = dy.sum(1, dtype=wide).unflatten(1, (groups, -1))
+        mean, rstd, scale = mean.to(wide)[..., None], rstd.to(wide)[..., None], weight.to(wide).view(1, groups, -1)
         a, b = ((part * scale).sum(2, keepdim=True) for part in (of_product, of_dy))
 
         # dx = rstd weight dy - rstd^3 (a - b mean) (x - mean) / n - rstd b / n

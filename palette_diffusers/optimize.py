@@ -72,7 +72,34 @@ def optimize(pipe: Any, compile: bool = False, int8: bool = False, rounds: int =
     Three copies of the weights are in memory meanwhile; afterwards one, and with "winograd" four more of the 3x3
     convolutions' weights. `compile` also tries `torch.compile`, which takes minutes, and on CUDA its CUDA graphs
     (not run so far); `int8` also tries 8-bit weights in linear layers, alone and with 8-bit activations, by torchao.
+
+    Raises:
+        ValueError: the network is exported or offloaded.
     """
+    found = pipe.unet
+    _check_changeable(found)
+    modes = {name: module.training for name, module in found.named_modules()}
+    found.eval()  # dropout would be taken for a loss of precision
+    try:
+        return _optimized(pipe, compile, int8, rounds)
+    finally:
+        for network in (found, pipe.unet):
+            for name, module in network.named_modules():
+                module.training = modes.get(name, module.training)
+
+
+def _check_changeable(network: Any) -> None:
+    """Raises:
+    ValueError: a network that can't be changed, or whose weights come and go.
+    """
+    if getattr(network, "exported", False):
+        raise ValueError("the network is exported and can't be changed: optimize the pipeline it was exported from")
+    hooked = any(hasattr(module, "_hf_hook") for module in network.modules())
+    if hooked or any(weight.is_meta for weight in network.parameters()):
+        raise ValueError("the network is offloaded, or has a device_map: optimize before, or call remove_all_hooks()")
+
+
+def _optimized(pipe: Any, compile: bool, int8: bool, rounds: int) -> Optimized:
     found = pipe.unet
     size, device = found.config.sample_size, found.device
     given = _given(size, device)
@@ -99,8 +126,9 @@ def optimize(pipe: Any, compile: bool = False, int8: bool = False, rounds: int =
             candidate = way(copy.deepcopy(best))
             psnr = _psnr(_picture(pipe, candidate, given), reference)
             speedups = [before / after for before, after in _both([best, candidate], given, rounds)]
-        except (RuntimeError, ImportError) as error:  # no compiler, say
-            trials.append(Trial(name, False, failed=str(error).strip().splitlines()[0][:200]))
+        except (RuntimeError, ImportError, FloatingPointError) as error:  # no compiler, or an overflow, say
+            reason = str(error).strip() or type(error).__name__
+            trials.append(Trial(name, False, failed=reason.splitlines()[0][:200]))
             continue
         kept = worth(*speedups) and psnr >= ALIKE
         trials.append(Trial(name, kept, speedups[0], speedups[1], psnr))

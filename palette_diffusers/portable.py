@@ -16,6 +16,7 @@ from torch import nn
 
 from .pipeline import PalettePipeline
 from .scheduler import PaletteScheduler
+from .unet import check_inputs
 
 FILES = {"onnx": "network.onnx", "torch": "network.pt2"}
 MOST = 63  # pictures of an evaluation: diffusers' upsampling takes another path from 64 on, a program has one only
@@ -29,13 +30,13 @@ class PortableUNet(nn.Module):
         folder: with network.onnx or network.pt2, and config.json.
 
     Attributes:
-        file: the network's, in that folder.
+        file: the network's, in that folder. exported: that it can't be changed, for `optimize`.
 
     Raises:
         FileNotFoundError: none of them is there. ImportError: onnxruntime is missing.
     """
 
-    device, dtype = torch.device("cpu"), torch.float32
+    device, dtype, exported = torch.device("cpu"), torch.float32, True
 
     def __init__(self, folder: Path):
         super().__init__()
@@ -52,10 +53,14 @@ class PortableUNet(nn.Module):
     def forward(
         self, sample: torch.Tensor, noise_level: torch.Tensor | float, condition: torch.Tensor, return_dict: bool = True
     ) -> UNet2DOutput | tuple[torch.Tensor]:
-        """As `PaletteUNet2DModel`."""
-        gamma = torch.as_tensor(noise_level, dtype=torch.float32).expand(len(sample)).contiguous()
-        inputs = (sample.float().contiguous(), gamma, condition.float().contiguous())
-        out = torch.cat([self._run(*some) for some in zip(*(x.split(MOST) for x in inputs), strict=True)])
+        """As `PaletteUNet2DModel`; computed in float32."""
+        gamma = check_inputs(self, sample, noise_level, condition)
+        inputs = (sample.float().contiguous(), gamma.contiguous(), condition.float().contiguous())
+        if len(sample):
+            out = torch.cat([self._run(*some) for some in zip(*(x.split(MOST) for x in inputs), strict=True)])
+        else:
+            out = inputs[0].new_empty(0, self.config.out_channels, *sample.shape[2:])
+        out = out.to(sample.dtype)
         return UNet2DOutput(sample=out) if return_dict else (out,)
 
 

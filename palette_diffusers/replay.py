@@ -54,12 +54,15 @@ class Replay:
 
     def __call__(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Raises:
-        ValueError: a batch of other shapes than the first.
+        ValueError: a batch of other names or shapes than the first.
         """
         if not self._batch:
             self._batch = {name: value.clone() for name, value in batch.items()}
             self._replay, self._result = self._record(lambda: self._step(self._batch), self._clear)
             self._gradients = [p.grad for p in self._parameters]
+        if batch.keys() != self._batch.keys():
+            names, first_names = (", ".join(sorted(given)) for given in (batch, self._batch))
+            raise ValueError(f"the batch has {names}, expected {first_names} as in the first batch")
         for name, value in batch.items():
             if value.shape != self._batch[name].shape:
                 first = tuple(self._batch[name].shape)
@@ -73,7 +76,8 @@ class Replay:
 
 class ReplayedForward:
     """Calls of `predict` (tensors of a batch of B each, or one number for all => a tensor of B) by replaying. Batches
-    are filled up to a multiple of `rows`, and each of those sizes is recorded once, on the device of the first tensor.
+    are filled up to a multiple of `rows`, and what has the same shapes then is recorded once, on the device of the
+    first tensor.
 
     Args:
         predict: treats every row alike, leaves no gradients and waits for nothing.
@@ -82,16 +86,23 @@ class ReplayedForward:
 
     def __init__(self, predict: Callable[..., torch.Tensor], rows: int = 16, record: Callable[..., Any] = record):
         self._predict, self._rows, self._record = predict, rows, record
-        self._recorded: dict[int, tuple[list[torch.Tensor], Callable[[], None], torch.Tensor]] = {}
+        self._recorded: dict[tuple, tuple[list[torch.Tensor], Callable[[], None], torch.Tensor]] = {}
 
     def __call__(self, *given: torch.Tensor) -> torch.Tensor:
+        """Raises:
+        ValueError: tensors of batches that differ in size.
+        """
         count, device = len(given[0]), given[0].device
         size = -(-count // self._rows) * self._rows
         given = tuple(t if t.dim() else t.expand(count) for t in given)
-        if size not in self._recorded:
+        if any(len(t) != count for t in given):
+            shapes = ", ".join(str(tuple(t.shape)) for t in given)
+            raise ValueError(f"the tensors are {shapes}, expected batches of the same size, or one number for all")
+        key = size, *((t.shape[1:], t.dtype) for t in given)
+        if key not in self._recorded:
             kept = [t[:1].to(device).repeat_interleave(size, 0) for t in given]
-            self._recorded[size] = kept, *self._record(lambda: self._predict(*kept), lambda: None)
-        kept, replay, result = self._recorded[size]
+            self._recorded[key] = kept, *self._record(lambda: self._predict(*kept), lambda: None)
+        kept, replay, result = self._recorded[key]
         for mine, t in zip(kept, given, strict=True):
             mine[:count].copy_(t, non_blocking=True)
         replay()

@@ -5,7 +5,11 @@ gamma in (0, 1] the share of the signal's variance, so that y = sqrt(gamma) y0 +
 Images are (B, C, H, W), RGB, [-1, 1]; gamma is a float32 tensor (B,).
 """
 
-from collections.abc import Sequence
+import copy
+import inspect
+import math
+import numbers
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -26,6 +30,36 @@ OWN_SETTINGS = {
     "chroma_guidance", "chroma_contrast", "slow_noise",
 }  # fmt: skip
 VARIANCES = ("fixed_large", "fixed_small", "zero")
+TRAINING_SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "trained_betas")
+
+
+def is_number(value: Any, least: float = -math.inf, most: float = math.inf) -> bool:
+    """Whether it is a finite number in this range."""
+    return isinstance(value, numbers.Real) and math.isfinite(value) and least <= float(value) <= most
+
+
+NUMERIC_SETTINGS: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
+    # settings of `PaletteScheduler`, what is expected of them, and whether a value is that
+    (
+        ("num_train_timesteps", "sampling_timesteps"),
+        "a whole number of at least 1",
+        lambda x: isinstance(x, numbers.Integral) and is_number(x, 1),
+    ),
+    (
+        ("beta_start", "beta_end", "sampling_beta_start", "sampling_beta_end"),
+        "a number between 0 and 1",
+        lambda x: is_number(x) and 0 < x < 1,
+    ),
+    (("sampling_order",), "1 or 2", lambda x: x in (1, 2)),
+    (("logsnr_min", "logsnr_max"), "a finite number", is_number),
+    (("clip_sample_range",), "a number above 0", lambda x: is_number(x) and x > 0),
+    (("initial_noise",), "a number of at least 0", lambda x: is_number(x, 0)),
+    (("restart_noise", "border_noise"), "a number of at least 0, or None", lambda x: x is None or is_number(x, 0)),
+    (("slow_noise",), "0 (none) to 1 (all)", lambda x: is_number(x, 0, 1)),
+    (("source_eta",), "0 (no new noise) to 1 (ancestral)", lambda x: x is None or is_number(x, 0, 1)),
+    (("chroma_guidance",), "0 (none) or above", lambda x: is_number(x, 0)),
+    (("chroma_contrast",), "0 (one tint) or above", lambda x: is_number(x, 0)),
+)
 
 
 @dataclass
@@ -142,35 +176,75 @@ def calm(noise: torch.Tensor, kept: float, cycles: int) -> torch.Tensor:
     return noise - (1 - kept) * torch.fft.irfft2(slow, s=noise.shape[-2:])
 
 
+_exploding: dict[type, bool] = {}  # by class, as it takes a millisecond to find out
+
+
 def variance_exploding(scheduler: Any) -> bool:
-    """Whether a solver carries y / sqrt(gamma) instead of y, as Euler and Heun do."""
-    return float(scheduler.init_noise_sigma) > 1.5
+    """Whether a solver carries y / sqrt(gamma) instead of y, as Euler and Heun do: they scale what the network sees."""
+    if hasattr(scheduler, "gamma"):
+        return False
+    kind = type(scheduler)
+    if kind not in _exploding:
+        probe = copy.deepcopy(scheduler)
+        probe.set_timesteps(2)
+        _exploding[kind] = bool(probe.scale_model_input(torch.ones(1), probe.timesteps[0]) != 1)
+    return _exploding[kind]
 
 
-# solvers of diffusers that give wrong pictures here: the first two begin midway wrongly, others are for other networks
+# solvers of diffusers that give wrong pictures: the first two begin midway wrongly, others are for other networks
 UNFIT = (
     "PNDMScheduler", "LMSDiscreteScheduler", "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler",
     "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler",
+)  # fmt: skip
+# those that know no network that predicts y0
+WITHOUT_SAMPLE = (
+    "EulerAncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler",
+    "DPMSolverSDEScheduler",
 )  # fmt: skip
 
 
 def check_solver(scheduler: Any) -> None:
     """Raises:
-    ValueError: a solver among `UNFIT`, whose pictures would be wrong.
+    ValueError: a solver whose pictures would be wrong (`UNFIT`, or one from the picture to noise), that has no levels
+        or steps as the sampling loop takes them, or that doesn't know what the network predicts.
     """
-    name = type(scheduler).__name__
+    if callable(getattr(scheduler, "gamma", None)):
+        return
+    name, kind = type(scheduler).__name__, scheduler.config.get("prediction_type", "epsilon")
+    needed = ("alphas_cumprod", "init_noise_sigma", "timesteps", "step")
+    missing = [attribute for attribute in needed if getattr(scheduler, attribute, None) is None]
     if name in UNFIT:
-        raise ValueError(
-            f"{name} doesn't fit these networks, expected PaletteScheduler, UniPCMultistepScheduler, "
-            "DPMSolverMultistepScheduler, DDIMScheduler, EulerDiscreteScheduler or another one in sigmas or alphas"
-        )
+        reason = "its pictures would be wrong"
+    elif missing:
+        reason = f"it has no {', '.join(missing)}"
+    elif more := _required(scheduler.step) - {"model_output", "timestep", "sample"}:
+        reason = f"its steps need {', '.join(sorted(more))}"
+    elif scheduler.timesteps[0] < scheduler.timesteps[-1]:
+        reason = "it goes from the picture to noise"
+    elif scheduler.config.get("use_flow_sigmas"):
+        reason = "use_flow_sigmas is on"
+    elif kind not in PREDICTION_TYPES or (kind == "sample" and name in WITHOUT_SAMPLE):
+        reason = f"not with prediction_type {kind!r}"
+    else:
+        return
+    raise ValueError(
+        f"{name} doesn't fit these networks ({reason}), expected PaletteScheduler, UniPCMultistepScheduler, "
+        "DPMSolverMultistepScheduler, DDIMScheduler, EulerDiscreteScheduler or another one in sigmas or alphas"
+    )
+
+
+def _required(function: Callable[..., Any]) -> set[str]:
+    """The names of the arguments that have no default."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name for p in parameters if p.kind in named and p.default is p.empty}
 
 
 def noise_level(scheduler: Any, timestep: torch.Tensor | float) -> torch.Tensor:
     """gamma at a timestep of any diffusers scheduler: a float32 scalar tensor.
 
     Solvers with integer timesteps (DDIM, DPM-Solver, UniPC) index `alphas_cumprod`; those in sigmas (Euler,
-    Heun) have gamma = 1 / (1 + sigma^2).
+    Heun) have gamma = 1 / (1 + sigma^2), where KDPM2's second evaluations lie between two of its sigmas.
     """
     if hasattr(scheduler, "gamma"):  # not by class: a published repository carries its own copy
         return scheduler.gamma(timestep)
@@ -178,9 +252,49 @@ def noise_level(scheduler: Any, timestep: torch.Tensor | float) -> torch.Tensor:
         index = scheduler.step_index
         if index is None:
             index = scheduler.index_for_timestep(timestep)
+        elif _between(scheduler):
+            # each class keeps that sigma elsewhere
+            one = torch.ones((), dtype=torch.float64)
+            return scheduler.scale_model_input(one, timestep).square().float().cpu()
         return 1 / (1 + scheduler.sigmas[index].float().cpu() ** 2)
     index = int(round(float(timestep)))
     return scheduler.alphas_cumprod[index].float().cpu()
+
+
+def _between(scheduler: Any) -> bool:
+    """Whether the evaluation that comes is at a level between two sigmas."""
+    has_such = hasattr(scheduler, "sigmas_interpol") or hasattr(scheduler, "mid_point_sigma")
+    return has_such and not scheduler.state_in_first_order
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """Raises:
+    ValueError: one of `PaletteScheduler`'s settings is an unknown name or no such number, or two contradict.
+    """
+    for name, known in (
+        ("beta_schedule", ("linear",)),
+        ("prediction_type", PREDICTION_TYPES),
+        ("sampling_spacing", SPACINGS),
+        ("sampling_variance", VARIANCES),
+    ):
+        if settings[name] not in known:
+            raise ValueError(f"{name} is {settings[name]!r}, expected one of {', '.join(known)}")
+    for names, expected, fits in NUMERIC_SETTINGS:
+        for name in names:
+            if not fits(settings[name]):
+                raise ValueError(f"{name} is {settings[name]!r}, expected {expected}")
+    for low, high in (("beta_start", "beta_end"), ("sampling_beta_start", "sampling_beta_end")):
+        if settings[low] > settings[high]:
+            raise ValueError(f"{low} is {settings[low]}, expected at most {high}, {settings[high]}")
+    if settings["logsnr_min"] >= settings["logsnr_max"]:
+        raise ValueError(f"logsnr_min is {settings['logsnr_min']}, expected below logsnr_max, {settings['logsnr_max']}")
+    betas, steps = settings["trained_betas"], settings["num_train_timesteps"]
+    if betas is not None:
+        if len(betas) != steps:
+            raise ValueError(f"trained_betas has {len(betas)} numbers, expected num_train_timesteps, {steps}")
+        for beta in betas:
+            if not (is_number(beta) and 0 < beta < 1):
+                raise ValueError(f"trained_betas has {beta!r}, expected numbers between 0 and 1")
 
 
 class PaletteScheduler(SchedulerMixin, ConfigMixin):
@@ -230,7 +344,7 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
             solver built from this configuration: steps from the noisiest level on, and y0 clamped to [-1, 1].
 
     Raises:
-        ValueError: an unknown name among the above.
+        ValueError: an unknown name or an impossible number among the above.
 
     Source: Saharia et al. 2022, section 3 and appendix; SR3 (Saharia et al. 2021) for the piecewise levels.
 
@@ -274,42 +388,51 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
         dynamic_thresholding_ratio: float = 1.0,
         sample_max_value: float = 1.0,
     ):
-        for name, value, known in (
-            ("beta_schedule", beta_schedule, ("linear",)),
-            ("prediction_type", prediction_type, PREDICTION_TYPES),
-            ("sampling_spacing", sampling_spacing, SPACINGS),
-            ("sampling_variance", sampling_variance, VARIANCES),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
-        if sampling_order not in (1, 2):
-            raise ValueError(f"sampling_order is {sampling_order}, expected 1 or 2")
-        if not chroma_guidance >= 0:
-            raise ValueError(f"chroma_guidance is {chroma_guidance}, expected 0 (none) or above")
-        if not chroma_contrast >= 0:
-            raise ValueError(f"chroma_contrast is {chroma_contrast}, expected 0 (one tint) or above")
-        if source_eta is not None and not 0 <= source_eta <= 1:
-            raise ValueError(f"source_eta is {source_eta}, expected 0 (no new noise) to 1 (ancestral)")
-        if not 0 <= slow_noise <= 1:
-            raise ValueError(f"slow_noise is {slow_noise}, expected 0 (none) to 1 (all)")
         # the library drops defaulted values when another class is built from a configuration, and that solver
         # would then get the library's own betas in silence: only what no solver of it knows counts as defaulted
         defaulted = self.config.get("_use_default_values")
         if defaulted is not None:
             self.register_to_config(_use_default_values=sorted(set(defaulted) & OWN_SETTINGS))
-        # as the library's solvers do it, in float32, so that a swapped solver agrees to the bit
-        if trained_betas is None:
-            self.betas = torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float32)
-            self.training_gammas = linear_gammas(beta_start, beta_end, num_train_timesteps)
-        else:
-            self.betas = torch.tensor(trained_betas, dtype=torch.float32)
-            self.training_gammas = np.concatenate([[1.0], np.cumprod(1.0 - np.asarray(trained_betas, np.float64))])
-        self.alphas_cumprod = torch.cumprod(1.0 - self.betas, dim=0)
-        self.init_noise_sigma = initial_noise
         self.num_inference_steps: int | None = None
-        self._gammas = self.training_gammas
         self._before: tuple[int, torch.Tensor] | None = None  # the last step, and the y0 that it predicted
-        self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
+        self._set_training_schedule()
+
+    def _set_training_schedule(self) -> None:
+        config = self.config
+        steps = config.num_train_timesteps
+        # as the library's solvers do it, in float32, so that a swapped solver agrees to the bit
+        if config.trained_betas is None:
+            self.betas = torch.linspace(config.beta_start, config.beta_end, steps, dtype=torch.float32)
+            self.training_gammas = linear_gammas(config.beta_start, config.beta_end, steps)
+        else:
+            betas = np.asarray(config.trained_betas, np.float64)
+            self.betas = torch.from_numpy(betas).float()
+            self.training_gammas = np.concatenate([[1.0], np.cumprod(1.0 - betas)])
+        self.alphas_cumprod = torch.cumprod(1.0 - self.betas, dim=0)
+        if self.num_inference_steps is None:
+            self._gammas = self.training_gammas
+            self.timesteps = torch.arange(steps - 1, -1, -1)
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """Factor on the noise that sampling starts from: `initial_noise`."""
+        return self.config.initial_noise
+
+    def register_to_config(self, **settings: Any) -> None:
+        """As usual: changes settings, those of sampling from the next `set_timesteps` on. A solver that is built from
+        the configuration has them, too.
+
+        Raises:
+            ValueError: an unknown name or an impossible number; nothing has changed then.
+        """
+        merged = {**self.__dict__.get("_internal_dict", {}), **settings}
+        _check_settings(merged)
+        if "_use_default_values" in merged and "_use_default_values" not in settings:
+            defaulted = [name for name in merged["_use_default_values"] if name not in settings]
+            settings["_use_default_values"] = defaulted
+        super().register_to_config(**settings)
+        if hasattr(self, "betas") and not settings.keys().isdisjoint(TRAINING_SCHEDULE):
+            self._set_training_schedule()
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
@@ -343,8 +466,8 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
         >>> scheduler.timesteps
         tensor([2, 1, 0])
         """
-        if int(num_inference_steps) != num_inference_steps or num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps is {num_inference_steps}, expected a whole number of at least 1")
+        if not is_number(num_inference_steps, 1) or int(num_inference_steps) != num_inference_steps:
+            raise ValueError(f"num_inference_steps is {num_inference_steps!r}, expected a whole number of at least 1")
         steps, config = int(num_inference_steps), self.config
         if config.sampling_spacing == "paper":
             table = linear_gammas(config.sampling_beta_start, config.sampling_beta_end, config.sampling_timesteps)

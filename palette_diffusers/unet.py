@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from .scheduler import condition_velocity, timestep_of
+from .scheduler import condition_velocity, is_number, timestep_of
 
 NOISE_EMBEDDINGS = ("logsnr", "gamma", "sqrt_gamma", "timestep")
 
@@ -85,6 +85,45 @@ class _OneByOne(dict[str, torch.Tensor]):
 
     def items(self) -> Iterator[tuple[str, torch.Tensor]]:  # type: ignore[override]
         return ((name, self[name]) for name in self)
+
+
+def _are_betas(values: Any) -> bool:
+    """Whether this is a first beta, a last beta and a number of steps."""
+    three = isinstance(values, (list, tuple)) and len(values) == 3 and all(is_number(value) for value in values)
+    return three and all(0 < beta < 1 for beta in values[:2]) and values[2] >= 2 and int(values[2]) == values[2]
+
+
+def check_inputs(
+    network: Any, sample: torch.Tensor, noise_level: torch.Tensor | float, condition: torch.Tensor
+) -> torch.Tensor:
+    """Arguments of a network's `forward` => gamma, float32 (B,). Numbers in tensors are not looked at: a GPU would have
+    to be waited for.
+
+    Raises:
+        ValueError: shapes that disagree or that are not the network's, a number outside (0, 1].
+    """
+    config, multiple = network.config, network.size_multiple
+    extra = 1 if config.hole_skip else 0
+    for name, tensor, channels in (
+        ("sample", sample, config.in_channels), ("condition", condition, config.condition_channels + extra),
+    ):  # fmt: skip
+        if tensor.dim() != 4 or tensor.shape[1] != channels:
+            raise ValueError(f"{name} is {tuple(tensor.shape)}, expected (B, {channels}, H, W)")
+    if sample.shape[0] != condition.shape[0] or sample.shape[2:] != condition.shape[2:]:
+        raise ValueError(
+            f"sample is {tuple(sample.shape)}, condition {tuple(condition.shape)}: "
+            "batch, height and width must be the same"
+        )
+    if sample.shape[2] % multiple or sample.shape[3] % multiple:
+        raise ValueError(f"sample is {sample.shape[3]}x{sample.shape[2]}, expected multiples of {multiple} pixels")
+    if isinstance(noise_level, (int, float)) and not 0 < noise_level <= 1:
+        raise ValueError(f"noise_level is {noise_level}, expected above 0 and at most 1")
+    gamma = torch.as_tensor(noise_level, dtype=torch.float32, device=sample.device)
+    if gamma.dim() > 1 or (gamma.dim() == 1 and gamma.shape[0] != sample.shape[0] and gamma.shape[0] != 1):
+        raise ValueError(
+            f"noise_level is {tuple(gamma.shape)}, expected one number or ({sample.shape[0]},), one for each picture"
+        )
+    return gamma.expand(sample.shape[0])
 
 
 class PaletteUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
@@ -169,6 +208,18 @@ class PaletteUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
         levels = len(block_out_channels)
         if hole_skip and not condition_skip:
             raise ValueError(f"hole_skip is {hole_skip}, but condition_skip 0: expected both, or none")
+        if condition_skip and (out_channels != in_channels or condition_channels not in (1, out_channels)):
+            raise ValueError(
+                f"in_channels is {in_channels}, condition_channels {condition_channels} and out_channels "
+                f"{out_channels}: they must be the same with condition_skip"
+            )
+        if not isinstance(patch_size, int) or patch_size < 1:
+            raise ValueError(f"patch_size is {patch_size!r}, expected a whole number of at least 1")
+        if not _are_betas(timestep_betas):
+            raise ValueError(
+                f"timestep_betas is {timestep_betas!r}, expected three numbers: first and last beta, between 0 and 1, "
+                "and steps, at least 2"
+            )
         if len(down_block_types) != levels or len(up_block_types) != levels:
             raise ValueError(
                 f"block_out_channels has {levels} levels, down_block_types {len(down_block_types)} and "
@@ -358,19 +409,10 @@ class PaletteUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
             condition: the source image x, (B, C, H, W) of the same height and width; C + 1 with `hole_skip`.
 
         Raises:
-            ValueError: sizes that disagree, or that are no multiple of `size_multiple`.
+            ValueError: shapes that disagree or that are not the network's, sizes that are no multiple of
+                `size_multiple`, a number outside (0, 1].
         """
-        if sample.shape[0] != condition.shape[0] or sample.shape[2:] != condition.shape[2:]:
-            raise ValueError(
-                f"sample is {tuple(sample.shape)}, condition {tuple(condition.shape)}: "
-                "batch, height and width must be the same"
-            )
-        if sample.shape[2] % self.size_multiple or sample.shape[3] % self.size_multiple:
-            raise ValueError(
-                f"sample is {sample.shape[3]}x{sample.shape[2]}, expected multiples of {self.size_multiple} pixels"
-            )
-
-        gamma = torch.as_tensor(noise_level, dtype=torch.float32, device=sample.device).expand(sample.shape[0])
+        gamma = check_inputs(self, sample, noise_level, condition)
         hidden, skips, temb = self.encode(sample, gamma, condition)
 
         # decoder

@@ -8,6 +8,8 @@ between those of float32 and TF32.
 Source: Lavin & Gray 2016, "Fast Algorithms for Convolutional Neural Networks", section 4.3.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -37,6 +39,15 @@ def transform_filter(weight: torch.Tensor) -> torch.Tensor:
     """(K, C, 3, 3) => (36, C, K), float32; computed in float64."""
     g = torch.tensor(G, dtype=torch.float64)
     return torch.einsum("ai,kcij,bj->abck", g, weight.double(), g).reshape(36, *weight.shape[1::-1]).float()
+
+
+def sampled(weight: torch.Tensor) -> torch.Tensor:
+    """(K, C, 3, 3) => about 9 C of its numbers, evenly spaced in memory: among them one of every filter, and one of
+    every input channel at each of the nine places."""
+    outputs, period = weight.shape[0], weight[0].numel()
+    step = next(n for n in range(outputs, 0, -1) if math.gcd(n, period) == 1)
+    flat = weight if weight.is_contiguous() else weight.permute(0, 2, 3, 1)
+    return flat.detach().reshape(-1)[::step]
 
 
 def winograd_conv2d(image: torch.Tensor, transformed: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -96,12 +107,12 @@ class WinogradConv2d(nn.Conv2d):
         return winograd_conv2d(input, self._filter(weight), bias)
 
     def _filter(self, weight: torch.Tensor) -> torch.Tensor:
-        """A merged adapter and a moving average are written through `.data`, which no version tells: they change
-        every filter, so that one channel's are compared."""
-        key = weight.data_ptr(), 0 if weight.is_inference() else weight._version
+        """A merged adapter and a moving average are written through `.data`, which no version tells: some numbers of
+        every filter and of every input channel are compared."""
+        key, some = (weight.data_ptr(), 0 if weight.is_inference() else weight._version), sampled(weight)
         kept = self._transformed
-        if kept is None or kept[0] != key or not torch.equal(kept[1], weight[:, 0]):
-            kept = self._transformed = key, weight[:, 0].detach().clone(), transform_filter(weight.detach())
+        if kept is None or kept[0] != key or not torch.equal(kept[1], some):
+            kept = self._transformed = key, some.clone(), transform_filter(weight.detach())
         return kept[2]
 
     def _pays(self, input: torch.Tensor, weight: torch.Tensor) -> bool:

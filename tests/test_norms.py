@@ -8,10 +8,12 @@ from palette_diffusers import norms
 from palette_diffusers.norms import ChannelsLastGroupNorm, use_channels_last_norms
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 6e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.float64, 1e-13), (torch.float32, 1e-5), (torch.bfloat16, 6e-3)]
+)
 @pytest.mark.parametrize("shape", [(2, 64, 32, 32), (3, 32, 64, 40)])
 def test_gradients_are_those_of_float64(shape, dtype, limit, monkeypatch):
-    norm = nn.GroupNorm(8, shape[1])
+    norm = nn.GroupNorm(8, shape[1], dtype=torch.promote_types(dtype, torch.float32))
     nn.init.uniform_(norm.weight, 0.5, 1.5), nn.init.normal_(norm.bias)
     exact = copy.deepcopy(norm).double()
     use_channels_last_norms(norm)

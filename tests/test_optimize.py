@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from conftest import toy_unet
 from torch._inductor import config
 
 from palette_diffusers import winograd
@@ -52,6 +53,35 @@ def test_a_way_that_changes_the_pictures_is_left_out(pipe, monkeypatch):
     monkeypatch.setattr("palette_diffusers.optimize.ALIKE", 200.0)
     half, *_ = optimize(pipe, rounds=1).trials
     assert not half.kept and half.psnr < 200 and pipe.unet.dtype == torch.float32
+
+
+def test_a_precision_that_overflows_is_not_possible_here(pipe, monkeypatch):
+    monkeypatch.setattr("palette_diffusers.optimize.best_dtype", lambda device: torch.float16)
+    with torch.no_grad():
+        pipe.unet.conv_in.weight.mul_(3e5)
+    half, *_ = optimize(pipe, rounds=1).trials
+    assert half.name == "float16" and not half.kept and "not possible here (the sample is not finite" in str(half)
+    assert pipe.unet.dtype == torch.float32
+
+
+def test_dropout_is_not_taken_for_a_loss(pipe, monkeypatch):
+    """And the modes are afterwards as they were."""
+    monkeypatch.setattr("palette_diffusers.optimize.GAIN", 0.0)
+    monkeypatch.setattr("palette_diffusers.optimize._seconds", lambda networks, *rest: [1.0] * len(networks))
+    monkeypatch.setattr("palette_diffusers.optimize.best_dtype", lambda device: torch.float32)
+    found = pipe.unet = toy_unet(dropout=0.5).train()
+    found.mid_block.eval()
+    modes = [module.training for module in found.modules()]
+    layout, *_ = optimize(pipe, rounds=1).trials
+    assert layout.kept and layout.psnr > 60 and pipe.unet is not found
+    for network in (found, pipe.unet):
+        assert [module.training for module in network.modules()] == modes
+
+
+def test_a_network_whose_weights_come_and_go_is_refused(pipe):
+    pipe.enable_sequential_cpu_offload(device="cpu")
+    with pytest.raises(ValueError, match="the network is offloaded"):
+        pipe.optimize()
 
 
 def test_wide_convolutions_take_winograds_way(pipe, monkeypatch):

@@ -23,6 +23,26 @@ def test_the_same_pictures(kind, photo, tmp_path, seeded):
     for extra in ({"task": "colorization", "num_images_per_input": 2}, {"task": "uncropping", "right": 0.2}):
         a, b = (p(photo, generator=seeded(), output_type="pt", **extra).images for p in (pipe, loaded))
         assert (a - b).abs().max() < 0.02, extra
+    with pytest.raises(ValueError, match="the network is exported and can't be changed"):
+        loaded.optimize()
+    same_interface(unet, loaded.unet)
+
+
+def same_interface(unet, exported):
+    """Dtype, no pictures, and what is refused."""
+    sample, gamma, condition = inputs_for(unet, 2, 32, 36)
+    assert exported(sample.double(), 0.5, condition).sample.dtype == torch.float64
+    assert exported(sample[:0], 0.5, condition[:0]).sample.shape == (0, 3, 32, 36)
+    for wrong in (
+        (sample[..., :34], gamma, condition[..., :34]), (sample, gamma, condition[:1]), (sample, 0.0, condition),
+        (sample[:, :2], gamma, condition), (sample, torch.ones(3), condition),
+    ):  # fmt: skip
+        messages = []
+        for network in (unet, exported):
+            with pytest.raises(ValueError) as error:
+                network(*wrong)
+            messages.append(str(error.value))
+        assert messages[0] == messages[1]
 
 
 def test_what_is_refused(pipe, tmp_path):

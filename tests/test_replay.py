@@ -64,6 +64,9 @@ def test_a_batch_of_another_shape_is_an_error():
     assert replayed({"x": torch.ones(2, 3)}).item() == 6
     with pytest.raises(ValueError, match=r"x is \(1, 3\), expected \(2, 3\) as in the first batch"):
         replayed({"x": torch.ones(1, 3)})
+    for batch, names in (({"x": torch.ones(2, 3), "z": torch.ones(1)}, "x, z"), ({}, "")):
+        with pytest.raises(ValueError, match=f"the batch has {names}, expected x as in the first batch"):
+            replayed(batch)
 
 
 def record_forward(compute, clear):
@@ -90,6 +93,22 @@ def test_a_replayed_forward_pass_fills_batches_up():
     each = torch.rand(5)
     assert torch.equal(replayed(batches[2], each), batches[2] * each[:, None])
     assert shapes == {(4, 4), (8, 8)} and len(made) == 2
+
+
+def test_other_shapes_are_recorded_apart():
+    made = []
+
+    def record(compute, clear):
+        made.append(compute)
+        return record_forward(compute, clear)
+
+    replayed = ReplayedForward(lambda x, level: x * level[:, None, None], rows=4, record=record)
+    for shape in ((2, 3, 4), (2, 1, 4), (2, 3, 8), (3, 3, 4)):
+        x = torch.randn(shape)
+        assert torch.equal(replayed(x, torch.tensor(2.0)), 2 * x)
+    assert len(made) == 3
+    with pytest.raises(ValueError, match=r"the tensors are \(3, 3, 4\), \(1,\), expected batches of the same size"):
+        replayed(x, torch.ones(1))
 
 
 def test_what_is_replayed_lies_where_the_first_tensor_does():

@@ -9,7 +9,9 @@ from palette_diffusers import PaletteScheduler
 from palette_diffusers.color import chroma, luma
 from palette_diffusers.scheduler import (
     UNFIT,
+    WITHOUT_SAMPLE,
     calm,
+    check_solver,
     condition_velocity,
     diffuse,
     linear_gammas,
@@ -18,7 +20,9 @@ from palette_diffusers.scheduler import (
     predicted_original,
     timestep_of,
     training_target,
+    variance_exploding,
 )
+from palette_diffusers.speed import build
 from palette_diffusers.tasks import get_task
 
 SOLVERS = {
@@ -176,10 +180,50 @@ def test_unknown_names_are_refused(options):
         PaletteScheduler(**options)
 
 
-@pytest.mark.parametrize("steps", [0, -1, 2.5])
+@pytest.mark.parametrize("steps", [0, -1, 2.5, math.inf, math.nan, "4", None])
 def test_bad_steps_are_refused(steps):
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match=f"num_inference_steps is {steps!r}, expected a whole number of at least 1"):
         PaletteScheduler().set_timesteps(steps)
+
+
+WRONG = [
+    *[{name: value} for name in ("num_train_timesteps", "sampling_timesteps") for value in (0, 2.5, "8", None)],
+    *[{name: value} for name in ("beta_start", "sampling_beta_end") for value in (0.0, 1.5, math.nan, "0.1")],
+    *[{name: value} for name in ("initial_noise", "restart_noise", "border_noise") for value in (-1, math.nan, "1")],
+    *[{name: math.inf} for name in ("initial_noise", "restart_noise", "border_noise", "logsnr_max", "chroma_contrast")],
+    *[{name: math.nan} for name in ("logsnr_min", "slow_noise", "source_eta", "chroma_guidance", "clip_sample_range")],
+    {"initial_noise": None}, {"clip_sample_range": 0.0}, {"sampling_order": 3},
+    {"beta_start": 0.02}, {"sampling_beta_end": 1e-5}, {"logsnr_min": 5.0, "logsnr_max": 5.0},
+    {"num_train_timesteps": 3, "trained_betas": [0.1, 0.2]}, {"num_train_timesteps": 2, "trained_betas": [0.1, 1.0]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", WRONG, ids=str)
+def test_impossible_numbers_are_refused_and_change_nothing(settings):
+    name = list(settings)[-1] if "trained_betas" in settings else next(iter(settings))
+    name = "sampling_beta_start" if settings == {"sampling_beta_end": 1e-5} else name
+    with pytest.raises(ValueError, match=rf"^{name} (is|has) .*, expected "):
+        PaletteScheduler(**settings)
+    scheduler = PaletteScheduler()
+    before = dict(scheduler.config)
+    with pytest.raises(ValueError, match=rf"^{name} (is|has) .*, expected "):
+        scheduler.register_to_config(**settings)
+    assert dict(scheduler.config) == before
+
+
+def test_settings_that_are_registered_hold():
+    """Here and in a solver that is built from them, though they were defaults before."""
+    scheduler = PaletteScheduler()
+    scheduler.register_to_config(initial_noise=0.5, slow_noise=0.25, num_train_timesteps=1000, beta_end=0.02)
+    assert scheduler.init_noise_sigma == 0.5 and len(scheduler) == len(scheduler.timesteps) == 1000
+    for kind in (diffusers.DDIMScheduler, PaletteScheduler):
+        other = kind.from_config(scheduler.config)
+        assert (other.config["slow_noise"], other.config["initial_noise"]) == (0.25, 0.5)
+        assert torch.equal(other.alphas_cumprod, scheduler.alphas_cumprod) and len(other.betas) == 1000
+    torch.testing.assert_close(scheduler.gamma(999), scheduler.alphas_cumprod[-1])
+    scheduler.set_timesteps(3)
+    scheduler.register_to_config(num_train_timesteps=500)
+    assert len(scheduler.timesteps) == 3 and len(scheduler.betas) == 500
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
@@ -252,6 +296,51 @@ def test_the_level_of_our_own_schedule_and_of_a_copy_of_it():
     for t in range(7):
         assert noise_level(scheduler, t) == scheduler.gamma(t) and noise_level(scheduler, t).dtype == torch.float32
     assert len({noise_level(scheduler, t).item() for t in range(7)}) == 7
+
+
+IN_SIGMAS = (
+    "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler", "DPMSolverSDEScheduler",
+)  # fmt: skip
+IN_ALPHAS = (
+    "DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler", "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler", "SASolverScheduler",
+    "LCMScheduler", "TCDScheduler", "CogVideoXDDIMScheduler",
+)  # fmt: skip
+
+
+def built(name, *changes, **settings):
+    if name == "DPMSolverSDEScheduler":
+        pytest.importorskip("torchsde")
+    return build(getattr(diffusers, name), PaletteScheduler(**settings).config, **dict(changes))
+
+
+@pytest.mark.parametrize("name", IN_SIGMAS + IN_ALPHAS)
+def test_the_level_told_is_that_of_the_scaled_input(name):
+    """Second evaluations of KDPM2 lie between two sigmas."""
+    scheduler = built(name, num_train_timesteps=200)
+    scheduler.set_timesteps(5)
+    y = torch.ones(1, 3, 2, 2)
+    for t in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(y, t)
+        if name in IN_SIGMAS:
+            assert noise_level(scheduler, t).item() == pytest.approx(scaled.square().mean().item(), rel=1e-6)
+            assert noise_level(scheduler, t).dtype == torch.float32
+        else:
+            assert scaled is y
+        scheduler.step(torch.zeros_like(y), t, y)
+
+
+@pytest.mark.parametrize("name", IN_SIGMAS + IN_ALPHAS)
+def test_what_a_solver_carries_does_not_depend_on_its_noise(name):
+    """In mild schedules, and in a single step near the picture, Euler's first sigma is below 1."""
+    for changes in ((), [("timestep_spacing", "leading")]):
+        scheduler = built(name, *changes, num_train_timesteps=50, beta_start=1e-4, beta_end=0.02)
+        scheduler.set_timesteps(1)
+        assert float(scheduler.init_noise_sigma) < 1.5 and len(scheduler.timesteps) == 1
+        assert variance_exploding(scheduler) == (name in IN_SIGMAS)
+        assert len(scheduler.timesteps) == 1
+    assert not variance_exploding(PaletteScheduler(initial_noise=2.0))
 
 
 @pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "HeunDiscreteScheduler"])
@@ -394,11 +483,39 @@ def test_slow_noise_is_a_share():
             PaletteScheduler(slow_noise=wrong)
 
 
-@pytest.mark.parametrize("name", UNFIT)
+REFUSED = {
+    **dict.fromkeys(UNFIT, "wrong"),
+    **dict.fromkeys(("CMStochasticIterativeScheduler", "IPNDMScheduler", "SCMScheduler"), "no alphas_cumprod"),
+    **dict.fromkeys(("DDPMWuerstchenScheduler", "KarrasVeScheduler"), "no alphas_cumprod, timesteps"),
+    **dict.fromkeys(("DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler"), "from the picture to noise"),
+    "RePaintScheduler": "need mask, original_image",
+    "CogVideoXDPMScheduler": "need old_pred_original_sample, timestep_back",
+    "HeliosScheduler": "no alphas_cumprod",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
 def test_solvers_that_would_make_wrong_pictures_are_refused(name, pipe, photo):
     """PNDM and LMS made noise of what begins midway; EDM washed it out."""
-    kind = getattr(diffusers, name)
+    kind = getattr(diffusers, name, None)
+    if kind is None:
+        pytest.skip("not in this version of diffusers")
     pipe.scheduler = kind.from_config(pipe.scheduler.config) if "FlowMatch" not in name else kind()
-    with pytest.raises(ValueError, match=f"{name} doesn't fit .* expected PaletteScheduler"):
+    with pytest.raises(ValueError, match=f"{name} doesn't fit .*{REFUSED[name]}.* expected PaletteScheduler"):
         pipe(photo, num_inference_steps=2)
     assert name not in PaletteScheduler._compatibles
+
+
+@pytest.mark.parametrize("name", IN_SIGMAS + IN_ALPHAS)
+def test_solvers_that_fit_are_taken_for_what_they_know(name):
+    for kind in ("epsilon", "v_prediction", "sample"):
+        scheduler = built(name, prediction_type=kind, num_train_timesteps=50)
+        if kind == "sample" and name in WITHOUT_SAMPLE:
+            with pytest.raises(ValueError, match=f"{name} doesn't fit .*not with prediction_type 'sample'"):
+                check_solver(scheduler)
+        else:
+            check_solver(scheduler)
+    assert set(PaletteScheduler._compatibles) <= {*IN_SIGMAS, *IN_ALPHAS}
+    if "use_flow_sigmas" in scheduler.config:
+        with pytest.raises(ValueError, match="use_flow_sigmas is on"):
+            check_solver(built(name, ("use_flow_sigmas", True)))

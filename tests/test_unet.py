@@ -194,6 +194,48 @@ def test_sizes_that_do_not_fit_are_refused(unet):
         toy_unet(noise_embedding_type="step")
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"sample": torch.zeros(2, 1, 32, 32)}, r"sample is \(2, 1, 32, 32\), expected \(B, 3, H, W\)"),
+        ({"sample": torch.zeros(3, 32, 32)}, r"sample is \(3, 32, 32\), expected \(B, 3, H, W\)"),
+        ({"condition": torch.zeros(2, 4, 32, 32)}, r"condition is \(2, 4, 32, 32\), expected \(B, 3, H, W\)"),
+        ({"noise_level": torch.rand(3)}, r"noise_level is \(3,\), expected one number or \(2,\)"),
+        ({"noise_level": torch.rand(2, 1)}, r"noise_level is \(2, 1\), expected one number or \(2,\)"),
+        ({"noise_level": 0}, "noise_level is 0, expected above 0 and at most 1"),
+        ({"noise_level": 1.5}, "noise_level is 1.5, expected above 0 and at most 1"),
+        ({"noise_level": float("nan")}, "noise_level is nan, expected above 0"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(unet, change, message):
+    given = dict(zip(("sample", "noise_level", "condition"), inputs(), strict=True))
+    with pytest.raises(ValueError, match=message):
+        unet(**given | change)
+
+
+@pytest.mark.parametrize("level", [1.0, torch.tensor(0.5), torch.tensor([0.5]), torch.tensor([0.5, 0.1])])
+def test_levels_for_one_or_all(unet, level):
+    x, _, condition = inputs()
+    with torch.no_grad():
+        assert torch.isfinite(unet(x, level, condition).sample).all()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"out_channels": 4, "condition_skip": 0.2}, "in_channels is 3, .* out_channels 4: they must be the same with"),
+        ({"condition_channels": 2, "condition_skip": 0.2}, "condition_channels 2 .*: they must be the same"),
+        ({"patch_size": 0}, "patch_size is 0, expected a whole number of at least 1"),
+        ({"timestep_betas": (1e-4, 0.02)}, r"timestep_betas is \(0.0001, 0.02\), expected three numbers"),
+        ({"timestep_betas": (1e-4, 2.0, 1000)}, "timestep_betas is .*between 0 and 1"),
+        ({"timestep_betas": (1e-4, 0.02, 1)}, "timestep_betas is .*at least 2"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        toy_unet(**options)
+
+
 def test_condition_skip_starts_from_the_source():
     """Untrained, half of the guess; with the gate open, a source without error comes back at every level."""
     unet = toy_unet(condition_skip=0.2)

@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from palette_diffusers import winograd
-from palette_diffusers.winograd import WinogradConv2d, transform_filter, use_winograd, winograd_conv2d
+from palette_diffusers.winograd import WinogradConv2d, sampled, transform_filter, use_winograd, winograd_conv2d
 
 
 @pytest.mark.parametrize("shape", [(1, 7, 4, 4), (2, 3, 5, 19), (3, 8, 33, 6), (5, 4, 16, 16), (1, 2, 1, 1)])
@@ -62,7 +63,10 @@ def test_it_follows_its_weights(layer, used):
     changes = [
         lambda m: m.load_state_dict({k: v + 0.1 for k, v in m.state_dict().items()}),
         lambda m: m[0].weight.data.add_(0.1),
+        lambda m: m[0].weight.data[:, 1:].mul_(0.5),
+        lambda m: m[0].weight.data[7].zero_(),
         lambda m: m.to(memory_format=torch.channels_last),
+        lambda m: m[0].weight.data[:, 99].zero_(),
         lambda m: setattr(m[0], "weight", nn.Parameter(m[0].weight * 2)),
     ]
     with torch.no_grad():
@@ -72,6 +76,15 @@ def test_it_follows_its_weights(layer, used):
             assert len(used) == i
     with torch.inference_mode():
         torch.testing.assert_close(copy.deepcopy(layer)(image), plain(image), atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (96, 192), (384, 256), (64, 576), (130, 126)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_every_filter_and_every_input_channel_is_looked_at(shape, layout):
+    place = torch.arange(math.prod(shape) * 9).view(*shape, 3, 3).contiguous(memory_format=layout)
+    some = sampled(place)
+    assert len((some // (9 * shape[1])).unique()) == shape[0] and len((some % (9 * shape[1])).unique()) == 9 * shape[1]
+    assert len(some) < 12 * shape[1] and some.data_ptr() == place.data_ptr()
 
 
 def test_adapters_keep_their_own_convolutions(used):
