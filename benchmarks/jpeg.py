@@ -17,7 +17,7 @@ import datasets
 import numpy as np
 import torch
 from classifier import load_classifier
-from peers import machine
+from peers import machine, numbers, output_file
 from PIL import Image
 
 from palette_diffusers import PalettePipeline, canvas
@@ -105,14 +105,16 @@ def options(text: str | None, dtype: str = "float32") -> argparse.ArgumentParser
     parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--model", default=None, help="folder or Hub id; default: the starter checkpoint")
     parser.add_argument("--dtype", default=dtype, choices=("float32", "bfloat16"))
-    parser.add_argument("--output", type=Path, default=None, help="JSON file")
+    parser.add_argument("--output", type=output_file, default=None, help="JSON file")
     return parser
 
 
-def prepared(args: argparse.Namespace) -> tuple[datasets.Dataset, PalettePipeline]:
+def prepared(parser: argparse.ArgumentParser, args: argparse.Namespace) -> tuple[datasets.Dataset, PalettePipeline]:
     """The last photographs of the data, and the pipeline."""
     files = {"train": f"{args.data}/*.parquet"}
     photographs = datasets.load_dataset("parquet", data_files=files, split="train")
+    if not 1 <= args.count <= len(photographs):
+        parser.error(f"--count is {args.count}, expected 1 to {len(photographs)}, the photographs of {args.data}")
     pipe = PalettePipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
     pipe.set_progress_bar_config(disable=True)
     return photographs.select(range(len(photographs) - args.count, len(photographs))), pipe
@@ -120,12 +122,12 @@ def prepared(args: argparse.Namespace) -> tuple[datasets.Dataset, PalettePipelin
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--qualities", default="5,10,20")
+    parser.add_argument("--qualities", type=numbers, default=[5, 10, 20], help="with commas")
     args = parser.parse_args()
-    photographs, pipe = prepared(args)
+    photographs, pipe = prepared(parser, args)
     features, result = load_classifier(), {"machine": machine(), "photographs": args.count, "quality": {}}
     with tempfile.TemporaryDirectory() as folder:
-        for quality in map(int, args.qualities.split(",")):
+        for quality in args.qualities:
             rows = {p["name"]: restore(pipe, features, p["image"].convert("RGB"), quality, Path(folder))
                     for p in photographs}  # fmt: skip
             result["quality"][quality] = summary(rows)

@@ -10,11 +10,10 @@ import argparse
 import copy
 import json
 import weakref
-from pathlib import Path
 from typing import Any
 
 import torch
-from peers import interleaved, machine, our_network
+from peers import interleaved, machine, our_network, output_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -132,9 +131,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--only", default="memory,int8", help="which parts, comma-separated; int8 needs torchao 0.18")
-    parser.add_argument("--output", type=Path, default=None, help="JSON file")
+    parser.add_argument("--output", type=output_file, default=None, help="JSON file")
     args = parser.parse_args()
     parts = {"memory": memory, "int8": int8}
+    if unknown := set(args.only.split(",")) - set(parts):
+        parser.error(f"--only has {', '.join(sorted(unknown))}, expected some of {', '.join(parts)}")
     result = {"machine": machine()} | {name: parts[name](args.rounds) for name in args.only.split(",")}
     if args.output:
         args.output.write_text(json.dumps(result, indent=2) + "\n")

@@ -66,6 +66,44 @@ def machine() -> dict[str, str]:
     return about | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
 
+def peak_memory() -> float:
+    """GiB that this process held at most. On Linux not ru_maxrss, which is inherited from the parent."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        lines = status.read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # bytes on macOS
+
+
+def output_file(text: str) -> Path:
+    """An option's file to write; its folder is made, so that no measurement ends without a place.
+
+    Raises:
+        argparse.ArgumentTypeError: a folder came, or its folder can't be made.
+    """
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder, expected a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"the folder of {text} can't be made: {error.strerror}") from None
+    return path
+
+
+def numbers(text: str) -> list[int]:
+    """ "1,2,4", whole numbers of at least 0.
+
+    Raises:
+        argparse.ArgumentTypeError: something else.
+    """
+    if not all(part.isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} came, expected whole numbers with commas between")
+    return [int(part) for part in text.split(",")]
+
+
 Times = dict[str, tuple[float, float]]
 
 
@@ -325,8 +363,12 @@ def main() -> None:
     parser.add_argument("--only", default="", help="rows with one of these: ours|bfloat16,Janspiry")
     parser.add_argument("--device", default=best_device(), help="default: the best there is")
     parser.add_argument("--compile", action="store_true", help="rows of torch.compile too (minutes)")
-    parser.add_argument("--output", type=Path, default=None, help="JSON file; the page is written beside it as .md")
+    parser.add_argument(
+        "--output", type=output_file, default=None, help="JSON file; the page is written beside it as .md"
+    )
     args = parser.parse_args()
+    if unknown := set(args.networks.split(";")) - set(NETWORKS):
+        parser.error(f"--networks has {'; '.join(sorted(unknown))}, expected some of {'; '.join(NETWORKS)}")
     torch.set_default_device(args.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.benchmark = True
     result: dict[str, Any] = {"machine": machine(), "rows": []}
@@ -336,7 +378,6 @@ def main() -> None:
     def write(rows: list[dict]) -> None:
         if args.output:
             now = result | {"rows": result["rows"] + rows}
-            args.output.parent.mkdir(parents=True, exist_ok=True)
             write_text(args.output, json.dumps(now, indent=2) + "\n")
             write_text(args.output.with_suffix(".md"), page(now) + "\n")
 

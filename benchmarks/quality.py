@@ -10,12 +10,14 @@ from pathlib import Path
 
 import diffusers
 import torch
+from peers import output_file
 
 from palette_diffusers import PalettePipeline
 from palette_diffusers.evaluation import Photographs, evaluate, load_features, load_restorer
 from palette_diffusers.evaluation.inputs import PROTOCOLS
 from palette_diffusers.evaluation.pages import markdown
 from palette_diffusers.evaluation.restorers import from_pipeline
+from palette_diffusers.scheduler import check_solver
 from palette_diffusers.speed import build
 
 CLASSIFIER = f"{Path(__file__).with_name('classifier.py')}:load_classifier"
@@ -45,12 +47,20 @@ def main() -> None:
     parser.add_argument("--start", type=float, default=None, help="log-SNR to start from the source at; an experiment")
     parser.add_argument("--tasks", default=",".join(PROTOCOLS["starter"]))
     parser.add_argument("--folder", type=Path, required=True, help="of the run: pictures, page, what a kill leaves")
-    parser.add_argument("--output", type=Path, default=None, help="JSON file: task => images => figure => number")
+    parser.add_argument(
+        "--output", type=output_file, default=None, help="JSON file: task => images => figure => number"
+    )
     args = parser.parse_args()
+    solver = args.solver and getattr(diffusers, args.solver, None)
+    if args.solver and not (isinstance(solver, type) and issubclass(solver, diffusers.SchedulerMixin)):
+        parser.error(f"--solver is {args.solver!r}, expected a scheduler's class in diffusers: UniPCMultistepScheduler")
 
     pipe = PalettePipeline.from_pretrained(args.model, dtype=torch.bfloat16)
-    solver = getattr(diffusers, args.solver) if args.solver else type(pipe.scheduler)
-    pipe.scheduler = build(solver, pipe.scheduler.config, **args.config)
+    pipe.scheduler = build(solver or type(pipe.scheduler), pipe.scheduler.config, **args.config)
+    try:
+        check_solver(pipe.scheduler)
+    except ValueError as error:
+        parser.error(f"--solver: {error}")
     changes = {} if args.start is None else {"start": args.start}
     palette = from_pipeline(pipe, steps=args.steps, about={"config": args.config}, **changes)
     baselines = [load_restorer(name, PalettePipeline.from_pretrained) for name in ("identity", "telea")]

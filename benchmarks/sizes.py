@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peers import machine
+from peers import machine, output_file
 from PIL import Image, ImageDraw
 
 from palette_diffusers import PalettePipeline, folders, sizes
@@ -316,7 +316,7 @@ def main() -> None:
     parser.add_argument("--only", default="large,hard,tiling,folder,seams", help="which parts, comma-separated")
     parser.add_argument("--data", default=None, help="folder of parquet with the column image, for seams")
     parser.add_argument("--count", type=int, default=10)
-    parser.add_argument("--output", type=Path, required=True, help="JSON file")
+    parser.add_argument("--output", type=output_file, required=True, help="JSON file")
     args = parser.parse_args()
 
     def photos() -> list[np.ndarray]:

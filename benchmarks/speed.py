@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peers import interleaved, machine, our_network
+from peers import interleaved, machine, our_network, output_file, peak_memory
 from PIL import Image
 
 from palette_diffusers import PalettePipeline
@@ -65,11 +65,11 @@ SPEEDS = ("balanced", "fast")
 def large() -> list[dict]:
     """Each in a process of its own, since peak memory is a process's. The hole is 10% of one megapixel."""
     code = """
-import os, resource, sys, time, numpy as np
+import sys, time, numpy as np
 from PIL import Image
 from skimage import data
 sys.path.insert(0, sys.argv[4])
-from speed import load
+from speed import load, peak_memory
 task, megapixels = sys.argv[1], float(sys.argv[2])
 width, height = round((megapixels * 4 / 3 * 1e6) ** 0.5), round((megapixels * 3 / 4 * 1e6) ** 0.5)
 photo = Image.fromarray(data.astronaut()).resize((width, height), Image.Resampling.BICUBIC)
@@ -84,10 +84,7 @@ pipe = load(sys.argv[3])
 pipe(photo.resize((64, 64)))
 begin = time.perf_counter()
 pipe(photo, task=task, **extra)
-seconds, peak = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-if os.path.exists("/proc/self/status"):  # ru_maxrss is inherited from the parent on Linux
-    peak = int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
-print(seconds, peak / 2**20)
+print(time.perf_counter() - begin, peak_memory())
 """
     rows = []
     for (task, megapixels), speed in product(LARGE, SPEEDS):
@@ -115,12 +112,10 @@ def cold(rounds: int) -> dict:
     return row
 
 
-def data(path: str | None, crops: str, rounds: int) -> dict:
+def data(path: str, crops: str, rounds: int) -> dict:
     from palette_diffusers.settings import parse
     from palette_diffusers.training import _dataset, make_scheduler
 
-    if not path:
-        raise SystemExit("error: the part data needs --data, a folder of images")
     settings = parse(["--preset", "starter-64", "--data", path, "--crops", crops])
     samples = _dataset(settings, make_scheduler(settings), holes=True)
     torch.set_num_threads(1)
@@ -148,8 +143,7 @@ def training_peak(kind: str) -> float:
         (unet(y, torch.rand(16), x).sample - eps).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2**20
+    return peak_memory()
 
 
 def memory() -> dict:
@@ -177,7 +171,7 @@ def main() -> None:
     parser.add_argument("--crops", default="", help="full-size photographs for it")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--only", default="sample,large,cold", help="which parts, comma-separated")
-    parser.add_argument("--output", type=Path, default=None, help="JSON file")
+    parser.add_argument("--output", type=output_file, default=None, help="JSON file")
     args = parser.parse_args()
     parts = {
         "sample": lambda: sample(args.rounds),
@@ -186,9 +180,10 @@ def main() -> None:
         "data": lambda: data(args.data, args.crops, args.rounds),
         "memory": memory,
     }
-    unknown = set(args.only.split(",")) - set(parts)
-    if unknown:
-        parser.error(f"--only is {args.only!r}, expected some of {', '.join(parts)}")
+    if unknown := set(args.only.split(",")) - set(parts):
+        parser.error(f"--only has {', '.join(sorted(unknown))}, expected some of {', '.join(parts)}")
+    if "data" in args.only.split(",") and not args.data:
+        parser.error("--only has data, which needs --data: expected a folder of images")
     result = {"machine": machine()} | {name: parts[name]() for name in args.only.split(",")}
     if args.output:
         args.output.write_text(json.dumps(result, indent=2) + "\n")

@@ -45,7 +45,7 @@ def main() -> None:
     parser = options(__doc__, "bfloat16")
     parser.add_argument("--tasks", default="uncropping,inpainting")
     args = parser.parse_args()
-    photographs, pipe = prepared(args)
+    photographs, pipe = prepared(parser, args)
     classifier, tasks = load_classifier(), {}
     for task in args.tasks.split(","):
         cut: dict[str, list[torch.Tensor]] = {kind: [] for kind in ("original", *KINDS)}
