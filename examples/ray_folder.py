@@ -6,9 +6,10 @@ name first. Needs `pip install 'palette-diffusers[ray]'`.
 """
 
 import argparse
-import io
 import os
 import posixpath
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -31,21 +32,23 @@ class Mend:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         import torch
-        from PIL import Image
+
+        from palette_diffusers import canvas
 
         files, path = fsspec.core.url_to_fs(row["target"])
         if files.exists(path):  # by a worker that died before it could say so
             return row | {"pid": os.getpid(), "error": ""}
-        try:
+        with tempfile.TemporaryDirectory() as name:  # as files: a JPEG's coefficients are read, metadata is kept
+            photo, result = Path(name, "photo" + posixpath.splitext(path)[1]), Path(name, "result.png")
             with fsspec.open(row["source"]) as file:
-                photo = Image.open(io.BytesIO(file.read()))
+                photo.write_bytes(file.read())
+            try:
                 generator = torch.Generator().manual_seed(0)
-                result = self.pipe(photo, task=self.task, generator=generator).images[0]
-        except (ValueError, OSError) as error:  # a broken photograph; what is wrong with the store is raised
-            return row | {"pid": os.getpid(), "error": str(error)}
-        content = io.BytesIO()
-        result.save(content, "PNG")
-        write(row["target"], content.getvalue())
+                image = self.pipe(photo, task=self.task, generator=generator).images[0]
+            except (ValueError, OSError) as error:  # a broken photograph; what is wrong with the store is raised
+                return row | {"pid": os.getpid(), "error": str(error).replace(str(photo), row["source"])}
+            canvas.save(image, result)
+            write(row["target"], result.read_bytes())
         return row | {"pid": os.getpid(), "error": ""}
 
 

@@ -11,6 +11,8 @@ import re
 import secrets
 import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,7 +20,8 @@ from urllib.parse import urlparse
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngInfo
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")  # of photographs, where a folder is searched
@@ -34,6 +37,8 @@ KINDS = {
     ".jp2": "JPEG2000",
     ".avif": "AVIF",
 }  # suffix => format of what is written
+BARE = ("BMP", "JPEG2000")  # formats that Pillow writes without colour profile, date and place
+FRAMED = ("GIF", "PNG", "WEBP", "TIFF", "AVIF", "HEIF")  # formats whose later pictures are no previews
 OPAQUE = ("JPEG", "BMP")  # formats without transparency that others would see
 TIFF_TAGS = (270, 271, 272, 305, 306, 315, 33432)  # of a TIFF that describe its picture, not its file
 SUBFOLDERS = (0x8769, 0x8825)  # of metadata: the camera's, and the place
@@ -59,8 +64,9 @@ ImageInput: TypeAlias = Image.Image | str | os.PathLike | np.ndarray | torch.Ten
 @dataclass(frozen=True)
 class Picture:
     """A decoded picture, upright. image: (1, 3, H, W); alpha: (1, 1, H, W) or None; info: what a file carries
-    along (`icc_profile`, `exif`); file: where it was read from; deep: whether it is gray at 16 bits; quality: of a
-    JPEG, as `jpeg_quality` finds it."""
+    along (`icc_profile`, `exif`, `xmp`, `dpi`); file: where it was read from; deep: whether it is gray at 16 bits;
+    quality: of a JPEG, as `jpeg_quality` finds it; hidden: what an image under full transparency was, where `image`
+    continues its surroundings there."""
 
     image: torch.Tensor
     alpha: torch.Tensor | None = None
@@ -68,11 +74,23 @@ class Picture:
     file: Path | None = None
     deep: bool = False
     quality: int | None = None
+    hidden: torch.Tensor | None = None
 
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) in pixels."""
         return self.image.shape[-2], self.image.shape[-1]
+
+
+@contextmanager
+def _limit(pixels: int) -> Iterator[None]:
+    """Pillow's own limit, as far as ours is above it."""
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None if before is None else max(before, pixels)
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 def _open(source: str | os.PathLike) -> Image.Image:
@@ -154,6 +172,41 @@ def _tell_depth(picture: Image.Image, name: str) -> None:
         warnings.warn(message, LossWarning, stacklevel=5)
 
 
+def _tell_frames(picture: Image.Image, name: str) -> None:
+    """Of an animation, or of several pages, one is mended. Before it is decoded."""
+    try:
+        number = getattr(picture, "n_frames", 1) if picture.format in FRAMED else 1
+    except Exception:  # a later one is damaged
+        number = 2
+    if number > 1:
+        warnings.warn(f"{name} has several pictures: the first is read", LossWarning, stacklevel=5)
+
+
+def _described_beside(info: dict[Any, Any]) -> dict[str, Any]:
+    """Of what Pillow found in a file: the description that other programs wrote (XMP: rights, captions, places), of an
+    upright picture, and pixels an inch."""
+    out: dict[str, Any] = {}
+    xmp, dpi = info.get("xmp") or info.get("XML:com.adobe.xmp"), info.get("dpi")
+    xmp = xmp.encode() if isinstance(xmp, str) else xmp
+    if isinstance(xmp, bytes) and len(xmp) <= MAX_EXIF:
+        out["xmp"] = re.sub(rb"(tiff:Orientation\s*(?:=\s*[\"']|>\s*))[2-8]", rb"\g<1>1", xmp)
+    if isinstance(dpi, tuple) and len(dpi) == 2 and all(0 < float(one) < 1e5 for one in dpi):
+        out["dpi"] = tuple(float(one) for one in dpi)
+    return out
+
+
+def _of_inks(picture: Image.Image, profile: bytes, name: str) -> Image.Image:
+    """A picture for print => sRGB, by its profile."""
+    try:
+        inks = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        converted = ImageCms.profileToProfile(picture, inks, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError) as error:
+        warnings.warn(f"{name}: the colour profile can't be used and is left out ({error})", LossWarning, stacklevel=5)
+        return picture
+    assert converted is not None
+    return converted
+
+
 def _from_pil(picture: Image.Image, name: str, max_pixels: int) -> Picture:
     width, height = picture.size
     if width * height > max_pixels:
@@ -162,12 +215,16 @@ def _from_pil(picture: Image.Image, name: str, max_pixels: int) -> Picture:
         raise ValueError(f"{name} is {width}x{height}, expected at least 1x1")
     profile = picture.info.get("icc_profile")
     known = profile and len(profile) <= MAX_PROFILE and profile[16:20] in (b"RGB ", b"GRAY")  # no inks, no Lab
-    info = {"icc_profile": profile} if known else {}
+    info: dict[str, Any] = {"icc_profile": profile} if known else {}
+    info |= _described_beside(picture.info)
     _tell_depth(picture, name)
+    _tell_frames(picture, name)
     picture.load()
     picture, exif = _upright(picture, name)
     if exif:
         info["exif"] = exif
+    if picture.mode == "CMYK" and profile and len(profile) <= MAX_PROFILE:
+        picture = _of_inks(picture, profile, name)
     alpha = None
     if picture.mode == "La":  # which Pillow converts to LA alone
         picture = picture.convert("LA")
@@ -255,11 +312,12 @@ def read(source: ImageInput, max_pixels: int = MAX_PIXELS) -> Picture:
     name = str(source) if isinstance(source, (str, os.PathLike)) else "image"
     try:
         if isinstance(source, (str, os.PathLike)):
-            with _open(source) as picture:
+            with _limit(max_pixels), _open(source) as picture:
                 file = Path(source) if Path(source).is_file() else None
                 return replace(_from_pil(picture, name, max_pixels), file=file, quality=jpeg_quality(picture))
         if isinstance(source, Image.Image):
-            return replace(_from_pil(source, name, max_pixels), quality=jpeg_quality(source))
+            file = _still_shown(source)
+            return replace(_from_pil(source, name, max_pixels), file=file, quality=jpeg_quality(source))
     except (UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} is not an image that can be read: {error}") from None
     except (FileNotFoundError, IsADirectoryError, PermissionError, ValueError, MemoryError):
@@ -267,6 +325,19 @@ def read(source: ImageInput, max_pixels: int = MAX_PIXELS) -> Picture:
     except Exception as error:  # a decoder raises whatever a damaged file makes it stumble over
         raise ValueError(f"{name} is truncated or damaged: {error}") from None
     raise TypeError(f"image is a {type(source).__name__}, expected a PIL image, path, URL, array or tensor")
+
+
+def _still_shown(picture: Image.Image) -> Path | None:
+    """The JPEG file that somebody opened, if nobody changed the picture since."""
+    name = getattr(picture, "filename", "")
+    if not isinstance(picture, JpegImageFile) or not name or not Path(name).is_file():
+        return None
+    try:
+        with Image.open(name) as again:
+            same = again.size == picture.size and again.mode == picture.mode
+            return Path(name) if same and np.array_equal(np.asarray(again), np.asarray(picture)) else None
+    except (OSError, ValueError, SyntaxError):
+        return None
 
 
 def read_list(sources: Any, max_pixels: int = MAX_PIXELS) -> list[Picture]:
@@ -353,6 +424,9 @@ def mask_for(source: ImageInput, picture: Picture) -> torch.Tensor:
     if not isinstance(source, str):
         return read_mask(source, picture.size)
     height, width = picture.size
+    source = source.replace(" ", "") if WORDS.fullmatch(source.replace(" ", "")) else source
+    if re.fullmatch("#[0-9a-fA-F]{3}", source):
+        source = "#" + "".join(2 * digit for digit in source[1:])
     if source == "alpha":
         if picture.alpha is None:
             raise ValueError("the mask is alpha, but the picture has no transparency")
@@ -485,15 +559,30 @@ def save(image: Image.Image, path: str | os.PathLike) -> None:
         image, metadata = to_rgb(image), image.info
         image.info.update(metadata)
         with_profile(image)
-    options: dict[str, Any] = {k: image.info[k] for k in ("icc_profile", "exif") if k in image.info}
+    if kind in BARE and image.info.get("icc_profile"):
+        image = _to_srgb(image, path.name)
+    kept = [] if kind in BARE else ["icc_profile", "exif"] + ["xmp"] * (kind in ("JPEG", "WEBP", "AVIF"))
+    lost = {"exif", "xmp"} & image.info.keys() - {*kept, *(["xmp"] if kind in ("PNG", "TIFF") else [])}
+    if lost:
+        message = f"{path.name}: date, place, camera and rights are left out, a {kind} has none"
+        warnings.warn(message, LossWarning, stacklevel=2)
+    kept += ["dpi"] * (kind in ("PNG", "JPEG", "TIFF"))
+    options: dict[str, Any] = {k: image.info[k] for k in kept if k in image.info}
     if kind == "JPEG":
         options |= {"quality": 95, "subsampling": "4:4:4"}
     if kind == "WEBP":
-        options["lossless"] = True
-    if kind == "PNG" and RECIPE in image.info:
+        options |= {"lossless": True, "exact": True}
+    if kind == "AVIF":
+        options |= {"quality": 95, "subsampling": "4:4:4"}
+    if kind == "PNG":
         options["pnginfo"] = PngInfo()
-        options["pnginfo"].add_text(RECIPE, image.info[RECIPE])
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+        if RECIPE in image.info:
+            options["pnginfo"].add_text(RECIPE, image.info[RECIPE])
+        if "xmp" in image.info:
+            options["pnginfo"].add_itxt("XML:com.adobe.xmp", image.info["xmp"].decode(errors="replace"))
+    if kind == "TIFF" and "xmp" in image.info:
+        options["tiffinfo"] = {700: image.info["xmp"]}
+    part = path.with_name(f"{part_name(path)}{secrets.token_hex(4)}.part")
     with open(part, "xb") as stream:  # of the rights that new files have
         try:
             image.save(stream, kind, **options)
@@ -502,6 +591,30 @@ def save(image: Image.Image, path: str | os.PathLike) -> None:
         except BaseException:
             part.unlink(missing_ok=True)
             raise
+
+
+def _to_srgb(image: Image.Image, name: str) -> Image.Image:
+    """For a format without colour profiles: the same colours by those that everybody assumes."""
+    metadata = {key: value for key, value in image.info.items() if key != "icc_profile"}
+    try:
+        own = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+        converted = ImageCms.profileToProfile(image, own, ImageCms.createProfile("sRGB"))
+        assert converted is not None
+    except (ImageCms.PyCMSError, OSError, ValueError) as error:
+        message = f"{name}: the colour profile is left out, this format has none ({error})"
+        warnings.warn(message, LossWarning, stacklevel=3)
+        converted = image.copy()
+    converted.info.clear()
+    converted.info.update(metadata)
+    return converted
+
+
+def part_name(path: Path) -> str:
+    """What the name of a half-written file begins with: as much of its own as a name may be long (255 bytes)."""
+    name = path.name
+    while len(os.fsencode(name)) > 255 - len("...part") - 8:
+        name = name[:-1]
+    return f".{name}."
 
 
 def diversity(images: list[Image.Image]) -> float:

@@ -146,7 +146,8 @@ class _Work:
 
         image.info[RECIPE] = json.dumps(recipe)
         if self.no_exif:
-            image.info.pop("exif", None)
+            for kept in ("exif", "xmp"):
+                image.info.pop(kept, None)
         return image
 
 
@@ -177,7 +178,7 @@ def _jpeg(picture: Any, consistent: bool | None) -> str:
     from .coefficients import find_coefficients
 
     quality, coefficients = picture.quality, find_coefficients(picture)
-    earlier = None if coefficients is None else coefficients.earlier
+    earlier = None if coefficients is None or coefficients.earlier == quality else coefficients.earlier
     if earlier is None:
         found = "no JPEG" if quality is None else f"a JPEG of quality {quality}"
     elif quality is None:
@@ -193,11 +194,15 @@ def _jpeg(picture: Any, consistent: bool | None) -> str:
 def _file(work: _Work, mask: str | None) -> None:
     from . import canvas
 
-    target = work.output or work.source.with_name(f"{work.source.stem}-{work.task}.png")
+    name = f"{work.source.stem}-{work.task}.png"
+    target = work.output or work.source.with_name(name)
+    target = target / name if target.is_dir() else target
     names = [str(i + 1) for i in range(work.samples)] + ["sheet"]
     targets = [target] if work.samples == 1 else [target.with_stem(f"{target.stem}-{name}") for name in names]
     canvas.kind_of(target)
     _spare(targets, work.source, mask, work.options.get("hints"))
+    if work.output is None:
+        _spare_others(targets, work.source)
     picture = canvas.read(work.source, work.limit)  # before the model is loaded: bad input answers at once
     hole = None
     if mask is not None:
@@ -214,7 +219,9 @@ def _file(work: _Work, mask: str | None) -> None:
         canvas.save(work.finish(image, recipe | {"sample": i}), path)
         print(path)
     if work.samples > 1:
-        canvas.save(canvas.sheet(images), targets[-1])
+        sheet = canvas.sheet(images)
+        sheet.info.update({k: v for k, v in images[0].info.items() if k == "icc_profile"})
+        canvas.save(canvas.with_profile(sheet), targets[-1])
         print(targets[-1])
         print(f"diversity: {canvas.diversity(images):.1f} levels of 255 between two samples on average")
 
@@ -227,6 +234,21 @@ def _spare(targets: list[Path], *inputs: Path | str | None) -> None:
     for target in targets:
         if target.exists() and any(target.samefile(file) for file in files):
             raise ValueError(f"{target} is an input: name another output")
+
+
+def _spare_others(targets: list[Path], source: Path) -> None:
+    """Raises:
+    ValueError: a result of another photograph has the name that nobody chose: those of a.jpg and a.png are the same.
+    """
+    from . import recipes
+
+    for target in targets:
+        try:
+            name = recipes.read(target)["source"]["name"]
+        except (OSError, ValueError):
+            continue
+        if name != source.name:
+            raise ValueError(f"{target} is the result of {name}: name another file for that of {source.name} by -o")
 
 
 def _say_plan(work: _Work, source: Path, picture: Any, mask: Any) -> None:
@@ -266,13 +288,22 @@ def _folder(work: _Work, mask: str | None) -> None:
         raise ValueError(f"hints are for one photograph, {work.source} is a folder")
     from . import canvas, folders, sizes
     from .files import alone
+    from .tasks import get_task
 
     jobs = folders.plan(work.source, work.output, work.recursive, mask)
     if work.plan:
         todo = [job for job in jobs if work.overwrite or not job.target.exists()]
         print(f"{len(jobs)} photographs, {len(jobs) - len(todo)} there already" + ("; the next one:" if todo else ""))
-        for job in todo[:1]:
-            _say_plan(work, job.source, canvas.read(job.source, work.limit), job.mask)
+        for job in todo:
+            try:
+                if job.problem:
+                    raise ValueError(job.problem)
+                picture = canvas.read(job.source, work.limit)
+            except (ValueError, OSError) as error:
+                print(f"palette: {job.source}: {' '.join(str(error).split())}", file=sys.stderr)
+                continue
+            _say_plan(work, job.source, picture, job.mask)
+            break
         return
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     import torch
@@ -289,13 +320,16 @@ def _folder(work: _Work, mask: str | None) -> None:
         except sizes.NothingToExtend:  # of several, they are asked one by one
             if len(some) > 1:
                 raise
-            return [canvas.to_pil(pictures[0].image, pictures[0])]
+            images = [canvas.to_pil(pictures[0].image, pictures[0])]
         return [work.finish(image, work.recipe(job.source, job.mask)) for image, job in zip(images, some, strict=True)]
 
     with alone(work.output, rank):
         mine = jobs[rank::processes]
         otherwise = [] if work.overwrite else _made_otherwise(mine, work.settings())
-        report = folders.run(mine, restore, work.overwrite, work.limit, sys.stderr.isatty())
+        batched = get_task(work.task).strategy not in ("hole", "tiles")  # else it is one photograph after the other
+        report = folders.run(
+            mine, restore, work.overwrite, work.limit, sys.stderr.isatty(), folders.AHEAD if batched else 1
+        )
     print(f"{report.done} done, {report.skipped} there already, {len(report.failed)} failed")
     if otherwise:
         number = f"{len(otherwise)} of those" if len(otherwise) > 1 else "one of those"
@@ -307,7 +341,8 @@ def _folder(work: _Work, mask: str | None) -> None:
 
 
 def _made_otherwise(jobs: list, settings: dict[str, Any]) -> list[str]:
-    """Of each result that is there by other settings, which: "seed 0, now 1". Without a recipe nobody knows."""
+    """Of each result that is there by other settings, which: "seed 0, now 1"; or that its photograph or mask changed
+    since. Without a recipe nobody knows."""
     from . import recipes
 
     found = []
@@ -317,8 +352,17 @@ def _made_otherwise(jobs: list, settings: dict[str, Any]) -> list[str]:
         except (OSError, ValueError):
             continue
         other = [f"{k} {recipe.get(k)}, now {v}" for k, v in settings.items() if recipe.get(k) != v]
+        files = _files(job, recipe)
+        other += [f"{path} has changed" for path, kept in files if recipes.changed(path, kept, job.target)]
         found += ["; ".join(other)] if other else []
     return found
+
+
+def _files(job: Any, recipe: dict[str, Any]) -> list[tuple[Path, dict[str, str]]]:
+    """What a result was made of, and what its recipe says of it."""
+    mask = recipe.get("mask")
+    masked = [(job.mask, mask)] if isinstance(job.mask, Path) and isinstance(mask, dict) else []
+    return [(job.source, recipe["source"]), *masked]
 
 
 @app.command()

@@ -444,7 +444,7 @@ def find_coefficients(picture: Picture) -> Coefficients | None:
     if picture.file is not None:
         try:
             return read_coefficients(picture.file)
-        except ValueError:
+        except (ValueError, OSError):  # it may be gone by now
             pass
     return shown_coefficients(picture.image)
 

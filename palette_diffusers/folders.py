@@ -4,6 +4,7 @@ A run can be killed at any moment and started again: a result appears under its 
 is there already is passed over. A file that can't be read is reported at the end, and stops nothing.
 """
 
+import errno
 import glob
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,11 +23,12 @@ AHEAD, AHEAD_PIXELS = 32, 32_000_000  # photographs that are decoded before the 
 
 @dataclass(frozen=True)
 class Job:
-    """One photograph, where its result goes, and its mask where the task takes one."""
+    """One photograph, where its result goes, and its mask where the task takes one; or why it can't be done."""
 
     source: Path
     target: Path
     mask: Path | str | None = None
+    problem: str = ""
 
 
 @dataclass
@@ -50,10 +52,13 @@ def plan(source: Path, output: Path, recursive: bool = False, masks: Path | str 
         masks: a folder that has a mask of the same name (any suffix) for each, or one mask for all
             (`canvas.mask_for`).
 
+    A photograph without its mask, or whose result another one writes, is a job with a `problem`. What macOS keeps
+    beside files of other systems (`._NAME`) is none.
+
     Raises:
         NotADirectoryError: source is no folder.
-        ValueError: no photographs, two that would write one file, an output that the next run would read.
-        FileNotFoundError: a photograph without its mask.
+        ValueError: no photographs, an output that the next run would read, a result in the place of a photograph or
+            mask.
 
     >>> plan(Path("README.md"), Path("out"))
     Traceback (most recent call last):
@@ -64,17 +69,31 @@ def plan(source: Path, output: Path, recursive: bool = False, masks: Path | str 
     inside = output.resolve().is_relative_to(source.resolve())
     if output.resolve() == source.resolve() or (recursive and inside):
         raise ValueError(f"output {output} lies in {source}: its pictures would be taken for photographs")
-    found = sorted(p for p in source.glob("**/*" if recursive else "*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    there = sorted(p for p in source.glob("**/*" if recursive else "*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    found = [path for path in there if not path.name.startswith("._")]
     if not found:
         more = "" if recursive else " (--recursive looks into its folders)"
         raise ValueError(f"{source} has no photographs ({', '.join(SUFFIXES)}){more}")
-    jobs: dict[Path, Job] = {}
+    jobs: list[Job] = []
+    first: dict[Path, Path] = {}
     for path in found:
         target = (output / path.relative_to(source)).with_suffix(".png")
-        if target in jobs:
-            raise ValueError(f"{jobs[target].source} and {path} would both write {target}")
-        jobs[target] = Job(path, target, _mask_of(path.relative_to(source), masks))
-    return list(jobs.values())
+        if first.setdefault(target, path) != path:
+            jobs.append(Job(path, target, problem=f"{first[target]} and {path} would both write {target}"))
+            continue
+        try:
+            jobs.append(Job(path, target, _mask_of(path.relative_to(source), masks)))
+        except FileNotFoundError as error:
+            jobs.append(Job(path, target, problem=str(error)))
+    given = {job.source.resolve() for job in jobs}
+    hidden = {Path(job.mask).resolve() for job in jobs if isinstance(job.mask, Path)}
+    for what, files in (("a photograph", given), ("a mask", hidden)):
+        lost = [job.target for job in jobs if job.target.resolve() in files]
+        if lost:
+            raise ValueError(f"{lost[0]} is {what}, and a result would take its place: name another output")
+    if given & hidden:
+        raise ValueError(f"{masks} has the photographs themselves, expected a folder of their masks")
+    return jobs
 
 
 def _mask_of(name: Path, masks: Path | str | None) -> Path | str | None:
@@ -95,7 +114,7 @@ def _read(job: Job, max_pixels: int) -> tuple[Picture, torch.Tensor | None]:
 
 def _write(image: Image.Image, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    for part in target.parent.glob(f".{glob.escape(target.name)}.*.part"):  # left by a kill
+    for part in target.parent.glob(f"{glob.escape(canvas.part_name(target))}*.part"):  # left by a kill
         part.unlink(missing_ok=True)
     canvas.save(image, target)
 
@@ -116,14 +135,16 @@ def run(
     overwrite: bool = False,
     max_pixels: int = canvas.MAX_PIXELS,
     progress: bool = False,
+    at_once: int = AHEAD,
 ) -> Report:
     """Mends the photographs, decoding and encoding beside the model.
 
     Args:
-        restore: gets up to 32 photographs at a time, so that those of like shape can be one batch.
+        restore: gets up to `at_once` photographs, so that those of like shape can be one batch.
         overwrite: makes results anew that are there.
         max_pixels: larger photographs are refused.
         progress: shows a bar.
+        at_once: results are written when so many are made: of tasks that make one after the other, 1.
 
     Raises:
         OSError: a result can't be written (no space, no permission): nothing half-written stays.
@@ -131,23 +152,35 @@ def run(
     from tqdm import tqdm
 
     report = Report()
+    report.failed = [(job.source, job.problem) for job in jobs if job.problem]
+    jobs = [job for job in jobs if not job.problem]
     todo = [job for job in jobs if overwrite or not job.target.exists()]
     report.skipped = len(jobs) - len(todo)
     bar = tqdm(total=len(jobs), initial=report.skipped, unit="photo", disable=not progress)
     threads = [ThreadPoolExecutor(2, initializer=without_team) for _ in range(2)]
     with threads[0] as readers, threads[1] as writers:
-        written: list[Future] = []
+        written: list[tuple[Job, Future]] = []
+
+        def settle() -> None:
+            job, future = written.pop(0)
+            try:
+                future.result()
+            except OSError as error:
+                if error.errno != errno.ENAMETOOLONG:  # what is wrong with the disk is so for all
+                    raise
+                report.failed.append((job.source, str(error)))
+            else:
+                report.done += 1
 
         def flush(some: list[tuple[Job, Picture, torch.Tensor | None]]) -> None:
             for job, result in _mended(some, restore):
                 if isinstance(result, Image.Image):
-                    written.append(writers.submit(_write, result, job.target))
-                    report.done += 1
+                    written.append((job, writers.submit(_write, result, job.target)))
                 else:
                     report.failed.append((job.source, str(result)))
                 bar.update()
             while len(written) > 8:
-                written.pop(0).result()
+                settle()
 
         some: list[tuple[Job, Picture, torch.Tensor | None]] = []
         for job, future in _decoded(todo, max_pixels, readers):
@@ -157,12 +190,12 @@ def run(
                 report.failed.append((job.source, str(error)))
                 bar.update()
             pixels = sum(picture.size[0] * picture.size[1] for _, picture, _ in some)
-            if len(some) >= AHEAD or pixels > AHEAD_PIXELS:
+            if len(some) >= at_once or pixels > AHEAD_PIXELS:
                 flush(some)
                 some = []
         flush(some)
-        for future in written:
-            future.result()
+        while written:
+            settle()
     bar.close()
     return report
 

@@ -58,6 +58,7 @@ EVENED = 0.7311  # gamma up to which chroma is evened out: log-SNR 1
 SHRUNK_EVENED = 0.8808  # the same of photographs that were made smaller, whose regions are larger: log-SNR 2
 SHRUNK_CONTRAST = 0.65  # the share of the contrast above 1 that those get
 CONTRASTED = 4  # steps up to there of which `chroma_contrast` is told; of more, each has less: measured from 2 to 9
+STRIP = 4  # pixels of the model's that a border is extended by at a time: far from what is known, it makes haze
 REFINE_FROM = 2.5  # log-SNR at which finer levels start from the coarser picture
 FAR = 6.0  # log-SNR; of two steps a task that starts at -4 would take the last alone, which sees no damage any more
 SOONER = 1.5  # log-SNR by which the last of few steps may come before that; more would leave grain
@@ -533,7 +534,8 @@ class PalettePipeline(DiffusionPipeline):
             raise ValueError(
                 f"left, right, top, bottom and aspect belong to 'uncropping', the task is {tasks[0].name!r}"
             )
-        met = [_meet(*one, max_pixels, aspect, sides) for one in zip(pictures, masks, tasks, strict=True)]
+        seen = [_without_hidden(picture) for picture in pictures]
+        met = [_meet(*one, max_pixels, aspect, sides) for one in zip(seen, masks, tasks, strict=True)]
         pictures, masks = [picture for picture, _ in met], [mask for _, mask in met]
         strokes = _strokes(hints, pictures, tasks)
         if latents is not None and len(pictures) > 1:
@@ -597,7 +599,9 @@ class PalettePipeline(DiffusionPipeline):
     @staticmethod
     def _one_each(value: Any, name: str, number: int, shared: bool) -> list:
         """The value of each of so many images; one that is `shared` holds for all."""
-        values = list(value) if isinstance(value, (list, tuple)) else [value] * (number if shared else 1)
+        batch = isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim == 4 and len(value) > 1
+        several = batch or isinstance(value, (list, tuple))
+        values = list(value) if several else [value] * (number if shared else 1)
         if len(values) != number:
             raise ValueError(f"{len(values)} {name} came for {number} images, expected one for each")
         return values
@@ -731,8 +735,12 @@ class PalettePipeline(DiffusionPipeline):
             if hole.any():  # else too thin to be seen at this scale
                 # a photograph below the model's size has been seen in all its detail
                 seen = coarse is not None and view.inner <= coarse.inner and estimate is not None
-                sample = None if seen else partial(denoise, shrunk=[view.inner[0] < view.height])
-                self._fill_level(level, hole, wanted, estimate, task, generators, latents, sample)
+                shrunk = view.inner[0] < view.height
+                sample = None if seen else partial(denoise, shrunk=[shrunk])
+                if task.name == "uncropping" and shrunk and coarse is None and latents is None:
+                    hole = wanted = self._extend_in_strips(level, hole, view.crop(part), task, generators, sample)
+                if hole.any():
+                    self._fill_level(level, hole, wanted, estimate, task, generators, latents, sample)
                 latents = None
             estimate = level
         if min(views[-1].inner) > native:  # what was brought up is as smooth as the model's own size
@@ -743,6 +751,29 @@ class PalettePipeline(DiffusionPipeline):
                 patch = patch_size(min(views[-1].inner), native)
                 at = lambda top, left, size: sizes.noise_at(seeds, top + patch, left + patch, size, 1)  # noqa: E731
                 add_texture(finest, finest_part, finest_hole, patch, at)
+
+    def _extend_in_strips(
+        self,
+        level: torch.Tensor,
+        hole: torch.Tensor,
+        part: torch.Tensor,
+        task: Task,
+        generators: list[torch.Generator],
+        denoise: Callable[..., torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """Extends a picture (N, 3, h, w) of the model's size beyond its border, in place, strip after strip, as far as
+        `part`, in the photograph's pixels, reaches => what is left of the hole (1, 1, h, w)."""
+        wanted = F.adaptive_max_pool2d(part, hole.shape[-2:])
+        left = hole.clone()
+        if hole.all():  # nothing to begin at
+            return left
+        for strip, within in sizes.strips(hole, STRIP):
+            if not (wanted * left).any():
+                break
+            some, own = level[within], strip[within]
+            self._fill_level(some, own, own, None, task, generators, None, denoise)
+            left -= strip
+        return left
 
     def _fill_level(
         self,
@@ -827,6 +858,14 @@ def _source(given: Given) -> torch.Tensor:
     return torch.where(given.mask > 0, extend(given.known, 1 - given.mask), given.known)
 
 
+def _without_hidden(picture: Picture) -> Picture:
+    """What nobody sees of a picture, under full transparency, is set aside, and continues what is around it: it would
+    decide on the colours of all, and on what lies beyond a border."""
+    if picture.alpha is None or not 0 < (seen := (picture.alpha > 0).float()).mean() < 1:
+        return picture
+    return replace(picture, image=extend(picture.image * seen, seen), hidden=picture.image)
+
+
 def _meet(
     picture: Picture,
     mask: ImageInput | None,
@@ -854,7 +893,9 @@ def _meet(
 
 
 def _finished(image: torch.Tensor, picture: Picture, output_type: str) -> Any:
-    """(1, 3, H, W) => what was asked for."""
+    """(1, 3, H, W) => what was asked for; under full transparency, what was there."""
+    if picture.hidden is not None and picture.alpha is not None:
+        image = torch.where(picture.alpha > 0, image, picture.hidden)
     if output_type == "pil":
         return canvas.to_pil(image, picture)
     return ((image[0] + 1) / 2).permute(1, 2, 0).numpy() if output_type == "np" else image[0].clone()
@@ -899,7 +940,7 @@ def _grow(
     for name, value, side in (
         ("left", left, width), ("right", right, width), ("top", top, height), ("bottom", bottom, height),
     ):  # fmt: skip
-        if not np.isfinite(value) or value < 0:
+        if not np.isfinite(float(value) * side) or value < 0:
             raise ValueError(f"{name} is {value}, expected pixels (int) or a fraction of the side (float), at least 0")
         pixels[name] = int(value) if isinstance(value, numbers.Integral) else round(float(value) * side)
     if not any(pixels.values()):
@@ -910,8 +951,11 @@ def _grow(
     inside = (..., slice(pixels["top"], pixels["top"] + height), slice(pixels["left"], pixels["left"] + width))
     image = torch.zeros(1, 3, *new)
     image[inside] = picture.image
-    alpha = None
-    if picture.alpha is not None:
-        alpha = torch.ones(1, 1, *new)
-        alpha[inside] = picture.alpha
-    return Picture(image, alpha, picture.info, deep=picture.deep), border_mask(*new, **pixels)[None]
+    alpha, hidden = picture.alpha, None
+    if alpha is not None:  # beside what is transparent, the border is
+        alpha = F.pad(alpha, [pixels[name] for name in ("left", "right", "top", "bottom")], mode="replicate")
+    if picture.hidden is not None:
+        hidden = torch.zeros_like(image)
+        hidden[inside] = picture.hidden
+    grown = Picture(image, alpha, picture.info, deep=picture.deep, hidden=hidden)
+    return grown, border_mask(*new, **pixels)[None]

@@ -22,6 +22,11 @@ def fingerprint(path: Path) -> dict[str, str]:
     return {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
+def changed(path: Path, entry: dict[str, str], result: Path) -> bool:
+    """Whether a file is not that of a fingerprint any more; one that is older than the result is not read."""
+    return path.stat().st_mtime > result.stat().st_mtime and fingerprint(path)["sha256"] != entry["sha256"]
+
+
 def read(path: Path) -> dict[str, Any]:
     """The recipe of a picture.
 

@@ -234,17 +234,24 @@ def rings(mask: torch.Tensor) -> Iterator[torch.Tensor]:
 
     Together they are the border. The paper makes its panoramas so, too (section 4.5).
     """
-    height, width = mask.shape[-2:]
+    for ring, _ in strips(mask, max(mask.shape)):
+        yield from separate(ring)
+
+
+def strips(mask: torch.Tensor, width: int) -> Iterator[tuple[torch.Tensor, tuple[Any, ...]]]:
+    """A border (1, 1, H, W) around a known rectangle, from the inside out in rings of at most `width` pixels, or half
+    the rectangle's short side: each a mask, and the part (index) of the picture that it and what is within it take."""
+    height, across = mask.shape[-2:]
     rows, columns = (torch.nonzero((1 - mask[0, 0]).amax(dim)).flatten() for dim in (1, 0))
     top, bottom, left, right = int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
-    step = max(1, min(bottom - top, right - left) // 2)
+    step = max(1, min(width, min(bottom - top, right - left) // 2))
     before = mask == 0
     while not bool(before.all()):
         top, bottom = max(0, top - step), min(height, bottom + step)
-        left, right = max(0, left - step), min(width, right + step)
+        left, right = max(0, left - step), min(across, right + step)
         now = torch.zeros_like(before)
         now[..., top:bottom, left:right] = True
-        yield from separate((now & ~before).to(mask))
+        yield (now & ~before).to(mask), (..., slice(top, bottom), slice(left, right))
         before = now
 
 
@@ -261,8 +268,8 @@ def sides_for(size: tuple[int, int], aspect: float) -> dict[str, int]:
     >>> sides_for((100, 101), 2.0)
     {'left': 49, 'right': 50, 'top': 0, 'bottom': 0}
     """
-    if not 0 < aspect < math.inf:
-        raise ValueError(f"aspect is {aspect}, expected width / height above 0")
+    if not 1e-6 < aspect < 1e6:
+        raise ValueError(f"aspect is {aspect}, expected width / height above 0, such as 1.78")
     height, width = size
     across, down = max(0, round(height * aspect) - width), max(0, round(width / aspect) - height)
     if not (across or down):

@@ -659,3 +659,109 @@ def test_a_tiff_of_16_bits(tmp_path):
 def test_nothing_is_told_where_nothing_is_lost(tmp_path, photo):
     for name, image in (("a.png", photo), ("b.tif", photo), ("c.png", photo[..., 0].astype(np.uint16) * 257)):
         canvas.read(png(tmp_path, Image.fromarray(image), name))
+
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><a tiff:Orientation="6" dc:rights="mine"/></x:xmpmeta>'
+
+
+def tilted() -> bytes:
+    """A profile of RGB whose red and green are exchanged: nobody can overlook that it is left out."""
+    profile, places = SRGB, {}
+    for name in (b"rXYZ", b"gXYZ"):
+        entry = profile.index(name, 128)
+        places[name] = entry + 4, profile[entry + 4 : entry + 8]
+    for name, other in ((b"rXYZ", b"gXYZ"), (b"gXYZ", b"rXYZ")):
+        at = places[name][0]
+        profile = profile[:at] + places[other][1] + profile[at + 4 :]
+    return profile
+
+
+@pytest.mark.parametrize("suffix", ["bmp", "jp2"])
+def test_a_format_without_profiles_gets_colours_that_everybody_shows_alike(tmp_path, suffix):
+    image = Image.new("RGB", (16, 16), (200, 40, 60))
+    exif = Image.Exif()
+    exif[0x010F] = "Canon"
+    image.info = {"icc_profile": tilted(), "exif": exif.tobytes()}
+    with pytest.warns(canvas.LossWarning, match="date, place, camera and rights are left out"):
+        canvas.save(image, tmp_path / f"out.{suffix}")
+    made = np.asarray(Image.open(tmp_path / f"out.{suffix}").convert("RGB"))[8, 8].astype(int)
+    assert made[1] > made[0] + 80, made
+    assert image.info["icc_profile"] == tilted(), "what was given stays as it is"
+
+
+def test_inks_are_converted_by_their_profile(tmp_path, monkeypatch):
+    """There is none to be had freely, so littlecms is only listened to."""
+    asked = []
+    monkeypatch.setattr(canvas.ImageCms, "ImageCmsProfile", lambda stream: stream.read())
+    monkeypatch.setattr(
+        canvas.ImageCms, "profileToProfile",
+        lambda image, own, to, outputMode: asked.append((image.mode, own)) or Image.new(outputMode, image.size, "red"),  # noqa: N803
+    )  # fmt: skip
+    inks = SRGB[:16] + b"CMYK" + SRGB[20:]
+    Image.new("CMYK", (8, 8)).save(tmp_path / "print.jpg", icc_profile=inks)
+    picture = canvas.read(tmp_path / "print.jpg")
+    assert asked == [("CMYK", inks)] and "icc_profile" not in picture.info
+    assert picture.image[0, :, 4, 4].tolist() == [1, -1, -1]
+    monkeypatch.undo()
+    with pytest.warns(canvas.LossWarning, match="profile can't be used"):
+        canvas.read(tmp_path / "print.jpg")
+
+
+@pytest.mark.parametrize(("suffix", "dpi"), [("jpg", True), ("png", True), ("tif", True), ("webp", False)])
+def test_rights_and_resolution_are_kept(tmp_path, suffix, dpi):
+    """Of an upright picture; a format that can't hold them says so."""
+    Image.new("RGB", (16, 8)).save(tmp_path / "in.jpg", xmp=XMP, dpi=(300, 300))
+    picture = canvas.read(tmp_path / "in.jpg")
+    target = tmp_path / f"out.{suffix}"
+    canvas.save(canvas.to_pil(picture.image, picture), target)
+    again = canvas.read(target)
+    assert b'tiff:Orientation="1" dc:rights="mine"' in again.info["xmp"]
+    assert not dpi or again.info["dpi"] == pytest.approx((300, 300), abs=0.1)
+
+
+@pytest.mark.parametrize("kind", ["gif", "png", "tif", "webp"])
+def test_of_several_pictures_the_first_is_read_and_that_is_told(tmp_path, kind):
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue", "green")]
+    frames[0].save(tmp_path / f"some.{kind}", save_all=True, append_images=frames[1:], lossless=True)
+    with pytest.warns(canvas.LossWarning, match="several pictures: the first is read"):
+        picture = canvas.read(tmp_path / f"some.{kind}")
+    assert picture.image[0, :, 4, 4].tolist() == pytest.approx([1, -1, -1], abs=0.02)
+
+
+def test_an_opened_jpeg_is_its_file_as_long_as_nobody_changes_it(tmp_path, photo):
+    Image.fromarray(photo).save(tmp_path / "a.jpg", quality=10)
+    opened = Image.open(tmp_path / "a.jpg")
+    assert canvas.read(opened).file == tmp_path / "a.jpg"
+    opened.putpixel((3, 3), (255, 0, 0))
+    assert canvas.read(opened).file is None
+    small = Image.open(tmp_path / "a.jpg")
+    small.thumbnail((50, 50))
+    assert canvas.read(small).file is None and canvas.read(Image.fromarray(photo)).file is None
+    gone = Image.open(tmp_path / "a.jpg")
+    gone.load()
+    (tmp_path / "a.jpg").unlink()
+    assert canvas.read(gone).file is None
+
+
+def test_webp_keeps_what_lies_under_transparency(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 4), np.uint8)
+    pixels[4:12, 4:12, 3] = 0
+    canvas.save(Image.fromarray(pixels), tmp_path / "a.webp")
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.webp")), pixels)
+
+
+def test_a_limit_above_pillows_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    Image.new("L", (50, 50)).save(tmp_path / "large.png")
+    assert canvas.read(tmp_path / "large.png", 2500).size == (50, 50)
+    assert Image.MAX_IMAGE_PIXELS == 100
+    with pytest.raises(ValueError, match="large.png"):
+        canvas.read(tmp_path / "large.png", 2499)
+
+
+@pytest.mark.parametrize("word", ["2, 2, 6, 6", "#f00", "#F00", "#ff0000"])
+def test_words_for_masks_as_people_write_them(word):
+    image = Image.new("RGB", (8, 8))
+    image.paste("red", (2, 2, 6, 6))
+    assert canvas.mask_for(word, canvas.read(image)).sum() == 16

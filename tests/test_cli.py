@@ -335,3 +335,35 @@ def test_what_is_lost_of_a_file_is_told(files):
     out = invoke("colorize", source, "-o", files / "out.png", "--model", files / "model", "--steps", 1)
     assert out.exit_code == 0
     assert f"palette: {source} has 16 bits a channel: colour is read at 8, so the finer half" in out.stderr
+
+
+def test_two_photographs_of_one_name(files):
+    """The second took the place of the first's result."""
+    Image.open(files / "in.png").save(files / "in.jpg")
+    options = ["--model", files / "model", "--steps", 1]
+    assert invoke("colorize", files / "in.png", *options).exit_code == 0
+    before = (files / "in-colorization.png").read_bytes()
+    assert invoke("colorize", files / "in.png", *options).exit_code == 0, "its own result may be made anew"
+    out = invoke("colorize", files / "in.jpg", *options)
+    assert out.exit_code == 2 and "in-colorization.png is the result of in.png" in " ".join(out.stderr.split())
+    assert (files / "in-colorization.png").read_bytes() == before
+    (files / "there").mkdir()
+    assert invoke("colorize", files / "in.jpg", "-o", files / "there", *options).exit_code == 0
+    assert (files / "there" / "in-colorization.png").is_file()
+
+
+def test_the_plan_of_a_folder_passes_a_broken_file(files):
+    (files / "album").mkdir()
+    (files / "album" / "a.jpg").write_bytes(b"no picture")
+    Image.open(files / "in.png").save(files / "album" / "b.jpg")
+    out = invoke("colorize", files / "album", "-o", files / "out", "--plan", "--model", files / "model", "--steps", 1)
+    assert out.exit_code == 0 and "b.jpg: 200x150" in out.stdout and "a.jpg" in out.stderr, out.output
+
+
+def test_no_exif_leaves_no_other_description(files):
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><a exif:GPSLatitude="48"/></x:xmpmeta>'
+    Image.open(files / "in.png").convert("RGB").save(files / "placed.jpg", xmp=xmp)
+    for more, kept in (([], True), (["--no-exif"], False)):
+        options = ["--model", files / "model", "--steps", 1, *more]
+        assert invoke("colorize", files / "placed.jpg", "-o", files / "out.png", *options).exit_code == 0
+        assert (b"GPSLatitude" in (files / "out.png").read_bytes()) == kept

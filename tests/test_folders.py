@@ -3,7 +3,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from conftest import toy_unet
 from PIL import Image
 from typer.testing import CliRunner
 
-from palette_diffusers import PalettePipeline, PaletteScheduler, cli, folders
+from palette_diffusers import PalettePipeline, PaletteScheduler, canvas, cli, folders
 from palette_diffusers.folders import Job, plan, run
 
 
@@ -135,8 +134,8 @@ def test_a_mask_belongs_to_its_own_photograph(tmp_path):
     jobs = plan(tmp_path / "photos", tmp_path / "out", masks=tmp_path / "masks")
     assert len(jobs) == 3 and all(job.mask.stem == job.source.stem for job in jobs)
     (tmp_path / "masks" / "IMG.png").unlink()
-    with pytest.raises(FileNotFoundError, match="no mask for IMG.jpg"):
-        plan(tmp_path / "photos", tmp_path / "out", masks=tmp_path / "masks")
+    jobs = {job.source.name: job for job in plan(tmp_path / "photos", tmp_path / "out", masks=tmp_path / "masks")}
+    assert "no mask for IMG.jpg" in jobs["IMG.jpg"].problem and not jobs["IMG.2.jpg"].problem
 
 
 def test_results_of_other_settings_are_told(album, tmp_path, pipe, monkeypatch):
@@ -162,6 +161,50 @@ def test_results_of_other_settings_are_told(album, tmp_path, pipe, monkeypatch):
     assert uncrop(*side, "--seed", "1") == "0 done, 4 there already, 0 failed\n"
 
 
+def test_a_photograph_that_changed_is_told(album, tmp_path, pipe, monkeypatch):
+    monkeypatch.setattr(cli, "_load", lambda *args: pipe)
+    arguments = ["inpaint", str(album), "--mask", "10,10,30,30", "-o", str(tmp_path / "out"), "--steps", "1"]
+    assert "otherwise" not in CliRunner().invoke(cli.app, arguments).output
+    (album / "0.png").touch()
+    assert "otherwise" not in CliRunner().invoke(cli.app, arguments).output
+    Image.open(album / "1.png").save(album / "0.png")
+    told = CliRunner().invoke(cli.app, arguments).output
+    assert "one of those made otherwise" in told and "0.png has changed" in told, told
+
+
+def test_of_slow_tasks_each_result_is_written_when_it_is_made(album, tmp_path, pipe, monkeypatch):
+    """A killed run lost up to 32 photographs."""
+    monkeypatch.setattr(cli, "_load", lambda *args: pipe)
+    whole, seen = type(pipe).__call__, []
+
+    def call(self, pictures, **options):
+        seen.append((len(pictures), len(list((tmp_path / options["task"]).glob("*.png")))))
+        return whole(self, pictures, **options)
+
+    monkeypatch.setattr(type(pipe), "__call__", call)
+    for command, task in (("restore", "jpeg_restoration"), ("colorize", "colorization")):
+        seen.clear()
+        told = CliRunner().invoke(cli.app, [command, str(album), "-o", str(tmp_path / task), "--steps", "1"])
+        assert "4 done" in told.output
+        assert [number for number, _ in seen] == ([1] * 4 if command == "restore" else [4])
+        assert command != "restore" or seen[-1][1] > 0
+
+
+def test_what_needs_no_border_is_finished_as_others(tmp_path, photo, pipe, monkeypatch):
+    """It kept date and place with --no-exif, and had no recipe."""
+    monkeypatch.setattr(cli, "_load", lambda *args: pipe)
+    exif = Image.Exif()
+    exif[0x9003] = "1999:12:31 23:59:59"
+    (tmp_path / "in").mkdir()
+    Image.fromarray(photo[:90, :160]).save(tmp_path / "in" / "wide.jpg", exif=exif)
+    out = tmp_path / "out"
+    arguments = ["uncrop", str(tmp_path / "in"), "--aspect", "16:9", "--no-exif", "-o", str(out), "--steps", "1"]
+    told = CliRunner().invoke(cli.app, arguments)
+    assert "1 done" in told.output
+    made = Image.open(out / "wide.png")
+    assert made.size == (160, 90) and not len(made.getexif()) and canvas.RECIPE in made.info
+
+
 def test_bounded_look_ahead(album, tmp_path, monkeypatch):
     monkeypatch.setattr(folders, "AHEAD_PIXELS", 20_000)
     sizes = []
@@ -179,21 +222,36 @@ def test_bounded_look_ahead(album, tmp_path, monkeypatch):
     [
         ("album", {}, "lies in"),
         ("album/out", dict(recursive=True), "lies in"),
-        ("out", dict(masks=Path("masks")), "no mask for 0.png"),
+        ("masks", dict(masks="masks"), "masks/0.png is a mask, and a result would take its place"),
+        ("out", dict(masks="album"), "has the photographs themselves"),
+        ("one", dict(masks="one/0.png"), "one/0.png is a mask"),
     ],
 )
 def test_bad_plans(album, tmp_path, output, options, message):
-    (tmp_path / "masks").mkdir()
+    """The masks were overwritten by results, or photographs taken for their own."""
+    for folder in ("masks", "one"):
+        (tmp_path / folder).mkdir()
+        Image.new("L", (120, 90)).save(tmp_path / folder / "0.png")
     if "masks" in options:
         options = dict(masks=tmp_path / options["masks"])
     with pytest.raises((ValueError, OSError), match=message):
         plan(album, tmp_path / output, **options)
 
 
-def test_two_that_would_write_one(album, tmp_path, photo):
+def test_two_that_would_write_one(album, tmp_path, photo, monkeypatch):
+    """That, a photograph without its mask and one whose name is too long stop nothing."""
     Image.fromarray(photo).save(album / "0.jpg")
-    with pytest.raises(ValueError, match="0.jpg and .*0.png would both write"):
-        plan(album, tmp_path / "out")
+    Image.fromarray(photo).save(album / "._1.png")
+    Image.fromarray(photo).save(album / f"{'写' * 80}.jpg")
+    Image.fromarray(photo).save(album / f"{'b' * 250}.tif")
+    monkeypatch.setattr(folders.canvas, "part_name", lambda path: f".{path.name}.")
+    report = run(plan(album, tmp_path / "out"), negative)
+    assert report.done == 4 and len(report.failed) == 3, report
+    assert any("0.jpg and " in why and "would both write" in why for _, why in report.failed)
+    monkeypatch.undo()
+    report = run(plan(album, tmp_path / "out"), negative)
+    assert (report.done, report.skipped, len(report.failed)) == (2, 4, 1)
+    assert (tmp_path / "out" / f"{'写' * 80}.png").is_file()
     with pytest.raises(ValueError, match="no photographs .*--recursive looks"):
         (tmp_path / "empty").mkdir()
         plan(tmp_path / "empty", tmp_path / "out")

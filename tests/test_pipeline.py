@@ -666,3 +666,50 @@ def test_what_was_given_is_not_written_to(pipe, photo, monkeypatch, number, at_o
         assert torch.equal(image, kept[0]) and torch.equal(mask, kept[1]) and torch.equal(picture.image[0], kept[0])
         assert all(not torch.equal(x, image) for x in images)
         assert number == 1 or not torch.equal(images[0], images[1])
+
+
+@pytest.mark.parametrize("task", ["colorization", "uncropping", "jpeg_restoration", "inpainting"])
+def test_what_nobody_sees_has_no_part_in_the_result(pipe, photo, seeded, task):
+    """Under full transparency anything may lie; it stays there to the bit, and changes nothing that is seen."""
+    options = {"uncropping": {"left": 0.25}, "inpainting": {"mask_image": "40,40,60,60"}}.get(task, {})
+    shown = []
+    for hidden in (0, 255):
+        pixels = np.dstack([photo[:96, :120], np.full((96, 120), 255, np.uint8)])
+        pixels[:, :30] = (hidden, hidden, hidden, 0)
+        out = np.asarray(pipe(Image.fromarray(pixels), task=task, generator=seeded(0), **options).images[0])
+        width = out.shape[1] - 120
+        assert out.shape == (96, 150 if task == "uncropping" else 120, 4)
+        assert (out[:, width : width + 30, :3] == hidden).all(), "what was there"
+        assert (out[:, : width + 30, 3] == 0).all(), "beside what is transparent, the border is"
+        assert (out[:, width + 30 :, 3] == 255).all()
+        shown.append(out[:, width + 30 :, :3])
+    assert np.array_equal(*shown)
+
+
+def test_a_batch_of_masks_as_a_tensor(pipe, photo, seeded):
+    images = torch.from_numpy(np.stack([photo[:64, :64], photo[30:94, 60:124]])).permute(0, 3, 1, 2) / 127.5 - 1
+    masks = torch.zeros(2, 1, 64, 64)
+    masks[0, :, 10:20, 10:20] = masks[1, :, 30:50, 30:50] = 1
+    both = pipe(images, task="inpainting", mask_image=masks, output_type="pt").images
+    assert ((both != images).any(1) <= (masks[:, 0] > 0)).all() and (both != images).flatten(1).any(1).all()
+
+
+def test_numbers_beyond_all_sense(pipe, photo):
+    for options in ({"right": 1e308}, {"aspect": 1e308}, {"aspect": float("nan")}):
+        with pytest.raises(ValueError, match="expected"):
+            pipe(photo[:32, :32], task="uncropping", **options)
+
+
+def test_a_border_continues_what_it_meets():
+    """Made at once, the dark shore beneath a sky ended in haze after a few pixels: 14 to 27 of its 150 levels were left
+    at the new border, in strips 114 to 135 are."""
+    pier = Image.open(STARTER.parent / "photographs" / "pier.jpg").convert("RGB").resize((240, 160))
+    pipe = PalettePipeline.from_pretrained(dtype=torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    out = pipe(pier, task="uncropping", right=0.25, generator=generator, output_type="pt").images
+    light = luma(out)[0, 0] * 127.5
+    shown, made = (
+        light[50:62, part].mean() - light[66:76, part].amin(0).mean() for part in (slice(200, 240), slice(270, 300))
+    )
+    assert shown > 140 and made > 0.5 * shown, (shown, made)

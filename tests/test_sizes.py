@@ -376,3 +376,16 @@ def test_a_grid_of_two_pixels_is_taken_out_and_nothing_else():
     before, after, never = (alternating(image[inside]) for image in (plain + grid, found, plain))
     assert (after < 0.3 * before).all() and (after < 1.5 * never + 1e-3).all()
     assert (found - plain)[inside].square().mean() < 0.1 * grid[inside[1:]].square().mean()
+
+
+def test_strips_are_the_border_from_the_inside_out():
+    sides = {"left": 10, "top": 3, "right": 1}
+    mask = masks.border_mask(43, 71, **sides)[None]
+    known, total = 1 - mask, torch.zeros_like(mask)
+    for strip, within in sizes.strips(mask, 4):
+        assert not (strip * known).any()
+        reach = torch.nn.functional.max_pool2d(known, 9, stride=1, padding=4)
+        assert (reach >= strip).all(), "no wider than 4"
+        known, total = known + strip, total + strip
+        assert known[within].all() and known.sum() == known[within].numel(), "all that is known lies within"
+    assert torch.equal(total, mask)
