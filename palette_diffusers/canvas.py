@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeAlias
 from urllib.parse import urlparse
 
@@ -49,6 +50,7 @@ RECIPE = "palette"  # the text chunk of a PNG that says how it was made
 MAX_PIXELS = 50_000_000  # a decompression bomb is refused before it is decoded
 MAX_DOWNLOAD = 200_000_000  # bytes that are fetched from a URL
 MAX_EXIF = 65_533  # bytes of metadata that are carried along: what a JPEG can hold
+MAX_XMP = 65_504  # bytes of it that a JPEG can hold
 MAX_PROFILE = 4_000_000  # bytes of a colour profile
 NO_PHOTOGRAPHS = ("EPS", "WMF")  # drawings, which a program of the system would be started for
 WORDS = re.compile(r"alpha|#[0-9a-fA-F]{6}|[0-9]+,[0-9]+,[0-9]+,[0-9]+")  # of `mask_for`
@@ -65,8 +67,8 @@ ImageInput: TypeAlias = Image.Image | str | os.PathLike | np.ndarray | torch.Ten
 class Picture:
     """A decoded picture, upright. image: (1, 3, H, W); alpha: (1, 1, H, W) or None; info: what a file carries
     along (`icc_profile`, `exif`, `xmp`, `dpi`); file: where it was read from; deep: whether it is gray at 16 bits;
-    quality: of a JPEG, as `jpeg_quality` finds it; hidden: what an image under full transparency was, where `image`
-    continues its surroundings there."""
+    quality: of a JPEG, as `jpeg_quality` finds it; hidden: where (H, W) something under full transparency was replaced
+    by what continues its surroundings, and what was there, (3, number)."""
 
     image: torch.Tensor
     alpha: torch.Tensor | None = None
@@ -74,7 +76,7 @@ class Picture:
     file: Path | None = None
     deep: bool = False
     quality: int | None = None
-    hidden: torch.Tensor | None = None
+    hidden: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -82,15 +84,29 @@ class Picture:
         return self.image.shape[-2], self.image.shape[-1]
 
 
+_reading: list[int] = []  # limits of those who read, in several threads
+_pillows: list[int | None] = []
+_lock = Lock()
+
+
 @contextmanager
 def _limit(pixels: int) -> Iterator[None]:
-    """Pillow's own limit, as far as ours is above it."""
-    before = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = None if before is None else max(before, pixels)
+    """Pillow's own limit, which is the process's, is raised as long as somebody reads by a higher one."""
+    with _lock:
+        if not _reading:
+            _pillows[:] = [Image.MAX_IMAGE_PIXELS]
+        _reading.append(pixels)
+        _set_limit()
     try:
         yield
     finally:
-        Image.MAX_IMAGE_PIXELS = before
+        with _lock:
+            _reading.remove(pixels)
+            _set_limit()
+
+
+def _set_limit() -> None:
+    Image.MAX_IMAGE_PIXELS = None if _pillows[0] is None else max([_pillows[0], *_reading])
 
 
 def _open(source: str | os.PathLike) -> Image.Image:
@@ -176,13 +192,14 @@ def _tell_frames(picture: Image.Image, name: str) -> None:
     """Of an animation, or of several pages, one is mended. Before it is decoded."""
     try:
         number = getattr(picture, "n_frames", 1) if picture.format in FRAMED else 1
-    except Exception:  # a later one is damaged
-        number = 2
+    except Exception:  # closed, or a later one is damaged
+        number = 1
     if number > 1:
-        warnings.warn(f"{name} has several pictures: the first is read", LossWarning, stacklevel=5)
+        which = "the first" if picture.tell() == 0 else "the current one"
+        warnings.warn(f"{name} has several pictures: {which} is read", LossWarning, stacklevel=5)
 
 
-def _described_beside(info: dict[Any, Any]) -> dict[str, Any]:
+def _described_beside(info: dict[Any, Any], name: str) -> dict[str, Any]:
     """Of what Pillow found in a file: the description that other programs wrote (XMP: rights, captions, places), of an
     upright picture, and pixels an inch."""
     out: dict[str, Any] = {}
@@ -190,6 +207,8 @@ def _described_beside(info: dict[Any, Any]) -> dict[str, Any]:
     xmp = xmp.encode() if isinstance(xmp, str) else xmp
     if isinstance(xmp, bytes) and len(xmp) <= MAX_EXIF:
         out["xmp"] = re.sub(rb"(tiff:Orientation\s*(?:=\s*[\"']|>\s*))[2-8]", rb"\g<1>1", xmp)
+    elif xmp:
+        warnings.warn(f"{name}: its XMP is left out, {MAX_EXIF} bytes would be kept", LossWarning, stacklevel=5)
     if isinstance(dpi, tuple) and len(dpi) == 2 and all(0 < float(one) < 1e5 for one in dpi):
         out["dpi"] = tuple(float(one) for one in dpi)
     return out
@@ -216,7 +235,7 @@ def _from_pil(picture: Image.Image, name: str, max_pixels: int) -> Picture:
     profile = picture.info.get("icc_profile")
     known = profile and len(profile) <= MAX_PROFILE and profile[16:20] in (b"RGB ", b"GRAY")  # no inks, no Lab
     info: dict[str, Any] = {"icc_profile": profile} if known else {}
-    info |= _described_beside(picture.info)
+    info |= _described_beside(picture.info, name)
     _tell_depth(picture, name)
     _tell_frames(picture, name)
     picture.load()
@@ -316,8 +335,8 @@ def read(source: ImageInput, max_pixels: int = MAX_PIXELS) -> Picture:
                 file = Path(source) if Path(source).is_file() else None
                 return replace(_from_pil(picture, name, max_pixels), file=file, quality=jpeg_quality(picture))
         if isinstance(source, Image.Image):
-            file = _still_shown(source)
-            return replace(_from_pil(source, name, max_pixels), file=file, quality=jpeg_quality(source))
+            found, quality = _from_pil(source, name, max_pixels), jpeg_quality(source)
+            return replace(found, file=_still_shown(source), quality=quality)
     except (UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} is not an image that can be read: {error}") from None
     except (FileNotFoundError, IsADirectoryError, PermissionError, ValueError, MemoryError):
@@ -330,13 +349,14 @@ def read(source: ImageInput, max_pixels: int = MAX_PIXELS) -> Picture:
 def _still_shown(picture: Image.Image) -> Path | None:
     """The JPEG file that somebody opened, if nobody changed the picture since."""
     name = getattr(picture, "filename", "")
-    if not isinstance(picture, JpegImageFile) or not name or not Path(name).is_file():
+    if not isinstance(picture, JpegImageFile) or not name:
         return None
     try:
-        with Image.open(name) as again:
+        path = Path(os.fsdecode(name))
+        with Image.open(path) as again:
             same = again.size == picture.size and again.mode == picture.mode
-            return Path(name) if same and np.array_equal(np.asarray(again), np.asarray(picture)) else None
-    except (OSError, ValueError, SyntaxError):
+            return path if same and np.array_equal(np.asarray(again), np.asarray(picture)) else None
+    except Exception:  # it is gone, or was never a file
         return None
 
 
@@ -412,6 +432,17 @@ def read_mask(source: ImageInput, size: tuple[int, int]) -> torch.Tensor:
     return mask
 
 
+def plain_word(word: str) -> str:
+    """A word for `mask_for` as people write it => as it is known; anything else as it is.
+
+    >>> plain_word("#f00"), plain_word("1, 2, 3, 4"), plain_word("my mask.png")
+    ('#ff0000', '1,2,3,4', 'my mask.png')
+    """
+    if re.fullmatch("#[0-9a-fA-F]{3}", word):
+        return "#" + "".join(2 * digit for digit in word[1:])
+    return word.replace(" ", "") if WORDS.fullmatch(word.replace(" ", "")) else word
+
+
 def mask_for(source: ImageInput, picture: Picture) -> torch.Tensor:
     """A mask, or a word for where the hole is => (1, 1, H, W), 1 = generate.
 
@@ -424,9 +455,7 @@ def mask_for(source: ImageInput, picture: Picture) -> torch.Tensor:
     if not isinstance(source, str):
         return read_mask(source, picture.size)
     height, width = picture.size
-    source = source.replace(" ", "") if WORDS.fullmatch(source.replace(" ", "")) else source
-    if re.fullmatch("#[0-9a-fA-F]{3}", source):
-        source = "#" + "".join(2 * digit for digit in source[1:])
+    source = plain_word(source)
     if source == "alpha":
         if picture.alpha is None:
             raise ValueError("the mask is alpha, but the picture has no transparency")
@@ -566,6 +595,10 @@ def save(image: Image.Image, path: str | os.PathLike) -> None:
     if lost:
         message = f"{path.name}: date, place, camera and rights are left out, a {kind} has none"
         warnings.warn(message, LossWarning, stacklevel=2)
+    if kind == "JPEG" and len(image.info.get("xmp", b"")) > MAX_XMP:
+        kept.remove("xmp")
+        message = f"{path.name}: its XMP is left out, a JPEG holds {MAX_XMP} bytes"
+        warnings.warn(message, LossWarning, stacklevel=2)
     kept += ["dpi"] * (kind in ("PNG", "JPEG", "TIFF"))
     options: dict[str, Any] = {k: image.info[k] for k in kept if k in image.info}
     if kind == "JPEG":
@@ -581,7 +614,10 @@ def save(image: Image.Image, path: str | os.PathLike) -> None:
         if "xmp" in image.info:
             options["pnginfo"].add_itxt("XML:com.adobe.xmp", image.info["xmp"].decode(errors="replace"))
     if kind == "TIFF" and "xmp" in image.info:
-        options["tiffinfo"] = {700: image.info["xmp"]}
+        exif = Image.Exif()
+        exif.load(options.get("exif") or b"")
+        exif[700] = image.info["xmp"]
+        options["exif"] = exif
     part = path.with_name(f"{part_name(path)}{secrets.token_hex(4)}.part")
     with open(part, "xb") as stream:  # of the rights that new files have
         try:

@@ -167,6 +167,10 @@ def _run(mask: str | None = None, options: dict[str, Any] | None = None, **asked
     work = _Work(**asked, options=options or {})
     _quiet()
     with _one_line():
+        if mask is not None and not Path(mask).exists():
+            from .canvas import plain_word
+
+            mask = plain_word(mask)  # as a recipe keeps it
         if work.source.is_dir():
             _folder(work, mask)
         else:
@@ -201,7 +205,7 @@ def _file(work: _Work, mask: str | None) -> None:
     targets = [target] if work.samples == 1 else [target.with_stem(f"{target.stem}-{name}") for name in names]
     canvas.kind_of(target)
     _spare(targets, work.source, mask, work.options.get("hints"))
-    if work.output is None:
+    if work.output is None or work.output.is_dir():
         _spare_others(targets, work.source)
     picture = canvas.read(work.source, work.limit)  # before the model is loaded: bad input answers at once
     hole = None
@@ -347,6 +351,8 @@ def _made_otherwise(jobs: list, settings: dict[str, Any]) -> list[str]:
 
     found = []
     for job in jobs:
+        if job.problem:
+            continue
         try:
             recipe = recipes.read(job.target)
         except (OSError, ValueError):

@@ -431,16 +431,26 @@ class Page:
         self, moments: Iterator[Moment], total: int, seed: int, request: gr.Request, batch: bool = False,
         kept: bool = False,
     ) -> Iterator[dict]:  # fmt: skip
-        """What the page shows while the work goes on, and at its end."""
+        """What the page shows while the work goes on, and at its end; one work a visitor, since all show the same."""
+        stops, session = self.handlers.stops, request.session_hash or ""
+        place = stops.take_place(session)
+        if place is None:
+            gr.Warning("Your last task is still at work: wait for it, or press Stop first.")
+            yield {self.seed: gr.skip()}
+            return
+        try:
+            yield from self._show(moments, total, seed, request, batch, kept)
+        finally:
+            stops.leave_place(session, place)
+
+    def _show(
+        self, moments: Iterator[Moment], total: int, seed: int, request: gr.Request, batch: bool, kept: bool
+    ) -> Iterator[dict]:
         refused: list[Refused] = []
         full: list[str] = []
         pairs: list[str] = []
         captions: list[str] = []
         begun, last = time.monotonic(), 0.0
-        if self.handlers.stops.busy(request.session_hash or ""):  # both would write the same results
-            gr.Warning("Your last task is still at work: wait for it, or press Stop first.")
-            yield {self.seed: gr.skip()}
-            return
         yield {
             self.status: _status("Starting ..."),
             self.stop: gr.update(visible=True),

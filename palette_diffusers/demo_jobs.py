@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import count
 from queue import SimpleQueue
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 from typing import Any
 
 import torch
@@ -58,6 +58,8 @@ class Stops:
     def __init__(self) -> None:
         self._numbers = count()
         self._jobs: dict[int, tuple[str, Event]] = {}
+        self._places: dict[str, int] = {}  # of sessions whose page shows some work
+        self._lock = Lock()
 
     @contextmanager
     def job(self, session: str) -> Iterator[int]:
@@ -69,6 +71,20 @@ class Stops:
         finally:
             del self._jobs[number]
 
+    def take_place(self, session: str) -> int | None:
+        """The place of the one work that a session's page shows, until it is left, or stopped; None where another one
+        has it."""
+        with self._lock:
+            if session in self._places or self.busy(session):
+                return None
+            self._places[session] = next(self._numbers)
+            return self._places[session]
+
+    def leave_place(self, session: str, place: int) -> None:
+        with self._lock:
+            if self._places.get(session) == place:
+                del self._places[session]
+
     def busy(self, session: str) -> bool:
         """Whether a job of the session is at work that nobody stopped."""
         return any(whose == session and not event.is_set() for whose, event in list(self._jobs.values()))
@@ -79,6 +95,8 @@ class Stops:
 
     def stop(self, session: str) -> int:
         """Stops every job of the session; their number."""
+        with self._lock:
+            self._places.pop(session, None)
         events = [event for whose, event in list(self._jobs.values()) if whose == session]
         for event in events:
             event.set()
@@ -136,15 +154,18 @@ def watch(
     """
     news: SimpleQueue[Step | Waiting | Image.Image | BaseException] = SimpleQueue()
     gone = Event()  # nobody looks any more
-    level, begun = 0, time.monotonic()
+    level, begun, finest = 0, time.monotonic(), 0
     pixels = pixels_of(picture, options)
 
     def tell(pipe: PalettePipeline, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict:
-        nonlocal level, begun
+        nonlocal level, begun, finest
         if stop.is_set() or gone.is_set():
             raise Stopped
+        side = max(tensors["pred_original_sample"].shape[-2:])
         if step == 0:
-            level, begun = level + 1, begun if level == 0 else time.monotonic()
+            begun = begun if level == 0 else time.monotonic()
+        if step == 0 and side > 1.5 * finest or level == 0:  # strips of a border are of one level
+            level, finest = level + 1, side
         of = pipe.num_timesteps
         left = (time.monotonic() - begun) / (step + 1) * (of - step - 1)
         news.put(Step(step + 1, of, level, left, _shown(tensors["pred_original_sample"][:1])))

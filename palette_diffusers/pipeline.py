@@ -58,7 +58,8 @@ EVENED = 0.7311  # gamma up to which chroma is evened out: log-SNR 1
 SHRUNK_EVENED = 0.8808  # the same of photographs that were made smaller, whose regions are larger: log-SNR 2
 SHRUNK_CONTRAST = 0.65  # the share of the contrast above 1 that those get
 CONTRASTED = 4  # steps up to there of which `chroma_contrast` is told; of more, each has less: measured from 2 to 9
-STRIP = 4  # pixels of the model's that a border is extended by at a time: far from what is known, it makes haze
+HIDDEN = 512  # pixels of the longer side at which what lies under transparency is made up
+STRIP = 1 / 16  # of the model's size, that a border is extended by at a time: far from what is known, it makes haze
 REFINE_FROM = 2.5  # log-SNR at which finer levels start from the coarser picture
 FAR = 6.0  # log-SNR; of two steps a task that starts at -4 would take the last alone, which sees no damage any more
 SOONER = 1.5  # log-SNR by which the last of few steps may come before that; more would leave grain
@@ -426,6 +427,8 @@ class PalettePipeline(DiffusionPipeline):
             stronger = 1 + torch.where(smaller, SHRUNK_CONTRAST, 1.0) * (settings.chroma_contrast - 1)
             contrast = stronger ** (compounded / CONTRASTED) ** -0.3
         self._num_timesteps = len(timesteps)
+        if isinstance(task, Colorization):
+            task = task.in_steps(len(timesteps))
         for i, t in enumerate(self.progress_bar(timesteps)):
             scaled = self.scheduler.scale_model_input(sample, t)
             gamma = noise_level(self.scheduler, t)
@@ -534,8 +537,7 @@ class PalettePipeline(DiffusionPipeline):
             raise ValueError(
                 f"left, right, top, bottom and aspect belong to 'uncropping', the task is {tasks[0].name!r}"
             )
-        seen = [_without_hidden(picture) for picture in pictures]
-        met = [_meet(*one, max_pixels, aspect, sides) for one in zip(seen, masks, tasks, strict=True)]
+        met = [_meet(*one, max_pixels, aspect, sides) for one in zip(pictures, masks, tasks, strict=True)]
         pictures, masks = [picture for picture, _ in met], [mask for _, mask in met]
         strokes = _strokes(hints, pictures, tasks)
         if latents is not None and len(pictures) > 1:
@@ -630,7 +632,7 @@ class PalettePipeline(DiffusionPipeline):
         ]
         told = task
         if any(spreads):
-            told = Colorization(Spread.of_batch(spreads, views, number), int(steps or self.config.default_steps))
+            told = Colorization(Spread.of_batch(spreads, views, number))
         denoise = partial(
             self.denoise, generator=every, num_inference_steps=steps, callback=callback, task=told, strength=strength,
             eta=eta,
@@ -767,7 +769,7 @@ class PalettePipeline(DiffusionPipeline):
         left = hole.clone()
         if hole.all():  # nothing to begin at
             return left
-        for strip, within in sizes.strips(hole, STRIP):
+        for strip, within in sizes.strips(hole, max(1, round(self.unet.config.sample_size * STRIP))):
             if not (wanted * left).any():
                 break
             some, own = level[within], strip[within]
@@ -858,12 +860,32 @@ def _source(given: Given) -> torch.Tensor:
     return torch.where(given.mask > 0, extend(given.known, 1 - given.mask), given.known)
 
 
-def _without_hidden(picture: Picture) -> Picture:
-    """What nobody sees of a picture, under full transparency, is set aside, and continues what is around it: it would
-    decide on the colours of all, and on what lies beyond a border."""
-    if picture.alpha is None or not 0 < (seen := (picture.alpha > 0).float()).mean() < 1:
+def _without_hidden(picture: Picture, hole: torch.Tensor | None) -> Picture:
+    """What nobody sees of a picture, under full transparency, is set aside, and continues what is around it, smoothly:
+    it would decide on the colours of all, and on what lies beyond a border. What is to be filled is not kept."""
+    if picture.alpha is None:
         return picture
-    return replace(picture, image=extend(picture.image * seen, seen), hidden=picture.image)
+    clear = picture.alpha[0, 0] == 0
+    if not clear.any() or clear.all():
+        return picture
+    (height, width), most = picture.size, max(picture.size)
+    small = tuple(max(1, round(side * min(1, HIDDEN / most))) for side in (height, width))
+    seen = (~clear)[None, None].float()
+    share = F.adaptive_avg_pool2d(seen, small)
+    parts = [F.adaptive_avg_pool2d(one * seen, small) for one in picture.image.split(1, dim=1)]
+    around = extend(torch.cat(parts, 1) / share.clamp_min(1e-6), (share > 0).float())
+    del parts, seen
+    kept = clear if hole is None else clear & (hole[0, 0] == 0)
+    hidden = (kept, picture.image[0, :, kept])
+    image = picture.image.clone()
+    for top in range(0, height, 512):
+        rows = clear[top : top + 512]
+        if rows.any():
+            band = image[0, :, top : top + 512]
+            block = replace(sizes.full(height, width, 1), top=top, height=len(rows))
+            up = sizes.enlarged(around, (height, width), block)
+            band[:, rows] = up[0, :, rows].clamp(-1, 1)
+    return replace(picture, image=image, hidden=hidden)
 
 
 def _meet(
@@ -882,20 +904,23 @@ def _meet(
             if any(sides.values()):
                 raise ValueError("uncropping takes either an aspect or left, right, top and bottom")
             sides = sizes.sides_for(picture.size, aspect)
-        return _grow(picture, max_pixels=max_pixels, **sides)
+        return _grow(_without_hidden(picture, None), max_pixels=max_pixels, **sides)
     if not task.takes_mask:
         if mask is not None:
             raise ValueError(f"task {task.name!r} takes no mask_image")
-        return picture, None
+        return _without_hidden(picture, None), None
     if mask is None:
         raise ValueError(f"task {task.name!r} needs a mask_image: white = generate, black = keep")
-    return canvas.with_mask(picture, mask)
+    picture, hole = canvas.with_mask(picture, mask)  # which may be told by what lies under transparency
+    return _without_hidden(picture, hole), hole
 
 
 def _finished(image: torch.Tensor, picture: Picture, output_type: str) -> Any:
-    """(1, 3, H, W) => what was asked for; under full transparency, what was there."""
-    if picture.hidden is not None and picture.alpha is not None:
-        image = torch.where(picture.alpha > 0, image, picture.hidden)
+    """(1, 3, H, W) => what was asked for; what nobody sees is what it was."""
+    if picture.hidden is not None:
+        where, values = picture.hidden
+        image = image.clone()
+        image[0, :, where] = values
     if output_type == "pil":
         return canvas.to_pil(image, picture)
     return ((image[0] + 1) / 2).permute(1, 2, 0).numpy() if output_type == "np" else image[0].clone()
@@ -955,7 +980,8 @@ def _grow(
     if alpha is not None:  # beside what is transparent, the border is
         alpha = F.pad(alpha, [pixels[name] for name in ("left", "right", "top", "bottom")], mode="replicate")
     if picture.hidden is not None:
-        hidden = torch.zeros_like(image)
-        hidden[inside] = picture.hidden
+        where = torch.zeros(new, dtype=torch.bool)
+        where[inside[1:]] = picture.hidden[0]
+        hidden = (where, picture.hidden[1])  # row by row, as before
     grown = Picture(image, alpha, picture.info, deep=picture.deep, hidden=hidden)
     return grown, border_mask(*new, **pixels)[None]

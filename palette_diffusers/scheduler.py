@@ -47,8 +47,8 @@ NUMERIC_SETTINGS: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...]
     ),
     (
         ("beta_start", "beta_end", "sampling_beta_start", "sampling_beta_end"),
-        "a number between 0 and 1",
-        lambda x: is_number(x) and 0 < x < 1,
+        "a number above 0, at most 1",
+        lambda x: is_number(x) and 0 < x <= 1,
     ),
     (("sampling_order",), "1 or 2", lambda x: x in (1, 2)),
     (("logsnr_min", "logsnr_max"), "a finite number", is_number),
@@ -277,24 +277,24 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
         ("sampling_spacing", SPACINGS),
         ("sampling_variance", VARIANCES),
     ):
-        if settings[name] not in known:
+        if name in settings and settings[name] not in known:
             raise ValueError(f"{name} is {settings[name]!r}, expected one of {', '.join(known)}")
     for names, expected, fits in NUMERIC_SETTINGS:
-        for name in names:
+        for name in settings.keys() & set(names):  # a class of its own may not have all
             if not fits(settings[name]):
                 raise ValueError(f"{name} is {settings[name]!r}, expected {expected}")
     for low, high in (("beta_start", "beta_end"), ("sampling_beta_start", "sampling_beta_end")):
-        if settings[low] > settings[high]:
+        if low in settings and high in settings and settings[low] > settings[high]:
             raise ValueError(f"{low} is {settings[low]}, expected at most {high}, {settings[high]}")
-    if settings["logsnr_min"] >= settings["logsnr_max"]:
+    if settings.get("logsnr_min", -math.inf) >= settings.get("logsnr_max", math.inf):
         raise ValueError(f"logsnr_min is {settings['logsnr_min']}, expected below logsnr_max, {settings['logsnr_max']}")
-    betas, steps = settings["trained_betas"], settings["num_train_timesteps"]
+    betas, steps = settings.get("trained_betas"), settings.get("num_train_timesteps")
     if betas is not None:
         if len(betas) != steps:
             raise ValueError(f"trained_betas has {len(betas)} numbers, expected num_train_timesteps, {steps}")
         for beta in betas:
-            if not (is_number(beta) and 0 < beta < 1):
-                raise ValueError(f"trained_betas has {beta!r}, expected numbers between 0 and 1")
+            if not is_number(beta, 0, 1):
+                raise ValueError(f"trained_betas has {beta!r}, expected numbers from 0 to 1")
 
 
 class PaletteScheduler(SchedulerMixin, ConfigMixin):
@@ -466,6 +466,8 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
         >>> scheduler.timesteps
         tensor([2, 1, 0])
         """
+        if isinstance(num_inference_steps, torch.Tensor):
+            num_inference_steps = num_inference_steps.item()
         if not is_number(num_inference_steps, 1) or int(num_inference_steps) != num_inference_steps:
             raise ValueError(f"num_inference_steps is {num_inference_steps!r}, expected a whole number of at least 1")
         steps, config = int(num_inference_steps), self.config

@@ -3,6 +3,7 @@
 Images are (B, 3, H, W), RGB, [-1, 1]; masks (B, 1, H, W), 1 = generate, 0 = keep.
 """
 
+import copy
 import io
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -132,14 +133,22 @@ class Task:
 
 class Colorization(Task):
     """Grayscale => colour. The photograph's own luma is kept, the model gives the chroma; with `hints` at its working
-    size, it is blended with theirs at each of so many steps."""
+    size, it is blended with theirs, in so many steps (`in_steps`)."""
 
     name = "colorization"
     strategy = "chroma"
 
-    def __init__(self, hints: Spread | None = None, steps: int = 1):
-        self.hints = None if hints is None else hints.of_step(steps)
+    def __init__(self, hints: Spread | None = None):
+        self.hints = hints
         self.own = None if hints is None else 1 - hints.share  # how much of a pixel's chroma is the model's
+
+    def in_steps(self, number: int) -> "Colorization":
+        """The same task, for each of so many steps of sampling."""
+        if self.hints is None:
+            return self
+        step = copy.copy(self)
+        step.hints = self.hints.of_step(number)
+        return step
 
     def degrade(self, clean: torch.Tensor, generator: torch.Generator | None = None) -> Given:
         return self.prepare(clean)

@@ -42,8 +42,8 @@ def transform_filter(weight: torch.Tensor) -> torch.Tensor:
 
 
 def sampled(weight: torch.Tensor) -> torch.Tensor:
-    """(K, C, 3, 3) => about 9 C of its numbers, evenly spaced in memory: among them one of every filter, and one of
-    every input channel at each of the nine places."""
+    """(K, C, 3, 3) => about 9 C of its numbers, evenly spaced in memory: among them one of every filter (if there are
+    at most 9 C), and one of every input channel at each of the nine places."""
     outputs, period = weight.shape[0], weight[0].numel()
     step = next(n for n in range(outputs, 0, -1) if math.gcd(n, period) == 1)
     flat = weight if weight.is_contiguous() else weight.permute(0, 2, 3, 1)

@@ -711,13 +711,32 @@ def test_inks_are_converted_by_their_profile(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("suffix", "dpi"), [("jpg", True), ("png", True), ("tif", True), ("webp", False)])
 def test_rights_and_resolution_are_kept(tmp_path, suffix, dpi):
     """Of an upright picture; a format that can't hold them says so."""
-    Image.new("RGB", (16, 8)).save(tmp_path / "in.jpg", xmp=XMP, dpi=(300, 300))
+    exif = Image.Exif()
+    exif[0x010F] = "Canon"
+    exif[0x8825] = {1: "N"}
+    Image.new("RGB", (16, 8)).save(tmp_path / "in.jpg", xmp=XMP, dpi=(300, 300), exif=exif)
     picture = canvas.read(tmp_path / "in.jpg")
     target = tmp_path / f"out.{suffix}"
     canvas.save(canvas.to_pil(picture.image, picture), target)
     again = canvas.read(target)
     assert b'tiff:Orientation="1" dc:rights="mine"' in again.info["xmp"]
     assert not dpi or again.info["dpi"] == pytest.approx((300, 300), abs=0.1)
+    kept = Image.open(target).getexif()
+    assert kept[0x010F] == "Canon" and kept.get_ifd(0x8825)[1] == "N"
+
+
+def test_a_description_that_is_too_long_is_told(tmp_path):
+    """After all the work, a JPEG could not be written."""
+    image = Image.new("RGB", (8, 8))
+    image.info["xmp"] = b"x" * (canvas.MAX_XMP + 1)
+    with pytest.warns(canvas.LossWarning, match="a JPEG holds 65504 bytes"):
+        canvas.save(image, tmp_path / "a.jpg")
+    image.info["xmp"] = b"x" * canvas.MAX_XMP
+    canvas.save(image, tmp_path / "a.jpg")
+    assert len(Image.open(tmp_path / "a.jpg").info["xmp"]) == canvas.MAX_XMP
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.webp", xmp=b"x" * 70_000)
+    with pytest.warns(canvas.LossWarning, match="its XMP is left out"):
+        assert "xmp" not in canvas.read(tmp_path / "b.webp").info
 
 
 @pytest.mark.parametrize("kind", ["gif", "png", "tif", "webp"])
@@ -738,6 +757,13 @@ def test_an_opened_jpeg_is_its_file_as_long_as_nobody_changes_it(tmp_path, photo
     small = Image.open(tmp_path / "a.jpg")
     small.thumbnail((50, 50))
     assert canvas.read(small).file is None and canvas.read(Image.fromarray(photo)).file is None
+    with pytest.raises(ValueError, match="the limit is 100"):
+        canvas.read(big := Image.open(tmp_path / "a.jpg"), 100)
+    assert big.tile, "refused before it is decoded"
+    assert canvas.read(Image.open(os.fsencode(tmp_path / "a.jpg"))).file == tmp_path / "a.jpg"
+    named = Image.open(io.BytesIO((tmp_path / "a.jpg").read_bytes()))
+    named.filename = "x" * 5000
+    assert canvas.read(named).file is None
     gone = Image.open(tmp_path / "a.jpg")
     gone.load()
     (tmp_path / "a.jpg").unlink()
@@ -755,6 +781,13 @@ def test_a_limit_above_pillows_own(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     Image.new("L", (50, 50)).save(tmp_path / "large.png")
     assert canvas.read(tmp_path / "large.png", 2500).size == (50, 50)
+    with canvas._limit(300), canvas._limit(200):
+        assert Image.MAX_IMAGE_PIXELS == 300
+    one, other = canvas._limit(200), canvas._limit(300)
+    one.__enter__(), other.__enter__()
+    one.__exit__(None, None, None)
+    assert Image.MAX_IMAGE_PIXELS == 300, "the other one still reads"
+    other.__exit__(None, None, None)
     assert Image.MAX_IMAGE_PIXELS == 100
     with pytest.raises(ValueError, match="large.png"):
         canvas.read(tmp_path / "large.png", 2499)

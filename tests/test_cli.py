@@ -350,6 +350,20 @@ def test_two_photographs_of_one_name(files):
     (files / "there").mkdir()
     assert invoke("colorize", files / "in.jpg", "-o", files / "there", *options).exit_code == 0
     assert (files / "there" / "in-colorization.png").is_file()
+    out = invoke("colorize", files / "in.png", "-o", files / "there", *options)
+    assert out.exit_code == 2 and "is the result of in.jpg" in " ".join(out.stderr.split())
+
+
+@pytest.mark.parametrize("mask", ["10, 10, 20, 20", "#f00"])
+def test_a_word_for_a_mask_is_kept_as_it_is_known(files, mask):
+    image = Image.open(files / "in.png").convert("RGB")
+    image.paste("red", (10, 10, 20, 20))
+    image.save(files / "painted.png")
+    options = ["--model", files / "model", "--steps", 1]
+    assert invoke("inpaint", files / "painted.png", "--mask", mask, "-o", files / "h.png", *options).exit_code == 0
+    out = invoke("again", files / "h.png", "-o", files / "h2.png")
+    assert out.exit_code == 0, out.output
+    assert np.array_equal(np.asarray(Image.open(files / "h2.png")), np.asarray(Image.open(files / "h.png")))
 
 
 def test_the_plan_of_a_folder_passes_a_broken_file(files):

@@ -774,6 +774,20 @@ def test_the_button_to_stop_stays_while_another_job_works(pipe):
         assert not list(page._example("Colorize")(Request(), 0))[-1][page.stop]["visible"]
 
 
+def test_a_double_click_is_one_task(pipe):
+    """The second began, too, before the first was at work."""
+    page = demo.Page(Handlers(pipe, Limits()))
+    first = page._example("Colorize")(Request(), 0)
+    assert page.status in next(first)
+    with pytest.warns(UserWarning, match="still at work"):
+        assert list(page._example("Colorize")(Request(), 0)) == [{page.seed: gr.skip()}]
+    first.close()  # the browser left
+    second = page._example("Colorize")(Request(), 0)
+    assert page.status in next(second)
+    page.handlers.stops.stop(Request().session_hash or "")
+    assert page.status in next(page._example("Colorize")(Request(), 0)), "what was stopped holds no place"
+
+
 def test_looking_at_a_photo_needs_no_place_in_the_queue(pipe, photo):
     page = demo.Page(Handlers(pipe, Limits()))
     asked = {fn.name: fn.queue for fn in page.blocks.fns.values()}

@@ -67,7 +67,7 @@ def test_the_steps_together_take_the_share_of_a_stroke():
     free = chroma(torch.rand(1, 3, 1, 4))
     held = free
     for _ in range(8):
-        held = Colorization(spread, 8).hints.blend(held)
+        held = Colorization(spread).in_steps(8).hints.blend(held)
     torch.testing.assert_close(held, spread.blend(free), atol=1e-5, rtol=0)
 
 

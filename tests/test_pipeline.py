@@ -381,7 +381,7 @@ def test_a_panorama_costs_by_its_width(pipe, photo):
         assert out.shape == (3, 64, round(64 * (1 + right))) and torch.isfinite(out).all()
         assert max(shape[-1] * shape[-2] for shape in calls) <= 64 * 64 * 2
         costs.append(sum(shape[0] * shape[-1] * shape[-2] for shape in calls))
-    assert costs[2] / costs[0] == pytest.approx(8, rel=0.2) and costs[1] / costs[0] == pytest.approx(4, rel=0.2)
+    assert 5 < costs[2] / costs[0] < 9.6 and 2.5 < costs[1] / costs[0] < 4.8
     assert torch.equal(out[:, :, :64], torch.from_numpy(photo[:64, :64].copy()).permute(2, 0, 1) / 127.5 - 1)
     wide = pipe(photo[:64, :48], task="uncropping", aspect=1.5, output_type="pt").images[0]
     assert wide.shape == (3, 64, 96)
@@ -684,6 +684,17 @@ def test_what_nobody_sees_has_no_part_in_the_result(pipe, photo, seeded, task):
         assert (out[:, width + 30 :, 3] == 255).all()
         shown.append(out[:, width + 30 :, :3])
     assert np.array_equal(*shown)
+
+
+@pytest.mark.parametrize("mask", ["#ff00ff", "30,20,60,40", "alpha"])
+def test_a_hole_may_be_where_nobody_sees_anything(pipe, photo, seeded, mask):
+    pixels = np.dstack([photo[:64, :96], np.full((64, 96), 255, np.uint8)])
+    pixels[20:40, 30:60] = (255, 0, 255, 0)
+    out = pipe(pixels, task="inpainting", mask_image=mask, generator=seeded(0), output_type="np").images[0]
+    hole = np.abs(out[20:40, 30:60] - [1, 0, 1]).max(-1)
+    assert (hole > 0.02).mean() > 0.9, "made anew"
+    out[20:40, 30:60] = pixels[20:40, 30:60, :3] / 255
+    np.testing.assert_allclose(out, pixels[..., :3] / 255, atol=1e-6)
 
 
 def test_a_batch_of_masks_as_a_tensor(pipe, photo, seeded):

@@ -194,7 +194,7 @@ WRONG = [
     *[{name: math.nan} for name in ("logsnr_min", "slow_noise", "source_eta", "chroma_guidance", "clip_sample_range")],
     {"initial_noise": None}, {"clip_sample_range": 0.0}, {"sampling_order": 3},
     {"beta_start": 0.02}, {"sampling_beta_end": 1e-5}, {"logsnr_min": 5.0, "logsnr_max": 5.0},
-    {"num_train_timesteps": 3, "trained_betas": [0.1, 0.2]}, {"num_train_timesteps": 2, "trained_betas": [0.1, 1.0]},
+    {"num_train_timesteps": 3, "trained_betas": [0.1, 0.2]}, {"num_train_timesteps": 2, "trained_betas": [0.1, 1.1]},
 ]  # fmt: skip
 
 
