@@ -26,7 +26,6 @@ from typing import Any
 
 import diffusers
 import torch
-from peers import machine, numbers, output_file
 
 from palette_diffusers import PalettePipeline, PaletteScheduler
 from palette_diffusers.evaluation import Photographs, frechet_distance, load_features
@@ -38,6 +37,11 @@ from palette_diffusers.machine import best_device, best_dtype
 from palette_diffusers.pipeline import SHIPPED, STARTER
 from palette_diffusers.speed import build
 from palette_diffusers.tasks import Given, get_task
+
+if __package__:  # of the claims, which are a package
+    from .peers import machine, numbers, output_file
+else:
+    from peers import machine, numbers, output_file
 
 CLASSIFIER = f"{Path(__file__).with_name('classifier.py')}:load_classifier"
 BATCH = 50

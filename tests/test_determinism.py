@@ -69,7 +69,9 @@ def test_a_variation_has_its_noise_whatever_their_number(first_inputs, photo, ta
         return first_inputs(photo[:90, :110], task, **options)
 
     (one, image), (three, images) = run(1), run(3)
-    assert equal(one, three[::3]) and (image[0] - images[0]).abs().max() < 1 / 127.5
+    # a border's later strips see what the ones before made, to the rounding of a batch
+    torch.testing.assert_close(one, three[::3], atol=1e-4, rtol=0)
+    assert (image[0] - images[0]).abs().max() < 1 / 127.5
 
 
 def test_the_same_noise_in_any_order_of_tiles(first_inputs, photo, monkeypatch, seeded):
