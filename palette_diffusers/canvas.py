@@ -217,11 +217,16 @@ def _described_beside(info: dict[Any, Any], name: str) -> dict[str, Any]:
 def _of_inks(picture: Image.Image, profile: bytes, name: str) -> Image.Image:
     """A picture for print => sRGB, by its profile."""
     try:
-        inks = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        converted = ImageCms.profileToProfile(picture, inks, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        return _converted(picture, profile, "RGB")
     except (ImageCms.PyCMSError, OSError, ValueError) as error:
         warnings.warn(f"{name}: the colour profile can't be used and is left out ({error})", LossWarning, stacklevel=5)
         return picture
+
+
+def _converted(image: Image.Image, profile: bytes, mode: str) -> Image.Image:
+    """From a profile to sRGB."""
+    own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    converted = ImageCms.profileToProfile(image, own, ImageCms.createProfile("sRGB"), outputMode=mode)
     assert converted is not None
     return converted
 
@@ -633,9 +638,7 @@ def _to_srgb(image: Image.Image, name: str) -> Image.Image:
     """For a format without colour profiles: the same colours by those that everybody assumes."""
     metadata = {key: value for key, value in image.info.items() if key != "icc_profile"}
     try:
-        own = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
-        converted = ImageCms.profileToProfile(image, own, ImageCms.createProfile("sRGB"))
-        assert converted is not None
+        converted = _converted(image, image.info["icc_profile"], image.mode)
     except (ImageCms.PyCMSError, OSError, ValueError) as error:
         message = f"{name}: the colour profile is left out, this format has none ({error})"
         warnings.warn(message, LossWarning, stacklevel=3)

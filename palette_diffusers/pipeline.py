@@ -630,9 +630,7 @@ class PalettePipeline(DiffusionPipeline):
             None if h is None else h.spread(image, max(v.inner))
             for h, image, v in zip(strokes, images, views, strict=True)
         ]
-        told = task
-        if any(spreads):
-            told = Colorization(Spread.of_batch(spreads, views, number))
+        told = Colorization(Spread.of_batch(spreads, views, number)) if any(spreads) else task
         denoise = partial(
             self.denoise, generator=every, num_inference_steps=steps, callback=callback, task=told, strength=strength,
             eta=eta,
