@@ -579,8 +579,9 @@ def kind_of(path: Path) -> str:
     return kind
 
 
-def save(image: Image.Image, path: str | os.PathLike) -> None:
-    """Writes beside and renames, so that no half-written file stays behind; the suffix gives the format.
+def save(image: Image.Image, path: str | os.PathLike, **settings: Any) -> None:
+    """Writes beside and renames, so that no half-written file stays behind; the suffix gives the format. Further
+    `settings` are those of Pillow's writer.
 
     Raises:
         ValueError: an unknown suffix. OSError: the folder is missing or not writable, or the disk is full.
@@ -626,7 +627,7 @@ def save(image: Image.Image, path: str | os.PathLike) -> None:
     part = path.with_name(f"{part_name(path)}{secrets.token_hex(4)}.part")
     with open(part, "xb") as stream:  # of the rights that new files have
         try:
-            image.save(stream, kind, **options)
+            image.save(stream, kind, **options, **settings)
             stream.close()
             os.replace(part, path)
         except BaseException:

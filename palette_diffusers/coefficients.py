@@ -142,14 +142,27 @@ class Plane:
         return _joined(torch.where(self.sure[here][..., None, None], DCT.T @ nearest @ DCT, blocks))
 
 
-def _table(quality: int, *of: np.ndarray) -> torch.Tensor:
-    """libjpeg's quantisation table of a quality, (8, 8): of luma, or `of` what."""
-    return torch.tensor(jpeg_tables(*of)[quality - 1]).float().reshape(8, 8)
+@dataclass(frozen=True)
+class Table:
+    """libjpeg's quantisation table of luma. quality: 1 to 100. turned: whether the picture was turned by 90 degrees
+    since, and its rows became columns."""
+
+    quality: int
+    turned: bool = False
+
+    @property
+    def steps(self) -> torch.Tensor:
+        """(8, 8)"""
+        steps = torch.tensor(jpeg_tables()[self.quality - 1]).float().reshape(8, 8)
+        return steps.T.contiguous() if self.turned else steps
 
 
-def _lattice(values: np.ndarray, spread: np.ndarray, finest: np.ndarray) -> tuple[float, int | None]:
-    """The quality (1 to 100, libjpeg's scale) of the JPEG whose steps coefficients (blocks, 64) lie on, each of them
-    off by about its `spread`; of tables coarser than `finest`. How likely that is, and None where it is not.
+TABLES = [Table(quality, turned) for turned in (False, True) for quality in range(1, 101)]
+
+
+def _lattice(values: np.ndarray, spread: np.ndarray, finest: np.ndarray) -> tuple[float, Table | None]:
+    """The table of the JPEG whose steps coefficients (blocks, 64) lie on, each of them off by about its `spread`; of
+    those coarser than `finest`. How likely that is, and None where it is not.
 
     The likelihood of that against coefficients that lie anywhere is added up over the different values of each
     frequency (after Fan and de Queiroz 2003), so that flat pictures, which have few, prove nothing.
@@ -161,8 +174,9 @@ def _lattice(values: np.ndarray, spread: np.ndarray, finest: np.ndarray) -> tupl
         value.append(found * (spread[k] / 2))
         weight.append(np.log2(1 + count))
     at, different, weights = (np.concatenate(parts) for parts in (frequency, value, weight))
-    best, quality = 0.0, None
-    for tried, table in enumerate(jpeg_tables(), 1):
+    best, chosen = 0.0, None
+    for tried in TABLES:
+        table = tried.steps.reshape(64).numpy()
         tells = (table > finest) & (spread < 0.2 * table)
         if tells.sum() < 6:
             continue
@@ -173,22 +187,22 @@ def _lattice(values: np.ndarray, spread: np.ndarray, finest: np.ndarray) -> tupl
         likely = 0.05 + close * table[at] / (spread[at] * math.sqrt(2 * math.pi))
         evidence = float((counts * np.log(likely)).sum())
         if evidence > max(best, ENOUGH, 0.1 * counts.sum()):
-            best, quality = evidence, tried
-    return best, quality
+            best, chosen = evidence, tried
+    return best, chosen
 
 
-def earlier_quality(luma: Plane) -> int | None:
-    """The quality (1 to 100, libjpeg's scale) of an earlier, coarser JPEG that this file was made of, on the same grid;
-    None where it shows none: what was quantised before lies close to multiples of the earlier steps."""
+def _earlier_table(luma: Plane) -> Table | None:
+    """That of an earlier, coarser JPEG that this file was made of, on the same grid; None where it shows none: what was
+    quantised before lies close to multiples of the earlier steps."""
     known = luma.sure.flatten().nonzero()[:, 0]
     known = luma.levels.reshape(-1, 64)[known[:: max(1, len(known) // SAMPLED)]]
     steps = luma.unit.reshape(64).numpy()
     return _lattice(known.numpy() * steps, np.sqrt(steps**2 / 12 + ROUNDED), 1.9 * steps)[1]
 
 
-def _of_earlier(first: Plane, quality: int) -> Plane:
+def _of_earlier(first: Plane, table: Table) -> Plane:
     """The intervals of luma that an earlier JPEG left, on the same grid."""
-    coarse, room = torch.maximum(_table(quality), first.steps), _room(_error(first))
+    coarse, room = torch.maximum(table.steps, first.steps), _room(_error(first))
     levels, sure = torch.empty_like(first.levels), first.sure.clone()
     for top in range(0, len(levels), BAND // 8):  # so that memory stays bounded
         rows = slice(top, top + BAND // 8)
@@ -201,7 +215,7 @@ def _of_earlier(first: Plane, quality: int) -> Plane:
 
 def _loosened(chroma: list[Plane], quality: int) -> list[Plane]:
     """Chroma that lies near the middle of the intervals that an earlier JPEG left, enlarged and reduced since."""
-    steps = _table(quality, CHROMINANCE)
+    steps = torch.tensor(jpeg_tables(CHROMINANCE)[quality - 1]).float().reshape(8, 8)  # the same where it is turned
     return [replace(plane, steps=torch.maximum(steps, plane.steps)) for plane in chroma]
 
 
@@ -324,8 +338,8 @@ def _edges(pixels: torch.Tensor) -> list[int]:
     return sums.topk(2).indices.tolist()
 
 
-def _off_grid(pixels: torch.Tensor, error: float) -> tuple[int, tuple[int, int], float] | None:
-    """The quality of the JPEG that a picture shows, whatever it was saved as since, where its first block begins, and
+def _off_grid(pixels: torch.Tensor, error: float) -> tuple[Table, tuple[int, int], float] | None:
+    """The table of the JPEG that a picture shows, whatever it was saved as since, where its first block begins, and
     by how much the pixels (H, W), 0 to 255, are off; `error` (a standard deviation) was expected."""
     height, width = pixels.shape
     if min(height, width) < 32:
@@ -342,13 +356,13 @@ def _off_grid(pixels: torch.Tensor, error: float) -> tuple[int, tuple[int, int],
             blocks = blocks[:: max(1, len(blocks) // SAMPLED)]
             values = (DCT @ (blocks - 128) @ DCT.T).reshape(-1, 64).numpy()
             found.append((*_lattice(values, spread, spread), (y, x), values))
-    _, quality, place, values = max(found, key=lambda one: one[0])
-    if quality is None:
+    _, table, place, values = max(found, key=lambda one: one[0])
+    if table is None:
         return None
-    table = jpeg_tables()[quality - 1]
-    off = torch.from_numpy(np.round(values / table) * table - values).float().reshape(-1, 8, 8)
+    steps = table.steps.reshape(64).numpy()
+    off = torch.from_numpy(np.round(values / steps) * steps - values).float().reshape(-1, 8, 8)
     seen = 1.4826 * (DCT.T @ off @ DCT).abs().median().item()  # those that black and white cut off count little
-    return quality, place, max(error, seen)
+    return table, place, max(error, seen)
 
 
 def shown_coefficients(image: torch.Tensor) -> Coefficients | None:
@@ -362,9 +376,9 @@ def shown_coefficients(image: torch.Tensor) -> Coefficients | None:
     found = _shown(levels, 0.0)
     if found is None:
         return None
-    plane, quality = found
+    plane, table = found
     first, earlier = _traced(plane, levels)
-    quality = quality if earlier is None else earlier
+    quality = (table if earlier is None else earlier).quality
     if all(torch.equal(image[:, 0], image[:, k]) for k in (1, 2)):
         return Coefficients((first,), (height, width), earlier=quality, gray=True)
     h, w = height // 16, width // 16
@@ -379,23 +393,23 @@ def shown_coefficients(image: torch.Tensor) -> Coefficients | None:
     return Coefficients((first, *others), (height, width), earlier=quality)
 
 
-def _shown(levels: torch.Tensor, error: float) -> tuple[Plane, int] | None:
-    """The plane of the JPEG that pixels show, and its quality."""
+def _shown(levels: torch.Tensor, error: float) -> tuple[Plane, Table] | None:
+    """The plane of the JPEG that pixels show, and its table."""
     found = _off_grid(levels, error)
     if found is None:
         return None
-    quality, (y, x), off = found
-    plane = replace(Plane.decoded(levels[y:, x:], _table(quality), 1, _room(off)), begin=(y, x))
-    return (plane, quality) if plane.sure.float().mean() > HELD else None
+    table, (y, x), off = found
+    plane = replace(Plane.decoded(levels[y:, x:], table.steps, 1, _room(off)), begin=(y, x))
+    return (plane, table) if plane.sure.float().mean() > HELD else None
 
 
-def _traced(plane: Plane, levels: torch.Tensor) -> tuple[Plane, int | None]:
-    """The plane of the coarsest JPEG that a plane of luma, whose pixels are `levels`, was made of, and its quality:
-    step by step, since a JPEG in between hides the first."""
-    quality = None
+def _traced(plane: Plane, levels: torch.Tensor) -> tuple[Plane, Table | None]:
+    """The plane of the coarsest JPEG that a plane of luma, whose pixels are `levels`, was made of, and its table: step
+    by step, since a JPEG in between hides the first."""
+    table = None
     for _ in range(GENERATIONS):
         found = []
-        same = earlier_quality(plane)
+        same = _earlier_table(plane)
         if same is not None:
             found.append((_of_earlier(plane, same), same))
         other = _shown(levels, _error(plane))
@@ -405,8 +419,8 @@ def _traced(plane: Plane, levels: torch.Tensor) -> tuple[Plane, int | None]:
         found = [one for one in found if one[0].sure.float().mean() > HELD * plane.sure.float().mean()]
         if not found:
             break
-        plane, quality = min(found, key=lambda one: one[1])
-    return plane, quality
+        plane, table = min(found, key=lambda one: one[1].quality)
+    return plane, table
 
 
 def read_coefficients(path: str | os.PathLike) -> Coefficients:
@@ -435,8 +449,11 @@ def read_coefficients(path: str | os.PathLike) -> Coefficients:
         planes += [Plane.decoded(pixels, table, scale) for pixels, table in zip(chroma, tables[1:], strict=True)]
     orientation = orientation if orientation in TURNS else 1
     first, earlier = _traced(planes[0], pixels)
-    others = planes[1:] if earlier is None else _loosened(planes[1:], earlier)
-    return Coefficients((first, *others), (height, width), orientation, earlier, gray=len(components) == 1)
+    others, quality = planes[1:], None
+    if earlier is not None:
+        quality = earlier.quality
+        others = _loosened(others, quality)
+    return Coefficients((first, *others), (height, width), orientation, quality, gray=len(components) == 1)
 
 
 def find_coefficients(picture: Picture) -> Coefficients | None:

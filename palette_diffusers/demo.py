@@ -67,6 +67,11 @@ PAINTS: list[str | tuple[str, float]] = [
 OWN = next(iter(ASPECTS))
 # on a phone the result stands below the button
 SHOW_RESULT = "() => { if (innerWidth < 768) document.querySelector('#status').scrollIntoView({behavior: 'smooth'}) }"
+# unless another photo was chosen since: the same value once more would clear what is painted on it
+SHOW_PNG = (
+    "(photo, unseen, png) => "
+    "photo && unseen && photo.path === unseen && png ? (Array.isArray(png) ? png[0] : png) : {__type__: 'update'}"
+)
 # the tabs were measured before the style sheet came
 FIT_TABS = "() => setTimeout(() => dispatchEvent(new Event('resize')), 200)"
 CSS = """
@@ -226,6 +231,8 @@ class Page:
         self.zip = gr.DownloadButton("Download all (zip)", visible=False, elem_id="zip")
         self.full = gr.File(visible="hidden", file_count="multiple", type="filepath")
         self.pairs = gr.File(visible="hidden", file_count="multiple", type="filepath")
+        self.unseen = gr.Textbox(visible="hidden")  # the photo that a browser can't show, and a PNG of it
+        self.seen = gr.File(visible="hidden", type="filepath")
 
     # connections
 
@@ -276,10 +283,11 @@ class Page:
             self._photo_again, self.photo, [self.photo, *about], preprocess=False, queue=False, show_progress="hidden",
             **private,
         )  # fmt: skip
-        self.photo.upload(
-            self._as_png, self.photo, self.photo, preprocess=False, show_progress="hidden", trigger_mode="multiple",
-            **private,
+        made = self.photo.upload(
+            self._as_png, self.photo, [self.unseen, self.seen], preprocess=False, show_progress="hidden",
+            trigger_mode="multiple", **private,
         )  # fmt: skip
+        made.then(None, [self.photo, self.unseen, self.seen], self.photo, js=SHOW_PNG, **private)
         self.aspect.input(self._aspect, [self.photo, self.aspect], sides, preprocess=False, queue=False, **private)
         gr.on([side.input for side in sides], lambda: OWN, None, self.aspect, queue=False, **private)
         gr.on(
@@ -324,19 +332,20 @@ class Page:
             return None, *self._photo(None)
 
     def _as_png(self, payload: Any) -> Iterator[Any]:
-        """A photo that browsers show as a broken picture (HEIC, TIFF) => a PNG of its pixels, upright, and metadata."""
+        """A photo that browsers show as a broken picture (HEIC, TIFF) => its path, and a PNG of it, upright."""
         try:
             if not payload or open_upload(payload, self.limits).format in SHOWN_BY_BROWSERS:
-                yield gr.skip()
+                yield None, None
                 return
             with self.looking:
                 picture = self.handlers.photo(payload)
                 png = canvas.to_pil(picture.image, picture)
             with scratch() as folder:
                 path = write(png, Path(folder) / f"{stem(payload)}.png")
-                yield path if Path(path).stat().st_size <= self.limits.max_bytes else gr.skip()
+                fits = Path(path).stat().st_size <= self.limits.max_bytes
+                yield (payload.get("path"), path) if fits else (None, None)
         except Failed:  # `_photo` says why
-            yield gr.skip()
+            yield None, None
 
     def forget(self) -> None:
         """What was painted and never taken."""

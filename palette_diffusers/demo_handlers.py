@@ -102,15 +102,14 @@ def smaller(image: Image.Image, side: int = SHOWN) -> Image.Image:
 
 
 def write(image: Image.Image, path: Path) -> str:
-    """As PNG, packed fast: a visitor waits for it.
+    """As PNG, with what its file told (date, place, rights), and packed fast: a visitor waits for it.
 
     Raises:
         Failed: it can't be written, as where the disk is full.
     """
-    kept = {key: image.info[key] for key in ("icc_profile", "exif") if key in image.info}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path, compress_level=1, **kept)
+        canvas.save(image, path, compress_level=1)
     except OSError as error:
         raise friendly(error) from None
     return str(path)

@@ -427,7 +427,7 @@ class PalettePipeline(DiffusionPipeline):
             stronger = 1 + torch.where(smaller, SHRUNK_CONTRAST, 1.0) * (settings.chroma_contrast - 1)
             contrast = stronger ** (compounded / CONTRASTED) ** -0.3
         self._num_timesteps = len(timesteps)
-        if isinstance(task, Colorization):
+        if task is not None:
             task = task.in_steps(len(timesteps))
         for i, t in enumerate(self.progress_bar(timesteps)):
             scaled = self.scheduler.scale_model_input(sample, t)
@@ -438,7 +438,8 @@ class PalettePipeline(DiffusionPipeline):
             original = predicted_original(output, scaled, gamma, kind).clamp(-1, 1)
             if evened and gamma <= until.max():
                 raised = contrast if gamma <= EVENED else None
-                even = even_chroma(original, luma(given.known), evened, raised, getattr(task, "own", None))
+                own = None if task is None else task.own
+                even = even_chroma(original, luma(given.known), evened, raised, own)
                 original = torch.where(gamma <= until, even, original)
             if task is not None:
                 del output  # of a large photograph, each of these counts

@@ -95,7 +95,8 @@ class Task:
     close to the picture; None starts from noise. keeps_gray: whether gray input stays gray; a task whose gray
     sources have coloured targets says False. texture: whether a hole of a photograph above the model's size gets the
     texture of its surroundings (`texture.py`). renewal: a factor on the scheduler's `source_eta`. before: (rows,
-    columns) that are put before a photograph where it is met in tiles, whose places they move.
+    columns) that are put before a photograph where it is met in tiles, whose places they move. own: how much of a
+    pixel's chroma is the model's, (B, 1, h, w) at its working size, None for all; the rest's contrast is left alone.
     """
 
     name = ""
@@ -106,6 +107,11 @@ class Task:
     texture = True
     renewal = 1.0
     before = (0, 0)
+    own: torch.Tensor | None = None
+
+    def in_steps(self, number: int) -> "Task":
+        """The same task, for each of so many steps of sampling."""
+        return self
 
     def degrade(self, clean: torch.Tensor, generator: torch.Generator | None = None) -> Given:
         """One clean image (1, 3, H, W) => its source, as in training and evaluation."""
@@ -140,10 +146,10 @@ class Colorization(Task):
 
     def __init__(self, hints: Spread | None = None):
         self.hints = hints
-        self.own = None if hints is None else 1 - hints.share  # how much of a pixel's chroma is the model's
+        if hints is not None:
+            self.own = 1 - hints.share
 
     def in_steps(self, number: int) -> "Colorization":
-        """The same task, for each of so many steps of sampling."""
         if self.hints is None:
             return self
         step = copy.copy(self)

@@ -1,7 +1,9 @@
 """The page in a real browser. Debian's Chromium; screenshots of every state go to outputs/screenshots."""
 
 import io
+import re
 import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -146,6 +148,30 @@ def test_a_photo_that_browsers_cannot_show_is_seen(open_page, photo, tmp_path, k
     result = Image.open(io.BytesIO(png))
     assert name.endswith("my_harbour-colorization.png") and result.getexif()[0x010E] == "the harbour"
     assert result.size == (photo.shape[1::-1] if kind == "heic" else photo.shape[:2])
+
+
+def test_a_photo_chosen_while_another_is_made_visible_stays(open_page, upload, photo, tmp_path, monkeypatch):
+    """The PNG of a TIFF came late and took its place."""
+    from palette_diffusers import demo
+
+    begun, go_on, forward = threading.Event(), threading.Event(), demo.write
+
+    def slowly(*given):
+        begun.set()
+        assert go_on.wait(60)
+        return forward(*given)
+
+    monkeypatch.setattr(demo, "write", slowly)
+    Image.fromarray(photo[::-1].copy()).save(tmp_path / "slow.tif")
+    page = open_page()
+    choose(page, tmp_path / "slow.tif")
+    assert begun.wait(60)
+    page.locator("#photo").get_by_label(re.compile("clear|remove", re.I)).first.click()
+    choose(page, upload)
+    page.wait_for_function("() => /my.{1,3}photo/.test(document.querySelector('#photo img')?.src)")
+    go_on.set()
+    page.wait_for_timeout(3000)
+    assert re.search("my.{1,3}photo", page.locator("#photo img").get_attribute("src"))
 
 
 def test_a_second_task_waits_for_the_first(open_page, upload):

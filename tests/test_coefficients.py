@@ -172,6 +172,19 @@ def test_gray_of_16_bits_stays(pipe, tmp_path):
     assert pipe(tmp_path / "a.png", task="jpeg_restoration", generator=seed).images[0].mode == "I;16"
 
 
+@pytest.mark.parametrize("turn", [Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_270])
+@pytest.mark.parametrize(("first", "last"), [(10, 95), (15, 85), (30, None), (50, None)])
+def test_pixels_that_were_turned_since(tmp_path, turn, first, last):
+    """As programs do that apply a telephone's orientation: rows of frequencies are columns then."""
+    turned, original = (Image.fromarray(one).transpose(turn) for one in (np.asarray(once(cat(), first)), cat()))
+    path = tmp_path / ("a.jpg" if last else "a.png")
+    turned.save(path, **({"quality": last} if last else {}))
+    found = find_coefficients(canvas.read(path))
+    assert found.earlier == first and found.planes[0].sure.float().mean() > 0.9
+    clean, now = canvas.read(original).image, canvas.read(path).image
+    assert (found.project(clean) - clean).abs().mean() < 0.1 * (now - clean).abs().mean()
+
+
 @pytest.mark.parametrize("orientation", [3, 6])
 def test_a_turned_photograph_that_was_cropped_before(tmp_path, orientation):
     exif = Image.Exif()

@@ -186,8 +186,10 @@ def test_health(server, client):
 def test_orientation_alpha_and_gray(client, photo, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(photo).save(tmp_path / "turned.jpg", exif=exif)
-    assert pixels(client.predict(handle_file(tmp_path / "turned.jpg"), api_name="/colorize")).shape == (200, 150, 3)
+    Image.fromarray(photo).save(tmp_path / "turned.jpg", exif=exif, xmp=b"<rights>mine</rights>", dpi=(300, 300))
+    turned = Image.open(client.predict(handle_file(tmp_path / "turned.jpg"), api_name="/colorize"))
+    assert turned.size == (150, 200) and turned.info["XML:com.adobe.xmp"] == "<rights>mine</rights>"
+    assert round(turned.info["dpi"][0]) == 300
     clear = Image.fromarray(photo).convert("RGBA")
     clear.putalpha(Image.fromarray(photo[..., 0]))
     clear.save(tmp_path / "clear.webp", lossless=True, exact=True)
