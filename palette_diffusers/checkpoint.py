@@ -24,7 +24,9 @@ def check_folder(folder: Path, variant: str | None) -> None:
         FileNotFoundError: no index. ValueError: no weights of this variant; those that are there are listed.
     """
     if not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(f"{folder} is no folder with a model_index.json, as save_pretrained writes it")
+        inside = folder / "pipeline"  # of a training run
+        hint = f"; did you mean {inside}?" if (inside / "model_index.json").is_file() else ""
+        raise FileNotFoundError(f"{folder} is no folder with a model_index.json, as save_pretrained writes it{hint}")
     files = [path.relative_to(folder).as_posix() for path in folder.glob("unet/*")]
     check_variant(str(folder), variants(files, ("safetensors", "bin")), variant)
 
@@ -50,9 +52,11 @@ def read_index(index: dict[str, Any], classes: set[str], modules: dict[str, str]
         classes: names of the pipelines that are wanted. modules: names of components => where they are defined.
 
     Raises:
-        ValueError: a format that is too new, or another class of pipeline.
+        ValueError: a format that is too new or none, or another class of pipeline.
     """
-    form = index.get("_format", 1)
+    form = index.get("_format", 1) if isinstance(index, dict) else None
+    if not isinstance(form, int):
+        raise ValueError(f"the model_index.json of {where} is damaged: expected an object, its _format a number")
     if form > FORMAT:
         raise ValueError(f"{where} is of format {form}, this package reads up to {FORMAT}: upgrade palette-diffusers")
     kind = index.get("_class_name")

@@ -218,7 +218,8 @@ def _file(work: _Work, mask: str | None) -> None:
     if work.plan:
         _say_plan(work, work.source, picture, hole)
         return
-    images, recipe = _sample(work, picture, hole), work.recipe(work.source, mask)
+    images, about = _sample(work, picture, hole)
+    recipe = work.recipe(work.source, mask) | about
     for i, (image, path) in enumerate(zip(images, targets, strict=False)):
         canvas.save(work.finish(image, recipe | {"sample": i}), path)
         print(path)
@@ -268,14 +269,36 @@ def _say_plan(work: _Work, source: Path, picture: Any, mask: Any) -> None:
     ))  # fmt: skip
 
 
-def _sample(work: _Work, picture: Any, mask: Any) -> list:
+def _sample(work: _Work, picture: Any, mask: Any, weights: str | None = None) -> tuple[list, dict[str, Any]]:
+    """The pictures, and what a recipe says of the network.
+
+    Raises:
+        ValueError: its weights are not those that were asked for.
+    """
     import torch
 
     pipe = _load(work.model, work.device, work.dtype, work.speed)
-    return pipe(
+    about = _about(pipe)
+    if weights is not None and about["weights"] != weights:
+        model = work.model or "starter"
+        raise ValueError(
+            f"{model} has other weights than the picture was made by: name that model by --model"
+        )
+    images = pipe(
         picture, task=work.task, num_inference_steps=work.steps, num_images_per_input=work.samples,
         generator=torch.Generator().manual_seed(work.seed), max_pixels=work.limit, **_masked(mask), **work.options,
     ).images  # fmt: skip
+    return images, about
+
+
+def _about(pipe: Any) -> dict[str, Any]:
+    """Of a network, for a recipe: its weights' hash, None where it was exported."""
+    import torch
+
+    from .evaluation.store import weights_content
+
+    network = isinstance(pipe.unet, torch.nn.Module)
+    return {"weights": weights_content(pipe.unet.state_dict()) if network else None}
 
 
 def _masked(mask: Any) -> dict[str, Any]:
@@ -314,6 +337,7 @@ def _folder(work: _Work, mask: str | None) -> None:
 
     pipe = _load(work.model, work.device, work.dtype, work.speed)
     pipe.set_progress_bar_config(disable=True)
+    about = _about(pipe)
 
     def restore(some: list, pictures: list, masks: list | None) -> list:
         try:
@@ -325,11 +349,12 @@ def _folder(work: _Work, mask: str | None) -> None:
             if len(some) > 1:
                 raise
             images = [canvas.to_pil(pictures[0].image, pictures[0])]
-        return [work.finish(image, work.recipe(job.source, job.mask)) for image, job in zip(images, some, strict=True)]
+        recipes = [work.recipe(job.source, job.mask) | about for job in some]
+        return [work.finish(image, recipe) for image, recipe in zip(images, recipes, strict=True)]
 
     with alone(work.output, rank):
         mine = jobs[rank::processes]
-        otherwise = [] if work.overwrite else _made_otherwise(mine, work.settings())
+        otherwise = [] if work.overwrite else _made_otherwise(mine, work.settings(), about["weights"])
         batched = get_task(work.task).strategy not in ("hole", "tiles")  # else it is one photograph after the other
         report = folders.run(
             mine, restore, work.overwrite, work.limit, sys.stderr.isatty(), folders.AHEAD if batched else 1
@@ -344,9 +369,9 @@ def _folder(work: _Work, mask: str | None) -> None:
         raise typer.Exit(1)
 
 
-def _made_otherwise(jobs: list, settings: dict[str, Any]) -> list[str]:
-    """Of each result that is there by other settings, which: "seed 0, now 1"; or that its photograph or mask changed
-    since. Without a recipe nobody knows."""
+def _made_otherwise(jobs: list, settings: dict[str, Any], weights: str | None) -> list[str]:
+    """Of each result that is there by other settings, which: "seed 0, now 1"; or that its photograph or mask, or the
+    model's weights, changed since. Without a recipe nobody knows."""
     from . import recipes
 
     found = []
@@ -358,6 +383,7 @@ def _made_otherwise(jobs: list, settings: dict[str, Any]) -> list[str]:
         except (OSError, ValueError):
             continue
         other = [f"{k} {recipe.get(k)}, now {v}" for k, v in settings.items() if recipe.get(k) != v]
+        other += ["by other weights"] if recipe.get("weights") not in (None, weights) else []
         files = _files(job, recipe)
         other += [f"{path} has changed" for path, kept in files if recipes.changed(path, kept, job.target)]
         found += ["; ".join(other)] if other else []
@@ -468,6 +494,7 @@ def again(
     source: Annotated[Path | None, typer.Option(help="its photograph; default: beside it, by its name")] = None,
     mask: Annotated[Path | None, typer.Option(help="its mask, likewise")] = None,
     hints: Annotated[Path | None, typer.Option(help="its hints, likewise")] = None,
+    model: Annotated[str | None, typer.Option(help="its model, where that has another name now")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="default: PICTURE-again.png")] = None,
     device: Device = "auto", max_megapixels: Limit = 50,
 ) -> None:  # fmt: skip
@@ -489,11 +516,12 @@ def again(
             source=recipes.find(recipe["source"], folder, source, "source"), output=output, device=device,
             max_megapixels=max_megapixels, recursive=False, overwrite=False, plan=False,
             no_exif=recipe.get("no_exif", False), speed=recipe.get("speed"),
-            **{k: recipe[k] for k in ("task", "model", "dtype", "steps", "seed", "samples", "options")},
+            model=recipe["model"] if model is None else model,
+            **{k: recipe[k] for k in ("task", "dtype", "steps", "seed", "samples", "options")},
         )  # fmt: skip
-        _spare([target], work.source, hole, recipe["options"].get("hints"))
-        image = _sample(work, canvas.read(work.source, work.limit), hole)[recipe["sample"]]
-        canvas.save(work.finish(image, kept), target)
+        _spare([target], picture, work.source, hole, recipe["options"].get("hints"))
+        images, about = _sample(work, canvas.read(work.source, work.limit), hole, recipe.get("weights"))
+        canvas.save(work.finish(images[recipe["sample"]], kept | about), target)
         print(target)
 
 

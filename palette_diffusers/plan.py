@@ -35,7 +35,8 @@ class Plan:
 def plan(pipe: PalettePipeline, image: ImageInput, **options: Any) -> Plan:
     """The network evaluations, time and memory of `pipe(image, **options)`.
 
-    Each size of batch is timed once, by the real network; all else is done as it will be, and timed, too.
+    Each size of batch is timed once, by the real network; all else is done as it will be, and timed, too. A generator
+    is left as it was, and `callback_on_step_end` is not called.
 
     Raises:
         As the pipeline: bad input is found here.
@@ -46,6 +47,8 @@ def plan(pipe: PalettePipeline, image: ImageInput, **options: Any) -> Plan:
         seen[tuple(sample.shape)] += 1
         return torch.zeros_like(sample)
 
+    options = {name: value for name, value in options.items() if name != "callback_on_step_end"}
+    options["generator"] = _copied(options.get("generator"))
     begin = time.perf_counter()
     pipe._predict = counting  # type: ignore[method-assign]
     try:
@@ -56,6 +59,15 @@ def plan(pipe: PalettePipeline, image: ImageInput, **options: Any) -> Plan:
     network = sum(count * _seconds(pipe, shape) for shape, count in seen.items())
     evaluations = {(shape[0], shape[2], shape[3]): count for shape, count in seen.items()}
     return Plan(evaluations, rest + network, network, _peak())
+
+
+def _copied(generator: Any) -> Any:
+    """The same numbers, which the caller's own still has to give."""
+    if isinstance(generator, (list, tuple)):
+        return [_copied(one) for one in generator]
+    if generator is None:
+        return None
+    return torch.Generator(generator.device).set_state(generator.get_state())
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """How a picture was made, kept inside its file, so that it can be made again.
 
-A recipe is a dict of JSON values: task, source and mask (name and SHA-256), model, dtype, seed, sample (which of
-`samples`), steps, no_exif, and the task's own options. It is stored in a PNG's text chunk `palette`.
+A recipe is a dict of JSON values: task, source and mask (name and SHA-256), model and the hash of its weights, dtype,
+seed, sample (which of `samples`), steps, no_exif, and the task's own options. It is stored in a PNG's text chunk
+`palette`.
 """
 
 import hashlib
@@ -62,6 +63,7 @@ def _checks(recipe: dict[str, Any]) -> dict[str, bool]:
         "source": _is_fingerprint(get("source")),
         "mask": mask is None or _is_fingerprint(mask) or (isinstance(mask, str) and bool(WORDS.fullmatch(mask))),
         "model": "model" in recipe and isinstance(get("model"), str | None),
+        "weights": isinstance(get("weights"), str | None),
         "dtype": isinstance(get("dtype"), str),
         "seed": isinstance(seed, int) and -(2**63) <= seed < 2**63,
         "steps": "steps" in recipe and (steps is None or (isinstance(steps, int) and 1 <= steps <= MOST["steps"])),

@@ -166,10 +166,10 @@ def draw_samples(unet: Any, scheduler: Any, dataset: Any, steps: int, path: Path
 
 def _curve(points: list[tuple[float, float]], color: str, box: tuple[float, float, float, float]) -> str:
     x0, x1, y0, y1 = box
-    path = " ".join(
-        f"{60 + 600 * (x - x0) / max(1e-9, x1 - x0):.1f},{230 - 200 * (y - y0) / max(1e-9, y1 - y0):.1f}"
-        for x, y in points
-    )
+    places = [(60 + 600 * (x - x0) / max(1e-9, x1 - x0), 230 - 200 * (y - y0) / max(1e-9, y1 - y0)) for x, y in points]
+    if len(places) == 1:
+        return f'<circle cx="{places[0][0]:.1f}" cy="{places[0][1]:.1f}" r="3" fill="{color}"/>'
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
     return f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.5"/>'
 
 
@@ -177,9 +177,10 @@ def _chart(title: str, curves: dict[str, list[tuple[float, float]]]) -> str:
     points = [p for curve in curves.values() for p in curve]
     if not points:
         return ""
-    xs, ys = [p[0] for p in points], sorted(p[1] for p in points)
-    high = ys[int(len(ys) * 0.98)]  # the first steps would flatten all others
-    box = (min(xs), max(xs), ys[0], max(high, ys[0] + 1e-9))
+    xs, low = [x for x, _ in points], min(y for _, y in points)
+    begin, end = min(xs), max(xs)
+    high = max(y for x, y in points if x >= begin + 0.02 * (end - begin))  # the first steps would flatten all others
+    box = (begin, end, low, max(high, low + 1e-9))
     colors = ("#1b6ac9", "#c9501b", "#2a8f3c", "#8a3bb0", "#b08a10", "#107f8a")
     lines, legend = [], []
     for i, (name, curve) in enumerate(curves.items()):

@@ -4,6 +4,8 @@ import argparse
 import difflib
 import inspect
 import json
+import math
+import numbers
 import sys
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NoReturn
@@ -118,6 +120,8 @@ class TrainSettings:
     unet: dict = field(default_factory=dict, metadata={"help": CHANGES, "choices": ()})
 
     def __post_init__(self) -> None:
+        for entry in fields(self):
+            _check_kind(entry.name, getattr(self, entry.name), _kind(entry))
         _check_network(self.unet)
         for entry in fields(self):
             value, choices = getattr(self, entry.name), entry.metadata["choices"]
@@ -135,6 +139,8 @@ class TrainSettings:
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed is {self.seed}, expected below 2**63")
         for name in ("condition_dropout", "crop_share", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 to below 1")
@@ -144,7 +150,7 @@ class TrainSettings:
             raise ValueError(f"rate is {self.rate}, expected above 0")
         if not self.critic_rate > 0:
             raise ValueError(f"critic_rate is {self.critic_rate}, expected above 0")
-        self.numbers("task_weights"), self.numbers("loss_weights")
+        self._check_tasks()
         if self.regression and self.prediction_type == "epsilon":
             raise ValueError("a regression twin has no noise to predict: prediction_type is 'epsilon'")
         if self.teacher and self.regression:
@@ -167,8 +173,6 @@ class TrainSettings:
                 f"prediction_type is {self.prediction_type!r}, but the network's condition_skip needs v_prediction: "
                 'give another preset, or unet with "condition_skip": 0, "hole_skip": 0'
             )
-        if not self.task_list:
-            raise ValueError("tasks is empty, expected at least one name")
         if self.batch % self.accumulate:
             raise ValueError(f"batch is {self.batch}, expected a multiple of accumulate, {self.accumulate}")
         if self.schedule == "cosine" and self.decay:
@@ -184,6 +188,21 @@ class TrainSettings:
         if self.lora_init and not self.lora_rank:
             raise ValueError(f"lora_init is {self.lora_init!r}, but there are no adapters: give lora_rank too")
 
+    def _check_tasks(self) -> None:
+        tasks, drawn = self.task_list, self.numbers("task_weights")
+        self.numbers("loss_weights")
+        if not tasks:
+            raise ValueError("tasks is empty, expected at least one name")
+        if len(set(tasks)) < len(tasks):
+            raise ValueError(
+                f"tasks is {self.tasks!r}, expected each once; task_weights says how often"
+            )
+        others = [name for name in drawn if name not in tasks]
+        if others:
+            raise ValueError(f"task_weights has {', '.join(others)}, expected tasks of the run: {', '.join(tasks)}")
+        if not any(drawn.get(name, 1.0) for name in tasks):
+            raise ValueError(f"task_weights is {self.task_weights!r}, expected a task that is drawn")
+
     def numbers(self, name: str) -> dict[str, float]:
         """A setting "task=2,other=0.5" => the numbers by task, those that are given."""
         given = {}
@@ -193,8 +212,8 @@ class TrainSettings:
                 given[task.strip()] = float(value)
             except ValueError:
                 raise ValueError(f"{name} has {part!r}, expected TASK=NUMBER") from None
-            if not given[task.strip()] >= 0:
-                raise ValueError(f"{name} has {part!r}, expected a number of at least 0")
+            if not 0 <= given[task.strip()] < math.inf:
+                raise ValueError(f"{name} has {part!r}, expected a finite number of at least 0")
         return given
 
     @property
@@ -269,6 +288,36 @@ def preset(name: str) -> TrainSettings:
     )  # fmt: skip
 
 
+KINDS: dict[str, tuple[Any, str]] = {
+    "int": (numbers.Integral, "a whole number"), "float": (numbers.Real, "a finite number"), "bool": (bool, "a bool"),
+    "str": (str, "text"),
+}  # fmt: skip
+
+
+def _kind(entry: Any) -> str:
+    """The name of a field's type."""
+    return getattr(entry.type, "__name__", str(entry.type))
+
+
+def _check_kind(name: str, value: Any, kind: str) -> None:
+    """Raises:
+    ValueError: a value of another type, or a number that is not finite.
+    """
+    if kind not in KINDS:
+        return
+    expected, words = KINDS[kind]
+    fits = isinstance(value, expected) and isinstance(value, bool) == (kind == "bool")
+    if not fits or (kind == "float" and not math.isfinite(value)):
+        raise ValueError(f"{name} is {value!r}, expected {words}")
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from None
+
+
 def _check_network(unet: Any) -> None:
     """Raises:
     ValueError: what is no configuration of a network, or has a name that the network doesn't know.
@@ -298,12 +347,16 @@ def parse(arguments: list[str] | None = None, description: str | None = None, **
     8
     """
     parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--preset", default="starter-64", help=f"one of {', '.join(PRESETS)}")
+    parser.add_argument("--preset", default="starter-64", help=f"one of {', '.join(PRESETS)}; [its values] are below")
+    first = _Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="starter-64")
+    shown = replace(preset(first.parse_known_args(arguments)[0].preset), **changes)
     for entry in fields(TrainSettings):
-        name = getattr(entry.type, "__name__", str(entry.type))
-        kind: Any = {"int": int, "float": float, "dict": json.loads}.get(name, str)
+        name = _kind(entry)
+        kind: Any = {"int": int, "float": float, "dict": _json}.get(name, str)
         flag = "--" + entry.name.replace("_", "-")
-        text = entry.metadata["help"].replace("%", "%%")
+        value = "" if name in ("bool", "dict") else getattr(shown, entry.name)
+        text = entry.metadata["help"].replace("%", "%%") + ("" if value == "" else f" [{value}]")
         if name == "bool":
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
         else:

@@ -1,6 +1,7 @@
 """Where photographs come from: folders and Hub ids => `datasets` with a column of images, and their rows => pixels."""
 
 import glob
+import hashlib
 import os
 import sys
 import tarfile
@@ -188,6 +189,22 @@ def _by_metadata(folder: Path, metadata: list[str], images: int, options: dict[s
     if not options["streaming"] and len(data) < images:
         print(f"{folder}: {len(data)} rows by {', '.join(metadata)}, of {images} images", file=sys.stderr)
     return data
+
+
+def holds_images(folder: Path) -> bool:
+    """Whether `load_images` takes a folder's images, whatever is below it."""
+    return not any(folder.glob("train-*.parquet")) and not any(folder.glob("*.tar"))
+
+
+def listing(folder: Path) -> str:
+    """A hash of the names and sizes of the files that `load_images` reads."""
+    if holds_images(folder):
+        files, metadata, _ = _walk(folder)
+        found = [*files, *metadata]
+    else:
+        found = sorted(map(str, [*folder.glob("*.parquet"), *folder.glob("*.tar")]))
+    text = "\n".join(f"{os.path.relpath(file, folder)} {os.path.getsize(file)}" for file in found)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def image_column(data, column: str = "", source: str = "") -> str:

@@ -1,6 +1,7 @@
 """The loss and the loop. Images are (B, 3, H, W), RGB, [-1, 1]."""
 
 import copy
+import filecmp
 import json
 import math
 import os
@@ -32,6 +33,7 @@ from .report import Tally, cut_back, draw_batch, draw_samples, licences, write_c
 from .scheduler import PaletteScheduler, diffuse, training_target
 from .settings import PRESETS, TrainSettings, parse, preset
 from .sharding import share, share_optimizer, whole
+from .sources import holds_images, listing, split_sources
 from .speed import build
 from .states import check_same, check_state, last_state, save_state
 from .tasks import fill_holes
@@ -379,6 +381,23 @@ def _check_half(precision: str, device: str) -> None:
         raise ValueError("precision is fp16, which a CPU is not trained in: expected bf16 or no")
 
 
+def _check_output(settings: TrainSettings) -> None:
+    """Raises:
+    ValueError: the run would write pictures among those that it is trained on.
+    """
+    folder = Path(settings.output).expanduser().resolve()
+    for path in _local(settings):
+        if holds_images(path) and folder.is_relative_to(path.resolve()):
+            raise ValueError(f"output is {settings.output!r}, inside {path}, whose images are all trained on")
+
+
+def _local(settings: TrainSettings) -> list[Path]:
+    """The folders that a run's photographs come from."""
+    paths = [path for path, _ in split_sources(settings.data)] + [path.strip() for path in settings.crops.split(",")]
+    folders = [Path(path).expanduser() for path in paths if path]
+    return [folder for folder in folders if folder.is_dir()]
+
+
 def _check_hub(settings: TrainSettings) -> None:
     """Whether anything can be pushed at the end, asked before the beginning.
 
@@ -546,17 +565,19 @@ def train(settings: TrainSettings) -> Path:
         FileNotFoundError: data that is not there. FileExistsError: the folder holds a run, or one is going on.
         FloatingPointError: the loss is not finite.
     """
-    if settings.dry_run:
-        dry_run(settings)
-        return Path(settings.output)
+    _check_output(settings)
     accelerator = _accelerator(settings)
     folder, main = Path(settings.output), accelerator.is_main_process
-    folder.mkdir(parents=True, exist_ok=True)
     if not settings.resume and any(folder.glob("step-*.pt")):
         raise FileExistsError(f"{folder} holds a run: continue it by resume, or name another output")
     if settings.resume:
         check_same(folder, settings)
     _check_hub(settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    if settings.dry_run:
+        if main:
+            dry_run(settings)
+        return folder
     if main and (warning := _tell_rate(settings)):
         print(f"warning: {warning}", file=sys.stderr)
     with alone(folder, other="another process is training") if main else nullcontext():
@@ -613,6 +634,7 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> tuple[Path,
         unet.compile_repeated_blocks()
     optimizer = _optimizer([p for p in unet.parameters() if p.requires_grad], settings)
     state = last_state(folder) if settings.resume else None
+    listed = {str(path): listing(path) for path in _local(settings)}
     start, read = 0, torch.zeros(accelerator.num_processes, max(1, settings.workers), 2, dtype=torch.long)
     if state is not None:
         read = check_state(state, read, accelerator)
@@ -669,6 +691,9 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> tuple[Path,
     if main:
         if settings.resume and state is None:
             print(f"{folder} has no checkpoint: the run begins at step 0", file=sys.stderr)
+        for path, kept in ({} if state is None else state.get("data", {})).items():
+            if listed.get(path, kept) != kept:
+                print(f"warning: {path} has other files than the run had before: its samples differ", file=sys.stderr)
         cut_back(folder, start)
         write_text(folder / "settings.json", json.dumps(asdict(settings), indent=2) + "\n")
     accelerator.init_trackers(
@@ -690,7 +715,7 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> tuple[Path,
                 parts["read"] = everywhere
             if critic is not None:
                 parts |= dict(critic=critic.state_dict(), critic_optimizer=critic_optimizer.state_dict())
-            world = dict(precision=precision, processes=accelerator.num_processes)
+            world = dict(precision=precision, processes=accelerator.num_processes, data=listed)
             save_state(folder, step, settings.keep, **world, **parts)
 
     @contextmanager
@@ -816,6 +841,8 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> tuple[Path,
                     print(
                         json.dumps({k: line[k] for k in ("step", "loss", "samples_per_second", "waiting")}), flush=True
                     )
+            if step % settings.save_every == 0:
+                save(step)
             if settings.validate_every and step % settings.validate_every == 0 and gives:
                 sheet(step)
             over = bool(stop) or (settings.max_hours > 0 and time.monotonic() - begin > settings.max_hours * 3600)
@@ -825,12 +852,15 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> tuple[Path,
                 over = accelerator.check_trigger()
             if over:
                 break
-            if step % settings.save_every == 0:
-                save(step)
         check()
         if step > start and step % settings.log_every:  # what the last line of the log does not have
             tally.line(accelerator, step)
-        save(step)
+        if step == start or step % settings.save_every:
+            save(step)
+    except FloatingPointError:
+        if main:
+            write_report(folder, replace(settings, unet=configuration))
+        raise
     finally:
         given.close()
         bar.close()
@@ -880,6 +910,9 @@ def _publish(
         if licence:
             (part / "LICENSE").write_text(licence)
         write_card(part / "README.md", settings, step, sum(p.numel() for p in unet.parameters()), bool(licence))
+        if _alike(part, final):  # nothing was trained since: its card may have been edited
+            shutil.rmtree(part)
+            return
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
         if isinstance(error, SafetensorError):  # its words for a full disk
@@ -887,3 +920,10 @@ def _publish(
         raise
     shutil.rmtree(final, ignore_errors=True)
     os.replace(part, final)
+
+
+def _alike(one: Path, other: Path) -> bool:
+    """Whether a pipeline is there already, whatever its texts."""
+    files = [path.relative_to(one) for path in one.rglob("*") if path.is_file()]
+    files = [path for path in files if path.name not in ("README.md", "LICENSE")]
+    return all((other / name).is_file() and filecmp.cmp(one / name, other / name, shallow=False) for name in files)

@@ -1,15 +1,17 @@
 import json
+import shutil
 import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
+from conftest import toy_unet
 from PIL import Image
 from test_canvas import png_of_16_bits
 from typer.testing import CliRunner
 
-from palette_diffusers import canvas, recipes, sizes
+from palette_diffusers import PalettePipeline, PaletteScheduler, canvas, recipes, sizes
 from palette_diffusers.cli import app
 
 run = CliRunner()
@@ -112,6 +114,27 @@ def test_a_picture_is_made_again(files, command, sample):
     Image.new("RGB", (200, 150)).save(files / "in.png")
     out = invoke("again", files / f"a-{sample}.png", *named)
     assert out.exit_code == 2 and "its bytes differ" in out.output
+
+
+def test_a_picture_is_made_again_by_its_own_network(files):
+    model, moved = files / "model", files / "moved"
+    done = invoke("colorize", files / "in.png", "-o", files / "a.png", "--model", model, "--steps", 1)
+    assert done.exit_code == 0 and len(recipes.read(files / "a.png")["weights"]) == 16
+    out = invoke("again", files / "a.png", "-o", files / "a.png")
+    assert out.exit_code == 2 and "a.png is an input" in out.output
+    model.rename(moved)
+    PalettePipeline(toy_unet(seed=1), PaletteScheduler()).save_pretrained(model)
+    out = invoke("again", files / "a.png", "-o", files / "b.png")
+    assert out.exit_code == 2 and "has other weights" in out.output and not (files / "b.png").exists()
+    assert invoke("again", files / "a.png", "-o", files / "b.png", "--model", moved).exit_code == 0
+    assert (files / "b.png").read_bytes() == (files / "a.png").read_bytes()
+    (files / "album").mkdir()
+    (files / "in.png").rename(files / "album" / "in.png")
+    assert "1 done" in invoke("colorize", files / "album", "-o", files / "out", "--model", model, "--steps", 1).output
+    shutil.rmtree(model)
+    moved.rename(model)
+    out = invoke("colorize", files / "album", "-o", files / "out", "--model", model, "--steps", 1).output
+    assert "1 there already" in out and "by other weights" in out
 
 
 def test_the_quality_of_a_jpeg_is_told(files, photo):

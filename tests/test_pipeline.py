@@ -1,4 +1,5 @@
 import os
+import re
 
 import diffusers
 import numpy as np
@@ -724,3 +725,14 @@ def test_a_border_continues_what_it_meets():
         light[50:62, part].mean() - light[66:76, part].amin(0).mean() for part in (slice(200, 240), slice(270, 300))
     )
     assert shown > 140 and made > 0.5 * shown, (shown, made)
+
+
+def test_an_index_that_is_none_and_a_folder_of_a_run(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "pipeline")
+    with pytest.raises(FileNotFoundError, match=re.escape(f"did you mean {tmp_path / 'pipeline'}?")):
+        PalettePipeline.from_pretrained(tmp_path)
+    index = tmp_path / "pipeline" / "model_index.json"
+    for text in ("[1]", '{"_format": "x"}'):
+        index.write_text(text)
+        with pytest.raises(ValueError, match="damaged"):
+            PalettePipeline.from_pretrained(tmp_path / "pipeline")

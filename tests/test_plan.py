@@ -27,7 +27,12 @@ def test_a_plan_is_what_happens(pipe, photo, options):
     assert planned.memory == 0 or 10 * 2**20 < planned.memory < 24 * 2**30
 
 
-def test_a_plan_leaves_the_pipeline_as_it_was(pipe, photo):
+def test_a_plan_leaves_the_pipeline_as_it_was(pipe, photo, seeded):
+    generator, called = seeded(3), []
+    before = generator.get_state()
+    plan(pipe, photo, task="colorization", generator=generator, callback_on_step_end=lambda *_: called.append(1) or {})
+    plan(pipe, [photo], task="colorization", generator=[generator])
+    assert not called and (generator.get_state() == before).all()
     with pytest.raises(ValueError, match="needs a mask_image"):
         plan(pipe, photo, task="inpainting")
     assert "_predict" not in vars(pipe)

@@ -29,6 +29,7 @@ from palette_diffusers import (
     Task,
     batches,
     register_task,
+    report,
     tasks,
     training,
     zero,
@@ -518,7 +519,7 @@ def test_two_trainers_in_one_folder(folder, tmp_path):
 def test_losses_that_are_not_finite_stop_the_run(folder, tmp_path):
     with pytest.raises(FloatingPointError, match="not finite at step"):
         train(settings(folder, tmp_path / "run", rate=1e30, clip=0.0, steps=30, save_every=100))
-    assert not (tmp_path / "run" / "pipeline").exists()
+    assert not (tmp_path / "run" / "pipeline").exists() and "<svg" in (tmp_path / "run" / "report.html").read_text()
 
 
 class AsOnGPU(Later):
@@ -588,6 +589,43 @@ def test_steps_whose_gradient_is_not_finite_are_left_out(folder, tmp_path, monke
     calls.clear()
     with pytest.raises(FloatingPointError, match="the gradient is not finite at step 3"):
         train(settings(folder, tmp_path / "many", steps=4, bad_steps=1))
+
+
+def test_a_state_is_kept_before_a_sheet_that_fails(folder, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "samples").touch()
+    with pytest.raises(OSError, match="samples"):
+        train(settings(folder, tmp_path / "run", validate_every=2, validate_steps=1))
+    assert last_state(tmp_path / "run")["step"] == 2
+
+
+def test_an_edited_card_stays_where_nothing_was_trained(folder, tmp_path):
+    card = train(settings(folder, tmp_path / "run")) / "README.md"
+    card.write_text(card.read_text() + "\nMy own words.\n")
+    train(settings(folder, tmp_path / "run", resume=True))
+    assert "My own words." in card.read_text()
+    train(settings(folder, tmp_path / "run", resume=True, steps=5))
+    assert "5 steps" in card.read_text().replace("**", "")
+
+
+def test_pictures_of_a_run_are_not_trained_on(photo, tmp_path, capsys):
+    """Nor are its photographs others than they were, unnoticed."""
+    for i in range(5):
+        Image.fromarray(photo[i : i + 64, :64]).save(tmp_path / f"{i}.png")
+    with pytest.raises(ValueError, match="inside .*, whose images are all trained on"):
+        train(settings(tmp_path, tmp_path / "runs" / "a"))
+    assert not (tmp_path / "runs").exists()
+    data = tmp_path / "data"
+    data.mkdir()
+    for i in range(5):
+        (tmp_path / f"{i}.png").rename(data / f"{i}.png")
+    options = dict(tasks="colorization", crop_share=0.0)
+    train(settings(data, tmp_path / "run", **options))
+    train(settings(data, tmp_path / "run", resume=True, steps=5, **options))
+    assert "has other files" not in capsys.readouterr().err
+    (data / "0.png").unlink()
+    train(settings(data, tmp_path / "run", resume=True, steps=6, **options))
+    assert f"warning: {data} has other files than the run had before" in capsys.readouterr().err
 
 
 def test_hours_stop_the_run(folder, tmp_path, capsys):
@@ -778,6 +816,9 @@ def test_dry_run(folder, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "0.2M parameters" in said and "GFLOP" in said and "hours to step 4" in said
     assert Image.open(tmp_path / "run" / "batch.png").width > 120 and not list((tmp_path / "run").glob("step-*"))
+    (tmp_path / "run" / "step-0000002.pt").touch()
+    with pytest.raises(FileExistsError, match="holds a run"):
+        train(settings(folder, tmp_path / "run", dry_run=True))
 
 
 @pytest.mark.parametrize(
@@ -804,9 +845,20 @@ def test_dry_run(folder, tmp_path, capsys):
         (dict(unet=dict(dropout="x")), "of which no network can be made"),
         (dict(unet=dict(block_out_chanels=[8])), "unet has 'block_out_chanels', .*did you mean block_out_channels"),
         (dict(task_weights="colorization=x"), "task_weights has 'colorization=x', expected TASK=NUMBER"),
-        (dict(loss_weights="inpainting=-1"), "expected a number of at least 0"),
-        (dict(task_weights="magic=2"), "task is 'magic'"),
-        (dict(task_weights="colorization=0", tasks="colorization"), "not all 0"),
+        (dict(loss_weights="inpainting=-1"), "expected a finite number of at least 0"),
+        (dict(loss_weights="inpainting=inf"), "expected a finite number of at least 0"),
+        (dict(loss_weights="magic=2"), "task is 'magic'"),
+        (dict(task_weights="inpainting=2", tasks="colorization"), "task_weights has inpainting, expected tasks of"),
+        (dict(task_weights="colorization=0", tasks="colorization"), "expected a task that is drawn"),
+        (dict(tasks="colorization,colorization"), "expected each once"),
+        (dict(seed=2**63), r"expected below 2\*\*63"),
+        (dict(clip=math.nan), "clip is nan, expected a finite number"),
+        (dict(rate=math.inf), "rate is inf, expected a finite number"),
+        (dict(batch="32"), "batch is '32', expected a whole number"),
+        (dict(steps=1.5), "steps is 1.5, expected a whole number"),
+        (dict(steps=True), "steps is True, expected a whole number"),
+        (dict(data=None), "data is None, expected text"),
+        (dict(resume="no"), "resume is 'no', expected a bool"),
         (dict(tasks="colorization,magic"), "task is 'magic'"),
         (dict(tracker="wandb"), "not installed"),
         (dict(shuffle_buffer=8), "nothing streams"),
@@ -814,6 +866,8 @@ def test_dry_run(folder, tmp_path, capsys):
         (dict(fused=True), "fused is on, expected channels_last with it and compile off"),
         (dict(fused=True, channels_last=True, compile=True), "compile off"),
         (dict(cuda_graph=True), "expected one plain process on cuda, .* here are cpu, distribution NO"),
+        (dict(cuda_graph=True, dry_run=True), "expected one plain process on cuda"),
+        (dict(tracker="wandb", dry_run=True), "not installed"),
     ],
 )
 def test_bad_settings(folder, tmp_path, changes, message):
@@ -866,7 +920,7 @@ def test_a_rate_that_is_never_reached_is_told(folder, tmp_path, capsys):
     message = "warning: the learning rate comes to 0.0004 at most, not to 0.0008: warmup 4 and decay 3 leave no room"
     train(settings(folder, tmp_path / "run", warmup=4, decay=3))
     assert message in capsys.readouterr().err
-    train(settings(folder, tmp_path / "run", warmup=4, decay=3, dry_run=True))
+    train(settings(folder, tmp_path / "dry", warmup=4, decay=3, dry_run=True))
     assert message in capsys.readouterr().out
     train(settings(folder, tmp_path / "good", warmup=1, decay=3))
     assert "warning" not in capsys.readouterr().err
@@ -945,6 +999,24 @@ def test_the_report_has_the_network_and_the_noise_that_there_were(folder, tmp_pa
     train(replace(twin, output=str(tmp_path / "b"), init=str(base), unet=preset("starter-64").unet))
     page = (tmp_path / "b" / "report.html").read_text()
     assert "&#x27;block_out_channels&#x27;: [16, 32]" in page.replace("(16, 32)", "[16, 32]") and "96, 192" not in page
+
+
+def test_help_shows_the_values_of_the_preset(capsys):
+    for preset_name, batch in (("starter-64", 32), ("palette-256", 1024)):
+        with pytest.raises(SystemExit):
+            parse(["--preset", preset_name, "--help"])
+        assert f"[{batch}]" in " ".join(capsys.readouterr().out.split()).rpartition("--batch BATCH")[2][:120]
+    with pytest.raises(SystemExit):
+        parse(["--unet", "{bad}"])
+    assert "is no JSON" in capsys.readouterr().err
+
+
+def test_curves_of_a_report():
+    """One point is seen, a late leap is in the picture, an early one is not."""
+    assert "<circle" in report._chart("Loss", {"all": [(1, 0.5)]})
+    steady = [(i, 0.05) for i in range(1, 100)]
+    assert 'y="34">5<' in report._chart("Loss", {"all": [*steady, (100, 5.0)]})
+    assert 'y="34">0.05<' in report._chart("Loss", {"all": [(0, 5.0), *steady]})
 
 
 def test_unknown_options_name_the_nearest(capsys):
@@ -1055,8 +1127,9 @@ def test_command_line(folder, tmp_path):
 
 
 def test_bad_data(tmp_path, monkeypatch, capsys):
+    (tmp_path / "empty").mkdir()
     for arguments, message in (
-        (["--data", str(tmp_path)], "holds no train-*.parquet, no *.tar and no images"),
+        (["--data", str(tmp_path / "empty")], "holds no train-*.parquet, no *.tar and no images"),
         (["--data", str(tmp_path / "none")], "is no folder"),
         ([], "data is empty"),
     ):

@@ -7,11 +7,11 @@ The settings are those of train_palette.py, from the preset distill-64; `--teach
 compares the student's pictures with photographs. A run that was stopped goes on with --resume.
 """
 
-import runpy
 import sys
-from pathlib import Path
+
+from palette_diffusers.training import main
 
 if __name__ == "__main__":
     if "--preset" not in sys.argv:
         sys.argv[1:1] = ["--preset", "distill-64"]
-    runpy.run_path(str(Path(__file__).with_name("train_palette.py")), run_name="__main__")
+    main(__doc__)
