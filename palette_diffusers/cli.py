@@ -281,9 +281,7 @@ def _sample(work: _Work, picture: Any, mask: Any, weights: str | None = None) ->
     about = _about(pipe)
     if weights is not None and about["weights"] != weights:
         model = work.model or "starter"
-        raise ValueError(
-            f"{model} has other weights than the picture was made by: name that model by --model"
-        )
+        raise ValueError(f"{model} has other weights than the picture was made by: name that model by --model")
     images = pipe(
         picture, task=work.task, num_inference_steps=work.steps, num_images_per_input=work.samples,
         generator=torch.Generator().manual_seed(work.seed), max_pixels=work.limit, **_masked(mask), **work.options,

@@ -194,9 +194,7 @@ class TrainSettings:
         if not tasks:
             raise ValueError("tasks is empty, expected at least one name")
         if len(set(tasks)) < len(tasks):
-            raise ValueError(
-                f"tasks is {self.tasks!r}, expected each once; task_weights says how often"
-            )
+            raise ValueError(f"tasks is {self.tasks!r}, expected each once; task_weights says how often")
         others = [name for name in drawn if name not in tasks]
         if others:
             raise ValueError(f"task_weights has {', '.join(others)}, expected tasks of the run: {', '.join(tasks)}")
