@@ -313,6 +313,26 @@ def test_killed_with_two_processes_and_gone_on_equals_one(work, features, photog
     assert paths[0].read_text() == paths[1].read_text()
 
 
+def test_parts_of_others_stay(features, photographs, tmp_path):
+    """What a kill left of the evaluation's own files goes, and nothing else."""
+    own = ["results.json.part", ".colorization.png.0a1b2c3d.part", "originals/batch-00000.1.part",
+        "originals/pictures/.00000.png.0a1b2c3d.part", "colorization/manifest.json.part",
+        "colorization/inputs/batch-00000.json.part", "colorization/degraded/batch-00000.1.part",
+        "colorization/degraded/pictures/.00000.png.0a1b2c3d.part"]  # fmt: skip
+    others = ["film.mkv.part", "videos/film.mkv.part", "step-00000010.part/model.safetensors"]
+
+    def run():
+        evaluate([baseline("identity")], photographs, ["colorization"], features, tmp_path, replicates=2,
+            progress=False)  # fmt: skip
+
+    run()
+    for name in own + others:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"half")
+    run()
+    assert [name for name in own + others if (tmp_path / name).exists()] == others
+
+
 def test_one_evaluation_a_folder(work, tmp_path):
     with alone(tmp_path / "out"):
         told = invoke(work, f"{TOY}:gray", "--task", "inpainting", "-o", tmp_path / "out")

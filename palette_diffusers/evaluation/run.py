@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..canvas import part_name
 from ..files import alone, write_text
 from . import inputs, metrics
 from .features import FeatureNetwork, check_torchvision
@@ -91,6 +92,17 @@ def evaluate(
         return run.evaluate(restorers, variants, reference, manifest, replicates)
 
 
+def _parts(output: Path, variants: Sequence[str]) -> list[Path]:
+    """Half-written files of an evaluation's own; others that lie in its folder are left alone."""
+    tasks = [output / folder_name(variant) for variant in variants]
+    rows = [path.parent for task in tasks for path in task.glob("*/about.json")]
+    folders = [output / "originals", output / "reference", *tasks, *rows]
+    folders += [folder / name for folder in folders for name in ("pictures", "inputs", "masks")]
+    own = [output / f"{name}.part" for name in ("settings.json", "results.json", "results.md", "index.html")]
+    grids = [path for task in tasks for path in output.glob(f"{part_name(task.with_suffix('.png'))}*.part")]
+    return [path for path in own if path.exists()] + grids + [p for f in folders for p in f.glob("*.part")]
+
+
 class _Run:
     """The photographs, cut into batches of which each process takes its share."""
 
@@ -127,7 +139,7 @@ class _Run:
         results = _Summary(self, compared, replicates).results(restorers, variants)
         write_text(self.output / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
         write_pages(self.output, results)
-        for part in self.output.rglob("*.part"):  # left by a kill: nobody else is at work
+        for part in _parts(self.output, variants):  # left by a kill: nobody else is at work
             part.unlink()
         return results
 
