@@ -597,8 +597,10 @@ def fool_rate(
 ) -> None:  # fmt: skip
     """Ask people: a page that shows results beside originals, and the share that is taken for a photograph."""
     with _one_line(ImportError):
-        from .evaluation.fool_rate import Study, build, find_pairs, say
+        from .evaluation.fool_rate import Study, build, check_export, find_pairs, say
 
+        if export is not None:
+            check_export(export, votes)
         study = Study(find_pairs(results, originals, count, seed), votes, seed)
         print(say(study.summary()), flush=True)
         if export is not None:
