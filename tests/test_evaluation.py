@@ -333,6 +333,30 @@ def test_parts_of_others_stay(features, photographs, tmp_path):
     assert [name for name in own + others if (tmp_path / name).exists()] == others
 
 
+def test_an_output_among_what_is_read_is_refused(work, tmp_path):
+    shutil.copytree(work / "images", tmp_path / "images")
+    (tmp_path / "link").symlink_to(tmp_path / "images")
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    for i in range(COUNT):
+        Image.new("RGB", (32, 32)).save(theirs / f"{i:05d}.png")
+    before = sorted(tmp_path.rglob("*"))
+    for read, output, more in (
+        (tmp_path / "images", tmp_path / "link" / "run", ["identity", "--data", tmp_path / "images"]),
+        (tmp_path / "link", tmp_path / "images", ["identity", "--data", tmp_path / "link"]),
+        (tmp_path / "images", tmp_path / "images" / "a" / "b", ["identity", "--reference", tmp_path / "images"]),
+        (theirs, theirs / "run", [theirs]),
+    ):
+        data = [] if "--data" in more else ["--data", work / "data"]
+        out = CliRunner().invoke(app, ["evaluate", *map(str, [*more, *data, "-o", output]), "--features",
+            f"{TOY}:four", "--task", "colorization", "--size", "32"])  # fmt: skip
+        assert out.exit_code == 2, out.output
+        assert out.output.splitlines()[-1] == (
+            f"palette: output {output} is in {read}, which is read: name a folder outside it"
+        )
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_one_evaluation_a_folder(work, tmp_path):
     with alone(tmp_path / "out"):
         told = invoke(work, f"{TOY}:gray", "--task", "inpainting", "-o", tmp_path / "out")

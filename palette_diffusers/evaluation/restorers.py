@@ -29,7 +29,8 @@ from .store import fingerprint, weights_content
 class Restorer:
     """name: of its row. stochastic: whether another seed gives another picture. about: what it was, for the results.
     content: of a variant, the hash of what makes the pictures; another one's figures are made anew.
-    check: called with the variant and all names before anything is computed."""
+    check: called with the variant and all names before anything is computed. folder: of results that it reads.
+    multiple: of which its pictures' sides must be."""
 
     name: str
     restore: Callable[[Batch], torch.Tensor]
@@ -38,6 +39,8 @@ class Restorer:
     check: Callable[[str, list[str]], None] = lambda variant, names: None
     handles: Callable[[str], bool] = lambda task: True
     content: Callable[[str], str] = lambda variant: ""
+    folder: Path | None = None
+    multiple: int = 1
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         images = self.restore(batch)
@@ -192,7 +195,10 @@ def from_folder(folder: Path, name: str) -> Restorer:
         files = sorted(of(variant).glob("*.png"))
         return fingerprint(json.dumps([file.name for file in files]), *files)
 
-    return Restorer(name, restore, content=content, check=lambda variant, names: check_names(of(variant), names))
+    def check(variant: str, names: list[str]) -> None:
+        check_names(of(variant), names)
+
+    return Restorer(name, restore, content=content, check=check, folder=folder)
 
 
 def from_command(command: str, name: str) -> Restorer:

@@ -82,14 +82,26 @@ def evaluate(
         What `results.json` holds; None in processes other than the main one.
 
     Raises:
-        ValueError: too few photographs for the features, another run in `output`, a restorer's wrong results.
+        ValueError: too few photographs for the features, another run in `output`, a restorer's wrong results, an
+            `output` in a folder that is read.
         FileExistsError: another evaluation is at work in `output`.
     """
     check_torchvision()
+    given = [photographs.path] + ([] if reference is None else [reference.path])
+    _check_output(output, [Path(path).expanduser() for path in given] + [r.folder for r in restorers if r.folder])
     state = processes()
     run = _Run(photographs, features, classifier or features, output, batch, samples, seed, progress, state, lpips)
     with alone(output, state.process_index, "another evaluation is at work"):
         return run.evaluate(restorers, variants, reference, manifest, replicates)
+
+
+def _check_output(output: Path, read: Sequence[Path]) -> None:
+    """Raises:
+    ValueError: `output` is in a folder that is read: the next call would take its pictures for that folder's.
+    """
+    for folder in read:
+        if folder.is_dir() and output.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"output {output} is in {folder}, which is read: name a folder outside it")
 
 
 def _parts(output: Path, variants: Sequence[str]) -> list[Path]:
