@@ -357,6 +357,26 @@ def test_an_output_among_what_is_read_is_refused(work, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_tasks_of_earlier_calls_stay(features, photographs, tmp_path):
+    def run(row, *variants):
+        results = evaluate([row], photographs, variants, features, tmp_path, replicates=2, progress=False)
+        return [(row["task"], row["images"]) for row in results["rows"][1:]], results["notes"]
+
+    def dim(known, mask):
+        return known * 0.5
+
+    run(from_function(dim, "dim", "a"), "jpeg_restoration:5", "colorization")
+    (tmp_path / "page").mkdir()
+    (tmp_path / "page" / "manifest.json").write_text('{"name": "a web page"}')
+    rows, notes = run(baseline("identity"), "colorization", "colorization")
+    assert rows == [("colorization", "dim"), ("colorization", "degraded"), ("jpeg_restoration:5", "dim")]
+    assert notes == []
+    for name in ("results.md", "index.html"):
+        assert "jpeg_restoration:5" in (tmp_path / name).read_text(), name
+    rows, notes = run(from_function(dim, "dim", "b"), "colorization")
+    assert len(rows) == 3 and notes == ["dim of jpeg_restoration:5 is an earlier call's, by another dim"]
+
+
 def test_one_evaluation_a_folder(work, tmp_path):
     with alone(tmp_path / "out"):
         told = invoke(work, f"{TOY}:gray", "--task", "inpainting", "-o", tmp_path / "out")
