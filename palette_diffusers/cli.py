@@ -559,7 +559,7 @@ def evaluate(
 
         if protocol not in inputs.PROTOCOLS:
             raise ValueError(f"protocol is {protocol!r}, expected {', '.join(inputs.PROTOCOLS)}")
-        variants = task.split(",") if task else inputs.PROTOCOLS[protocol]
+        variants = [name.strip() for name in task.split(",")] if task else inputs.PROTOCOLS[protocol]
         run.processes()
         pipes: list[Any] = []
 

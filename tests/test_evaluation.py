@@ -377,6 +377,21 @@ def test_tasks_of_earlier_calls_stay(features, photographs, tmp_path):
     assert len(rows) == 3 and notes == ["dim of jpeg_restoration:5 is an earlier call's, by another dim"]
 
 
+def test_tasks_may_have_spaces_between(work, tmp_path):
+    out = invoke(work, "identity", "--task", "colorization, jpeg_restoration:5", "--against", "identity", "-o", tmp_path)
+    assert out.exit_code == 0 and "| jpeg_restoration:5 | degraded |" in out.output, out.output
+
+
+def test_a_size_that_the_network_does_not_take_is_refused_at_once(pipe, work, features, tmp_path):
+    from palette_diffusers.evaluation.restorers import from_pipeline
+
+    photographs = Photographs(str(work / "data"), 31)
+    multiple = pipe.unet.size_multiple
+    with pytest.raises(ValueError, match=f"size is 31, expected a multiple of {multiple} for Palette"):
+        evaluate([baseline("identity"), from_pipeline(pipe)], photographs, ["colorization"], features, tmp_path)
+    assert not (tmp_path / "originals").exists()
+
+
 def test_one_evaluation_a_folder(work, tmp_path):
     with alone(tmp_path / "out"):
         told = invoke(work, f"{TOY}:gray", "--task", "inpainting", "-o", tmp_path / "out")

@@ -88,7 +88,10 @@ def from_pipeline(
     content = _content(pipe)
     if isinstance(pipe.unet, ModelMixin):  # an exported network has no weights to read
         facts["weights"] = weights_content(pipe.unet.state_dict())
-    return Restorer(name, restore, True, {**facts, **(about or {}), **changes}, check, content=lambda variant: content)
+    return Restorer(
+        name, restore, True, {**facts, **(about or {}), **changes}, check,
+        content=lambda variant: content, multiple=pipe.unet.size_multiple,
+    )  # fmt: skip
 
 
 def _content(pipe: Any) -> str:

@@ -213,6 +213,11 @@ class _Run:
         rows = [restorer.name for restorer in restorers]
         if len(set(rows)) < len(rows) or {"originals", "inputs", "masks"} & set(rows):
             raise ValueError(f"rows are {', '.join(rows)}: expected names that differ, write NAME=... before one")
+        for restorer in restorers:
+            if self.photographs.size % restorer.multiple:
+                raise ValueError(
+                    f"size is {self.photographs.size}, expected a multiple of {restorer.multiple} for {restorer.name}"
+                )
         for variant in variants:
             task = inputs.check_variant(variant)
             for restorer in restorers:
