@@ -913,6 +913,10 @@ def test_a_restorer_is_told_by_its_name(pipe, tmp_path):
     assert not load_restorer("telea", PalettePipeline.from_pretrained).handles("colorization")
     with pytest.raises(ValueError, match="knows colorization"):
         found.check("paired", [])
+    pipe.save_pretrained(tmp_path / "run" / "pipeline")
+    Image.new("RGB", (32, 32)).save(tmp_path / "run" / "batch.png")
+    with pytest.raises(FileNotFoundError, match=f"training run's folder: name its {tmp_path}/run/pipeline"):
+        load_restorer(f"{tmp_path}/run", PalettePipeline.from_pretrained)
 
 
 def test_given_is_not_changed_by_a_restorer(photographs):

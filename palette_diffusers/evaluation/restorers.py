@@ -270,6 +270,8 @@ def load_restorer(spec: str, load_pipeline: Callable[[str | None], Any], steps: 
         return from_function(load_function(path, function), function, fingerprint(Path(path), function))
     folder = Path(spec)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
+        if (folder / "pipeline" / "model_index.json").is_file():
+            raise FileNotFoundError(f"{spec} is a training run's folder: name its {folder / 'pipeline'}")
         if not any(folder.rglob("*.png")):
             others = sorted(path.name for path in folder.rglob("*") if path.suffix.lower() in canvas.SUFFIXES)
             but = f", but {len(others)} other pictures ({others[0]})" if others else ""
