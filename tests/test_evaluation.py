@@ -16,7 +16,7 @@ from conftest import free_port
 from PIL import Image
 from typer.testing import CliRunner
 
-from palette_diffusers import Given, canvas
+from palette_diffusers import Given, PalettePipeline, canvas, tasks
 from palette_diffusers.cli import app
 from palette_diffusers.evaluation import evaluate, load_features, load_lpips, load_restorer, metrics, pages
 from palette_diffusers.evaluation.features import FeatureNetwork
@@ -378,7 +378,8 @@ def test_tasks_of_earlier_calls_stay(features, photographs, tmp_path):
 
 
 def test_tasks_may_have_spaces_between(work, tmp_path):
-    out = invoke(work, "identity", "--task", "colorization, jpeg_restoration:5", "--against", "identity", "-o", tmp_path)
+    variants = "colorization, jpeg_restoration:5"
+    out = invoke(work, "identity", "--task", variants, "--against", "identity", "-o", tmp_path)
     assert out.exit_code == 0 and "| jpeg_restoration:5 | degraded |" in out.output, out.output
 
 
@@ -390,6 +391,30 @@ def test_a_size_that_the_network_does_not_take_is_refused_at_once(pipe, work, fe
     with pytest.raises(ValueError, match=f"size is 31, expected a multiple of {multiple} for Palette"):
         evaluate([baseline("identity"), from_pipeline(pipe)], photographs, ["colorization"], features, tmp_path)
     assert not (tmp_path / "originals").exists()
+
+
+def test_a_task_of_ones_own_is_measured(pipe, work, tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "_TASKS", dict(tasks._TASKS))
+    PalettePipeline(pipe.unet, pipe.scheduler, ["negative"], default_steps=2).save_pretrained(tmp_path / "model")
+    own = tmp_path / "own.py"
+    own.write_text("""from palette_diffusers import Task, register_task
+@register_task
+class Negative(Task):
+    name = "negative"
+    def degrade(self, clean, generator=None):
+        return self.prepare(-clean)
+""")
+    (tmp_path / "empty.py").write_text("")
+    arguments = [tmp_path / "model", "--task", "negative", "--against", "identity", "-o", tmp_path / "run"]
+    for more, words in (
+        ([], "task is 'negative', expected one of"),
+        (["--register", tmp_path / "none.py"], "none.py: no such Python file, expected FILE.py"),
+        (["--register", tmp_path / "empty.py"], "empty.py registers no task"),
+    ):
+        out = invoke(work, *arguments, *more)
+        assert out.exit_code == 2 and words in out.output.splitlines()[-1], out.output
+    out = invoke(work, *arguments, "--register", own)
+    assert out.exit_code == 0 and "| negative | Palette |" in out.output, out.output
 
 
 def test_one_evaluation_a_folder(work, tmp_path):
@@ -905,8 +930,6 @@ def test_other_weights_than_alexnets_are_one_line(work, tmp_path, monkeypatch, c
 
 def test_a_restorer_is_told_by_its_name(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "model")
-    from palette_diffusers import PalettePipeline
-
     found = load_restorer(f"twin={tmp_path}/model", PalettePipeline.from_pretrained, 3)
     assert (found.name, found.about["steps"], found.stochastic) == ("twin", 3, True)
     assert load_restorer("telea", PalettePipeline.from_pretrained).handles("inpainting")
