@@ -556,6 +556,8 @@ def evaluate(
     output: Annotated[Path, typer.Option("-o", "--output", help="folder; a killed run goes on with the same command")],
     task: Annotated[str, typer.Option(help="names, with commas: colorization, jpeg_restoration:5, ...")] = "",
     protocol: Annotated[str, typer.Option(help="a set of tasks: starter, palette (the paper's)")] = "starter",
+    register: Annotated[str | None, typer.Option(help="FILE.py that registers tasks of your own; it is run first")]
+    = None,
     count: Annotated[int | None, typer.Option(min=1, help="the first so many photographs; default: all")] = None,
     against: Annotated[list[str], typer.Option(help="further rows: identity, telea, navier-stokes, or as MODEL")]
     = ["identity", "telea"],  # noqa: B006
@@ -583,9 +585,11 @@ def evaluate(
         from .evaluation.restorers import load_restorer
         from .machine import chosen_device
 
+        if register is not None:
+            inputs.register_tasks(register)
         if protocol not in inputs.PROTOCOLS:
             raise ValueError(f"protocol is {protocol!r}, expected {', '.join(inputs.PROTOCOLS)}")
-        variants = task.split(",") if task else inputs.PROTOCOLS[protocol]
+        variants = [name.strip() for name in task.split(",")] if task else inputs.PROTOCOLS[protocol]
         run.processes()
         pipes: list[Any] = []
 
@@ -623,8 +627,10 @@ def fool_rate(
 ) -> None:  # fmt: skip
     """Ask people: a page that shows results beside originals, and the share that is taken for a photograph."""
     with _one_line(ImportError):
-        from .evaluation.fool_rate import Study, build, find_pairs, say
+        from .evaluation.fool_rate import Study, build, check_export, find_pairs, say
 
+        if export is not None:
+            check_export(export, votes)
         study = Study(find_pairs(results, originals, count, seed), votes, seed)
         print(say(study.summary()), flush=True)
         if export is not None:

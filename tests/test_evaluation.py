@@ -16,7 +16,7 @@ from conftest import free_port
 from PIL import Image
 from typer.testing import CliRunner
 
-from palette_diffusers import Given, canvas
+from palette_diffusers import Given, PalettePipeline, canvas, tasks
 from palette_diffusers.cli import app
 from palette_diffusers.evaluation import evaluate, load_features, load_lpips, load_restorer, metrics, pages
 from palette_diffusers.evaluation.features import FeatureNetwork
@@ -311,6 +311,110 @@ def test_killed_with_two_processes_and_gone_on_equals_one(work, features, photog
             assert a.get(name) == b.get(name), (a["images"], name)
     paths = [tmp_path / n / "inpainting" / "manifest.json" for n in ("one", "two")]
     assert paths[0].read_text() == paths[1].read_text()
+
+
+def test_parts_of_others_stay(features, photographs, tmp_path):
+    """What a kill left of the evaluation's own files goes, and nothing else."""
+    own = ["results.json.part", ".colorization.png.0a1b2c3d.part", "originals/batch-00000.1.part",
+        "originals/pictures/.00000.png.0a1b2c3d.part", "colorization/manifest.json.part",
+        "colorization/inputs/batch-00000.json.part", "colorization/degraded/batch-00000.1.part",
+        "colorization/degraded/pictures/.00000.png.0a1b2c3d.part"]  # fmt: skip
+    others = ["film.mkv.part", "videos/film.mkv.part", "step-00000010.part/model.safetensors"]
+
+    def run():
+        evaluate([baseline("identity")], photographs, ["colorization"], features, tmp_path, replicates=2,
+            progress=False)  # fmt: skip
+
+    run()
+    for name in own + others:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"half")
+    run()
+    assert [name for name in own + others if (tmp_path / name).exists()] == others
+
+
+def test_an_output_among_what_is_read_is_refused(work, tmp_path):
+    shutil.copytree(work / "images", tmp_path / "images")
+    (tmp_path / "link").symlink_to(tmp_path / "images")
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    for i in range(COUNT):
+        Image.new("RGB", (32, 32)).save(theirs / f"{i:05d}.png")
+    before = sorted(tmp_path.rglob("*"))
+    for read, output, more in (
+        (tmp_path / "images", tmp_path / "link" / "run", ["identity", "--data", tmp_path / "images"]),
+        (tmp_path / "link", tmp_path / "images", ["identity", "--data", tmp_path / "link"]),
+        (tmp_path / "images", tmp_path / "images" / "a" / "b", ["identity", "--reference", tmp_path / "images"]),
+        (theirs, theirs / "run", [theirs]),
+    ):
+        data = [] if "--data" in more else ["--data", work / "data"]
+        out = CliRunner().invoke(app, ["evaluate", *map(str, [*more, *data, "-o", output]), "--features",
+            f"{TOY}:four", "--task", "colorization", "--size", "32"])  # fmt: skip
+        assert out.exit_code == 2, out.output
+        assert out.output.splitlines()[-1] == (
+            f"palette: output {output} is in {read}, which is read: name a folder outside it"
+        )
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_tasks_of_earlier_calls_stay(features, photographs, tmp_path):
+    def run(row, *variants):
+        results = evaluate([row], photographs, variants, features, tmp_path, replicates=2, progress=False)
+        return [(row["task"], row["images"]) for row in results["rows"][1:]], results["notes"]
+
+    def dim(known, mask):
+        return known * 0.5
+
+    run(from_function(dim, "dim", "a"), "jpeg_restoration:5", "colorization")
+    (tmp_path / "page").mkdir()
+    (tmp_path / "page" / "manifest.json").write_text('{"name": "a web page"}')
+    rows, notes = run(baseline("identity"), "colorization", "colorization")
+    assert rows == [("colorization", "dim"), ("colorization", "degraded"), ("jpeg_restoration:5", "dim")]
+    assert notes == []
+    for name in ("results.md", "index.html"):
+        assert "jpeg_restoration:5" in (tmp_path / name).read_text(), name
+    rows, notes = run(from_function(dim, "dim", "b"), "colorization")
+    assert len(rows) == 3 and notes == ["dim of jpeg_restoration:5 is an earlier call's, by another dim"]
+
+
+def test_tasks_may_have_spaces_between(work, tmp_path):
+    variants = "colorization, jpeg_restoration:5"
+    out = invoke(work, "identity", "--task", variants, "--against", "identity", "-o", tmp_path)
+    assert out.exit_code == 0 and "| jpeg_restoration:5 | degraded |" in out.output, out.output
+
+
+def test_a_size_that_the_network_does_not_take_is_refused_at_once(pipe, work, features, tmp_path):
+    from palette_diffusers.evaluation.restorers import from_pipeline
+
+    photographs = Photographs(str(work / "data"), 31)
+    multiple = pipe.unet.size_multiple
+    with pytest.raises(ValueError, match=f"size is 31, expected a multiple of {multiple} for Palette"):
+        evaluate([baseline("identity"), from_pipeline(pipe)], photographs, ["colorization"], features, tmp_path)
+    assert not (tmp_path / "originals").exists()
+
+
+def test_a_task_of_ones_own_is_measured(pipe, work, tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "_TASKS", dict(tasks._TASKS))
+    PalettePipeline(pipe.unet, pipe.scheduler, ["negative"], default_steps=2).save_pretrained(tmp_path / "model")
+    own = tmp_path / "own.py"
+    own.write_text("""from palette_diffusers import Task, register_task
+@register_task
+class Negative(Task):
+    name = "negative"
+    def degrade(self, clean, generator=None):
+        return self.prepare(-clean)
+""")
+    (tmp_path / "empty.py").write_text("")
+    arguments = [tmp_path / "model", "--task", "negative", "--against", "identity", "-o", tmp_path / "run"]
+    for more, words in (
+        ([], "task is 'negative', expected one of"),
+        (["--register", tmp_path / "none.py"], "none.py: no such Python file, expected FILE.py"),
+        (["--register", tmp_path / "empty.py"], "empty.py registers no task"),
+    ):
+        out = invoke(work, *arguments, *more)
+        assert out.exit_code == 2 and words in out.output.splitlines()[-1], out.output
+    out = invoke(work, *arguments, "--register", own)
+    assert out.exit_code == 0 and "| negative | Palette |" in out.output, out.output
 
 
 def test_one_evaluation_a_folder(work, tmp_path):
@@ -826,14 +930,16 @@ def test_other_weights_than_alexnets_are_one_line(work, tmp_path, monkeypatch, c
 
 def test_a_restorer_is_told_by_its_name(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "model")
-    from palette_diffusers import PalettePipeline
-
     found = load_restorer(f"twin={tmp_path}/model", PalettePipeline.from_pretrained, 3)
     assert (found.name, found.about["steps"], found.stochastic) == ("twin", 3, True)
     assert load_restorer("telea", PalettePipeline.from_pretrained).handles("inpainting")
     assert not load_restorer("telea", PalettePipeline.from_pretrained).handles("colorization")
     with pytest.raises(ValueError, match="knows colorization"):
         found.check("paired", [])
+    pipe.save_pretrained(tmp_path / "run" / "pipeline")
+    Image.new("RGB", (32, 32)).save(tmp_path / "run" / "batch.png")
+    with pytest.raises(FileNotFoundError, match=f"training run's folder: name its {tmp_path}/run/pipeline"):
+        load_restorer(f"{tmp_path}/run", PalettePipeline.from_pretrained)
 
 
 def test_given_is_not_changed_by_a_restorer(photographs):

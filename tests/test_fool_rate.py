@@ -115,6 +115,26 @@ def test_bad_input_is_one_line(folders, tmp_path, spoil, words):
     assert out.exit_code == 2 and words in out.output and len(out.output.splitlines()) == 1
 
 
+def test_votes_are_exported_over_an_earlier_export_alone(study, folders, tmp_path):
+    votes, photo, link, table = (tmp_path / n for n in ("votes.sqlite", "photo.jpg", "link.csv", "votes.csv"))
+    Image.new("RGB", (8, 8)).save(photo)
+    link.symlink_to(votes)
+    before = votes.read_bytes(), photo.read_bytes()
+
+    def export(path, votes=votes):
+        return CliRunner().invoke(app, ["fool-rate", *map(str, folders), "--votes", str(votes), "--export", str(path)])
+
+    for path, words in ((votes, "is the file of votes"), (link, "is the file of votes"), (photo, "is no CSV of votes")):
+        out = export(path)
+        assert out.exit_code == 2 and words in out.output and len(out.output.splitlines()) == 1
+    assert before == (votes.read_bytes(), photo.read_bytes())
+    assert export(tmp_path / "new.sqlite", tmp_path / "new.sqlite").exit_code == 2
+    assert not (tmp_path / "new.sqlite").exists()
+    for number in (0, 1):
+        assert export(table).exit_code == 0 and len(list(csv.DictReader(table.open()))) == number
+        study.vote("ann", study.next("ann"), True, 1.0)
+
+
 def serve(folders, votes, port):
     command = [sys.executable, "-m", "palette_diffusers.cli", "fool-rate", *map(str, folders), "--votes", str(votes),
         "--seconds", "1", "--count", "4", "--port", str(port)]  # fmt: skip

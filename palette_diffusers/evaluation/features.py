@@ -106,14 +106,14 @@ def _foreign(name: str) -> str:
     return f"other-{name}" if name.lower() == "inception" else name
 
 
-def load_function(path: str, function: str) -> Callable:
-    """FUNCTION of the Python file at `path`.
+def load_module(path: str, expected: str = "FILE.py") -> Any:
+    """The Python file at `path`, run.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: it can't be loaded, or has no such function.
+        FileNotFoundError: no such file. ValueError: it can't be loaded.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file, expected FILE.py:FUNCTION")
+    if not (Path(path).is_file() and path.endswith(".py")):
+        raise FileNotFoundError(f"{path}: no such Python file, expected {expected}")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -121,7 +121,16 @@ def load_function(path: str, function: str) -> Callable:
         spec.loader.exec_module(module)
     except Exception as error:  # another's code: it can be anything
         raise ValueError(f"{path} can't be loaded: {type(error).__name__}: {error}") from error
-    found = getattr(module, function, None)
+    return module
+
+
+def load_function(path: str, function: str) -> Callable:
+    """FUNCTION of the Python file at `path`.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: it can't be loaded, or has no such function.
+    """
+    found = getattr(load_module(path, "FILE.py:FUNCTION"), function, None)
     if not callable(found):
         raise ValueError(f"{path} has no function {function!r}, expected FILE.py:FUNCTION")
     return found

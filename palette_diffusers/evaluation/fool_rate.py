@@ -197,12 +197,30 @@ class Study:
         }  # fmt: skip
 
     def export(self, path: Path) -> None:
-        """Every vote as CSV."""
+        """Every vote as CSV.
+
+        Raises:
+            ValueError: another file is there (`check_export`).
+        """
+        check_export(path, self.votes)
         table = io.StringIO()
         writer = csv.DictWriter(table, COLUMNS)
         writer.writeheader()
         writer.writerows(self.rows())
         write_text(path, table.getvalue())
+
+
+def check_export(path: Path, votes: Path) -> None:
+    """Raises:
+    ValueError: votes exported to `path` would replace the file of votes, or one that is no earlier export.
+    """
+    if path.resolve() == votes.resolve():
+        raise ValueError(f"{path} is the file of votes: name another one for the CSV")
+    header = ",".join(COLUMNS).encode()
+    if path.exists():
+        with path.open("rb") as file:
+            if file.read(len(header)) != header:
+                raise ValueError(f"{path} is there and is no CSV of votes: name another file")
 
 
 def say(summary: dict[str, Any]) -> str:

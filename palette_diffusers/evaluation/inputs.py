@@ -18,7 +18,8 @@ from PIL import Image, ImageOps
 from .. import canvas
 from ..masks import border_mask, center_mask, free_form_mask
 from ..sources import image_column, load_images, pixels
-from ..tasks import Given, get_task, jpeg
+from ..tasks import Given, get_task, jpeg, task_names
+from .features import load_module
 from .store import fingerprint
 
 SOURCE_SEED = 1_000_003  # of the sources, apart from those of sampling
@@ -53,6 +54,18 @@ PROTOCOLS = {
         "jpeg_restoration:5", "jpeg_restoration:10", "jpeg_restoration:20",
     ),
 }  # fmt: skip
+
+
+def register_tasks(path: str) -> None:
+    """Runs a Python file that makes tasks of one's own known (`register_task`).
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: it can't be loaded, or registers no task.
+    """
+    before = {name: get_task(name) for name in task_names()}
+    load_module(path)
+    if all(get_task(name) is before.get(name) for name in task_names()):
+        raise ValueError(f"{path} registers no task, expected a class under @register_task")
 
 
 def check_variant(variant: str) -> str:

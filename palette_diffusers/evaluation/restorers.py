@@ -29,7 +29,8 @@ from .store import fingerprint, weights_content
 class Restorer:
     """name: of its row. stochastic: whether another seed gives another picture. about: what it was, for the results.
     content: of a variant, the hash of what makes the pictures; another one's figures are made anew.
-    check: called with the variant and all names before anything is computed."""
+    check: called with the variant and all names before anything is computed. folder: of results that it reads.
+    multiple: of which its pictures' sides must be."""
 
     name: str
     restore: Callable[[Batch], torch.Tensor]
@@ -38,6 +39,8 @@ class Restorer:
     check: Callable[[str, list[str]], None] = lambda variant, names: None
     handles: Callable[[str], bool] = lambda task: True
     content: Callable[[str], str] = lambda variant: ""
+    folder: Path | None = None
+    multiple: int = 1
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         images = self.restore(batch)
@@ -85,7 +88,10 @@ def from_pipeline(
     content = _content(pipe)
     if isinstance(pipe.unet, ModelMixin):  # an exported network has no weights to read
         facts["weights"] = weights_content(pipe.unet.state_dict())
-    return Restorer(name, restore, True, {**facts, **(about or {}), **changes}, check, content=lambda variant: content)
+    return Restorer(
+        name, restore, True, {**facts, **(about or {}), **changes}, check,
+        content=lambda variant: content, multiple=pipe.unet.size_multiple,
+    )  # fmt: skip
 
 
 def _content(pipe: Any) -> str:
@@ -192,7 +198,10 @@ def from_folder(folder: Path, name: str) -> Restorer:
         files = sorted(of(variant).glob("*.png"))
         return fingerprint(json.dumps([file.name for file in files]), *files)
 
-    return Restorer(name, restore, content=content, check=lambda variant, names: check_names(of(variant), names))
+    def check(variant: str, names: list[str]) -> None:
+        check_names(of(variant), names)
+
+    return Restorer(name, restore, content=content, check=check, folder=folder)
 
 
 def from_command(command: str, name: str) -> Restorer:
@@ -261,6 +270,8 @@ def load_restorer(spec: str, load_pipeline: Callable[[str | None], Any], steps: 
         return from_function(load_function(path, function), function, fingerprint(Path(path), function))
     folder = Path(spec)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
+        if (folder / "pipeline" / "model_index.json").is_file():
+            raise FileNotFoundError(f"{spec} is a training run's folder: name its {folder / 'pipeline'}")
         if not any(folder.rglob("*.png")):
             others = sorted(path.name for path in folder.rglob("*") if path.suffix.lower() in canvas.SUFFIXES)
             but = f", but {len(others)} other pictures ({others[0]})" if others else ""

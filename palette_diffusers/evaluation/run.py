@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..canvas import part_name
 from ..files import alone, write_text
 from . import inputs, metrics
 from .features import FeatureNetwork, check_torchvision
@@ -65,7 +66,8 @@ def evaluate(
     Args:
         restorers: rows of the table; those that don't handle a task are left out of it.
         photographs: the originals.
-        variants: tasks, as "jpeg_restoration" or "jpeg_restoration:5" (`inputs.VARIANTS`).
+        variants: tasks, as "jpeg_restoration" or "jpeg_restoration:5" (`inputs.VARIANTS`); one that is named twice
+            is measured once.
         features: the network that distances and scores are measured by.
         output: a folder; restorers can be added to one that is there.
         classifier: the one whose accuracy is told, if it is not `features`.
@@ -81,14 +83,51 @@ def evaluate(
         What `results.json` holds; None in processes other than the main one.
 
     Raises:
-        ValueError: too few photographs for the features, another run in `output`, a restorer's wrong results.
+        ValueError: too few photographs for the features, another run in `output`, a restorer's wrong results, an
+            `output` in a folder that is read.
         FileExistsError: another evaluation is at work in `output`.
     """
     check_torchvision()
+    given = [photographs.path] + ([] if reference is None else [reference.path])
+    _check_output(output, [Path(path).expanduser() for path in given] + [r.folder for r in restorers if r.folder])
+    variants = list(dict.fromkeys(variants))
     state = processes()
     run = _Run(photographs, features, classifier or features, output, batch, samples, seed, progress, state, lpips)
     with alone(output, state.process_index, "another evaluation is at work"):
         return run.evaluate(restorers, variants, reference, manifest, replicates)
+
+
+def _check_output(output: Path, read: Sequence[Path]) -> None:
+    """Raises:
+    ValueError: `output` is in a folder that is read: the next call would take its pictures for that folder's.
+    """
+    for folder in read:
+        if folder.is_dir() and output.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"output {output} is in {folder}, which is read: name a folder outside it")
+
+
+def measured(output: Path) -> list[str]:
+    """The variants that have a manifest in an evaluation's folder."""
+    found = []
+    for path in sorted(output.glob("*/manifest.json")):
+        try:
+            variant = str(inputs.read_manifest(path)["variant"])
+        except ValueError:  # another program's
+            continue
+        if path.parent.name == folder_name(variant):
+            found.append(variant)
+    return found
+
+
+def _parts(output: Path, variants: Sequence[str]) -> list[Path]:
+    """Half-written files of an evaluation's own; others that lie in its folder are left alone."""
+    tasks = [output / folder_name(variant) for variant in variants]
+    rows = [path.parent for task in tasks for path in task.glob("*/about.json")]
+    folders = [output / "originals", output / "reference", *tasks, *rows]
+    folders += [folder / name for folder in folders for name in ("pictures", "inputs", "masks")]
+    own = [output / f"{name}.part" for name in ("settings.json", "results.json", "results.md", "index.html")]
+    grids = [path for task in tasks for path in output.glob(f"{part_name(task.with_suffix('.png'))}*.part")]
+    return [path for path in own if path.exists()] + grids + [p for f in folders for p in f.glob("*.part")]
 
 
 class _Run:
@@ -124,10 +163,11 @@ class _Run:
         from .pages import write_pages
 
         compared = "originals" if reference is None else "reference"
-        results = _Summary(self, compared, replicates).results(restorers, variants)
+        tasks = list(dict.fromkeys([*variants, *measured(self.output)]))
+        results = _Summary(self, compared, replicates).results(restorers, tasks)
         write_text(self.output / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
         write_pages(self.output, results)
-        for part in self.output.rglob("*.part"):  # left by a kill: nobody else is at work
+        for part in _parts(self.output, tasks):  # left by a kill: nobody else is at work
             part.unlink()
         return results
 
@@ -173,6 +213,11 @@ class _Run:
         rows = [restorer.name for restorer in restorers]
         if len(set(rows)) < len(rows) or {"originals", "inputs", "masks"} & set(rows):
             raise ValueError(f"rows are {', '.join(rows)}: expected names that differ, write NAME=... before one")
+        for restorer in restorers:
+            if self.photographs.size % restorer.multiple:
+                raise ValueError(
+                    f"size is {self.photographs.size}, expected a multiple of {restorer.multiple} for {restorer.name}"
+                )
         for variant in variants:
             task = inputs.check_variant(variant)
             for restorer in restorers:
@@ -382,6 +427,7 @@ class _Summary:
         """The whole table: rows of this call, and those that an earlier one left in the folder."""
         begin = time.perf_counter()
         rows = [{"task": "originals", "images": "originals", **self.row(self.run.store("originals"))}]
+        notes = list(self.run.notes)
         for variant in variants:
             folder = self.run.output / folder_name(variant)
             order = [r.name for r in restorers]
@@ -391,6 +437,9 @@ class _Summary:
                 if all(store.done(i) for i in range(store.number)):
                     about = json.loads((path / "about.json").read_text())
                     rows.append({"task": variant, "images": path.name, "about": about, **self.row(store)})
+                    same = [r.content(variant) for r in restorers if r.name == path.name]
+                    if same and same != [about.get("content", "")]:
+                        notes.append(f"{path.name} of {variant} is an earlier call's, by another {path.name}")
         name = self.run.lpips.name if self.run.lpips else ""
         lpips = {"lpips": name, "lpips_spread": f"{name} between samples"} if name else {}
         return {
@@ -404,7 +453,7 @@ class _Summary:
                 "spread": f"{self.run.features.figures['distance']} between samples",
                 **lpips,
             },
-            "notes": self.run.notes,
+            "notes": notes,
             "summary_seconds": round(time.perf_counter() - begin, 2),
             "rows": rows,
         }
