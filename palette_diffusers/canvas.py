@@ -52,6 +52,7 @@ MAX_DOWNLOAD = 200_000_000  # bytes that are fetched from a URL
 MAX_EXIF = 65_533  # bytes of metadata that are carried along: what a JPEG can hold
 MAX_XMP = 65_504  # bytes of it that a JPEG can hold
 MAX_PROFILE = 4_000_000  # bytes of a colour profile
+LINE, LINE_SEEN = 50, 16 / 127.5  # a part of a picture's side that a line is at most, and the least that it stands out
 NO_PHOTOGRAPHS = ("EPS", "WMF")  # drawings, which a program of the system would be started for
 WORDS = re.compile(r"alpha|#[0-9a-fA-F]{6}|[0-9]+,[0-9]+,[0-9]+,[0-9]+")  # of `mask_for`
 
@@ -483,6 +484,24 @@ def with_mask(picture: Picture, source: ImageInput) -> tuple[Picture, torch.Tens
     """A picture and its mask (`mask_for`); a hole that is told by transparency is opaque once it is filled."""
     mask = mask_for(source, picture)
     return (replace(picture, alpha=None) if isinstance(source, str) and source == "alpha" else picture), mask
+
+
+def line_at(image: torch.Tensor, side: str) -> int:
+    """How many pixels wide a line is that a picture (1, 3, H, W) has along its top, bottom, left or right, as the edges
+    of scans are; 0 where there is none, or where it is wider than a 50th of the picture."""
+    levels = image[0].mean(0)
+    rows = {"top": levels, "bottom": levels.flip(0), "left": levels.T, "right": levels.flip(1).T}[side]
+    most = len(rows) // LINE
+    if not most:
+        return 0
+    behind = rows[most : most + 3].mean(0)
+    usual = (rows[2 * most : 2 * most + 3].mean(0) - behind).abs().median().item()
+    clear, depth = max(LINE_SEEN, 3 * usual), 0
+    for row in rows[: most + 1]:
+        if (row - behind).abs().median().item() < (clear / 2 if depth else clear):
+            return depth
+        depth += 1
+    return 0
 
 
 def to_uint8(image: torch.Tensor) -> np.ndarray:

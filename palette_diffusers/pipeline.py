@@ -9,6 +9,7 @@ import logging
 import math
 import numbers
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,7 +25,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from . import canvas, sizes
-from .canvas import ImageInput, Picture
+from .canvas import ImageInput, LossWarning, Picture
 from .checkpoint import FORMAT, check_folder, fetch, is_local, merge_adapters, read_index
 from .coefficients import find_coefficients
 from .color import chroma, even_chroma, luma
@@ -887,6 +888,32 @@ def _without_hidden(picture: Picture, hole: torch.Tensor | None) -> Picture:
     return replace(picture, image=image, hidden=hidden)
 
 
+def _without_lines(picture: Picture, sides: Mapping[str, int | float]) -> Picture:
+    """A line along a side that is extended, as scans have it, is told and set aside, and what lies behind it takes its
+    place: it would go on as a dark bar."""
+    lines = {side: canvas.line_at(picture.image, side) for side in sides if sides[side]}
+    lines = {side: depth for side, depth in lines.items() if depth}
+    if not lines:
+        return picture
+    told = ", ".join(f"{depth} pixel{'s' * (depth > 1)} wide at the {side}" for side, depth in lines.items())
+    warnings.warn(
+        f"the picture has a line along its edge, {told}; crop it first", LossWarning, stacklevel=2
+    )
+    where, known = torch.zeros(picture.size, dtype=torch.bool), picture.image
+    if picture.hidden is not None:
+        where |= picture.hidden[0]
+        known = known.clone()
+        known[0, :, where] = picture.hidden[1]
+    image = picture.image.clone()
+    for side, depth in lines.items():
+        across, last = (1 if side in ("top", "bottom") else 2), side in ("bottom", "right")
+        size = where.shape[across - 1]
+        where.narrow(across - 1, size - depth if last else 0, depth).fill_(True)
+        behind = image[0].narrow(across, size - depth - 1 if last else depth, 1).clone()
+        image[0].narrow(across, size - depth if last else 0, depth).copy_(behind)
+    return replace(picture, image=image, hidden=(where, known[0, :, where]))
+
+
 def _meet(
     picture: Picture,
     mask: ImageInput | None,
@@ -903,7 +930,7 @@ def _meet(
             if any(sides.values()):
                 raise ValueError("uncropping takes either an aspect or left, right, top and bottom")
             sides = sizes.sides_for(picture.size, aspect)
-        return _grow(_without_hidden(picture, None), max_pixels=max_pixels, **sides)
+        return _grow(_without_lines(_without_hidden(picture, None), sides), max_pixels=max_pixels, **sides)
     if not task.takes_mask:
         if mask is not None:
             raise ValueError(f"task {task.name!r} takes no mask_image")

@@ -798,3 +798,23 @@ def test_words_for_masks_as_people_write_them(word):
     image = Image.new("RGB", (8, 8))
     image.paste("red", (2, 2, 6, 6))
     assert canvas.mask_for(word, canvas.read(image)).sum() == 16
+
+
+@pytest.mark.parametrize("side", ["top", "bottom", "left", "right"])
+def test_a_line_along_an_edge_is_found(photo, side):
+    image = canvas.read(photo[:150, :200]).image
+    axis = {"top": 2, "bottom": 2, "left": 3, "right": 3}[side]
+    length = image.shape[axis]
+    for depth in (1, 2, 3, 20):
+        lined = image.clone()
+        lined.narrow(axis, 0 if side in ("top", "left") else length - depth, depth).fill_(-0.9)
+        found = {name: canvas.line_at(lined, name) for name in ("top", "bottom", "left", "right")}
+        assert found.pop(side) == (depth if depth < 4 else 0) and not any(found.values())  # a wide one is the picture's
+    assert canvas.line_at(torch.zeros(1, 3, 40, 40), side) == 0
+
+
+def test_photographs_have_no_line_along_their_edges():
+    from skimage import data
+
+    for picture in (data.astronaut(), data.chelsea(), data.coffee(), data.rocket(), data.camera(), data.brick()):
+        assert not any(canvas.line_at(canvas.read(picture).image, s) for s in ("top", "bottom", "left", "right"))

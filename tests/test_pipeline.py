@@ -736,3 +736,25 @@ def test_an_index_that_is_none_and_a_folder_of_a_run(pipe, tmp_path):
         index.write_text(text)
         with pytest.raises(ValueError, match="damaged"):
             PalettePipeline.from_pretrained(tmp_path / "pipeline")
+
+
+def test_a_line_along_an_edge_does_not_go_on(pipe, photo, seeded):
+    """It is in the result, and had no part in it; it is told. One along a side that stays is the picture's."""
+    lined = photo.copy()
+    lined[:, -3:], lined[:2] = 0, 255
+    behind = lined.copy()
+    behind[:, -3:] = behind[:, -4:-3]
+
+    def extend(picture, **options):
+        return np.asarray(pipe(picture, "uncropping", right=20, generator=seeded(), **options).images[0])
+
+    with pytest.warns(canvas.LossWarning, match="a line along its edge, 3 pixels wide at the right; crop it first"):
+        out = extend(lined)
+    assert np.array_equal(out[:, :200], lined)
+    assert np.array_equal(out[:, 200:], extend(behind)[:, 200:])
+    alpha = np.full(lined.shape[:2], 255, np.uint8)
+    alpha[40:60, 150:] = 0
+    clear = np.dstack([lined, alpha])
+    with pytest.warns(canvas.LossWarning):
+        out = extend(clear)
+    assert np.array_equal(out[:, :200], clear)
