@@ -896,9 +896,7 @@ def _without_lines(picture: Picture, sides: Mapping[str, int | float]) -> Pictur
     if not lines:
         return picture
     told = ", ".join(f"{depth} pixel{'s' * (depth > 1)} wide at the {side}" for side, depth in lines.items())
-    warnings.warn(
-        f"the picture has a line along its edge, {told}; crop it first", LossWarning, stacklevel=2
-    )
+    warnings.warn(f"the picture has a line along its edge, {told}; crop it first", LossWarning, stacklevel=2)
     where, known = torch.zeros(picture.size, dtype=torch.bool), picture.image
     if picture.hidden is not None:
         where |= picture.hidden[0]
