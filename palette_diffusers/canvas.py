@@ -489,19 +489,22 @@ def with_mask(picture: Picture, source: ImageInput) -> tuple[Picture, torch.Tens
 def line_at(image: torch.Tensor, side: str) -> int:
     """How many pixels wide a line is that a picture (1, 3, H, W) has along its top, bottom, left or right, as the edges
     of scans are; 0 where there is none, or where it is wider than a 50th of the picture."""
-    levels = image[0].mean(0)
-    rows = {"top": levels, "bottom": levels.flip(0), "left": levels.T, "right": levels.flip(1).T}[side]
-    most = len(rows) // LINE
+    upright = image[0] if side in ("top", "bottom") else image[0].transpose(1, 2)
+    depth, length = upright.shape[1:]
+    most = depth // LINE
     if not most:
         return 0
+    near = min(depth, 2 * most + 3)
+    rows = upright.narrow(1, 0 if side in ("top", "left") else depth - near, near)[..., :: max(1, length // 4096)].mean(0)
+    rows = rows if side in ("top", "left") else rows.flip(0)
     behind = rows[most : most + 3].mean(0)
-    usual = (rows[2 * most : 2 * most + 3].mean(0) - behind).abs().median().item()
-    clear, depth = max(LINE_SEEN, 3 * usual), 0
-    for row in rows[: most + 1]:
-        if (row - behind).abs().median().item() < (clear / 2 if depth else clear):
-            return depth
-        depth += 1
-    return 0
+    share = torch.tensor([0.5, 0.9])  # of a line's length; the rest of a slanted one is deeper
+    usual = (rows[2 * most : 2 * most + 3].mean(0) - behind).abs().quantile(share)
+    off = (rows[: most + 1] - behind).abs().quantile(share, dim=1) / (3 * usual).clamp_min(LINE_SEEN)[:, None]
+    ends = torch.nonzero(off[0] < 0.5)[:, 0].tolist()
+    if off[0, 0] < 1 or not ends:
+        return 0
+    return next((depth for depth in range(ends[0], most + 1) if off[1, depth] < 1), ends[0])
 
 
 def to_uint8(image: torch.Tensor) -> np.ndarray:

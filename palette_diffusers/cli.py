@@ -456,15 +456,17 @@ Side = Annotated[str, typer.Option(help="pixels (64) or a fraction of the side (
 def uncrop(
     source: Source, left: Side = "0", right: Side = "0", top: Side = "0", bottom: Side = "0",
     aspect: Annotated[str | None, typer.Option(help="or the shape to reach on both sides evenly: 16:9")] = None,
+    trim: Annotated[bool, typer.Option("--trim", help="make lines along the edges anew, as scans have them")] = False,
     output: Output = None, steps: Steps = None, seed: Seed = 0, samples: Samples = 1,
     model: Model = None, device: Device = "auto", dtype: DType = "auto", max_megapixels: Limit = 50,
     recursive: Recursive = False, overwrite: Overwrite = False, no_exif: NoExif = False, plan: PlanOnly = False,
     speed: Speed = None, texture: Texture = None,
 ) -> None:  # fmt: skip
-    """Extend a photograph beyond its border; the given pixels are kept bit for bit."""
+    """Extend a photograph beyond its border; the given pixels are kept bit for bit, but for lines that --trim takes."""
     asked = locals()
     options: dict[str, Any] = {side: _amount(asked.pop(side)) for side in ("left", "right", "top", "bottom")}
     options |= {"aspect": _aspect(asked.pop("aspect"))} | _given(texture=asked.pop("texture"))
+    options |= _given(trim=asked.pop("trim") or None)
     _run(task="uncropping", options=options, **asked)
 
 

@@ -481,6 +481,7 @@ class PalettePipeline(DiffusionPipeline):
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = tuple(_callback_tensor_inputs),
         max_pixels: int = canvas.MAX_PIXELS,
+        trim: bool = False,
     ) -> PalettePipelineOutput | tuple:
         """Mends photographs of any size; pixels that were given come back bit for bit.
 
@@ -493,6 +494,8 @@ class PalettePipeline(DiffusionPipeline):
                 tasks that take none.
             left, right, top, bottom: for uncropping: an int is pixels, a float a fraction of the side.
             aspect: for uncropping, instead of sides: the width / height that is reached by extending both evenly.
+            trim: for uncropping: lines along extended sides, as scans have them, are made anew (`canvas.line_at`);
+                else they stay, like every pixel that is given, and are told.
             consistent: for JPEG restoration: whether the result is one that JPEG would store as the file's very
                 coefficients, which also takes bands out of skies (`coefficients.Coefficients`); those of an earlier,
                 coarser JPEG, where the picture shows that it was made of one. None does so where there are any, True
@@ -539,7 +542,9 @@ class PalettePipeline(DiffusionPipeline):
             raise ValueError(
                 f"left, right, top, bottom and aspect belong to 'uncropping', the task is {tasks[0].name!r}"
             )
-        met = [_meet(*one, max_pixels, aspect, sides) for one in zip(pictures, masks, tasks, strict=True)]
+        if trim and not any(one.name == "uncropping" for one in tasks):
+            raise ValueError(f"trim belongs to 'uncropping', the task is {tasks[0].name!r}")
+        met = [_meet(*one, max_pixels, aspect, sides, trim) for one in zip(pictures, masks, tasks, strict=True)]
         pictures, masks = [picture for picture, _ in met], [mask for _, mask in met]
         strokes = _strokes(hints, pictures, tasks)
         if latents is not None and len(pictures) > 1:
@@ -888,15 +893,14 @@ def _without_hidden(picture: Picture, hole: torch.Tensor | None) -> Picture:
     return replace(picture, image=image, hidden=hidden)
 
 
-def _without_lines(picture: Picture, sides: Mapping[str, int | float]) -> Picture:
-    """A line along a side that is extended, as scans have it, is told and set aside, and what lies behind it takes its
-    place: it would go on as a dark bar."""
-    lines = {side: canvas.line_at(picture.image, side) for side in sides if sides[side]}
+def _without_lines(picture: Picture, lines: Mapping[str, int]) -> Picture:
+    """Lines along sides that are extended, so many pixels wide, are told and set aside, and what lies behind them takes
+    their place: they would go on as dark bars."""
     lines = {side: depth for side, depth in lines.items() if depth}
     if not lines:
         return picture
     told = ", ".join(f"{depth} pixel{'s' * (depth > 1)} wide at the {side}" for side, depth in lines.items())
-    warnings.warn(f"the picture has a line along its edge, {told}; crop it first", LossWarning, stacklevel=2)
+    warnings.warn(f"the picture has a line along its edge, {told}: trim makes it anew", LossWarning, stacklevel=2)
     where, known = torch.zeros(picture.size, dtype=torch.bool), picture.image
     if picture.hidden is not None:
         where |= picture.hidden[0]
@@ -919,6 +923,7 @@ def _meet(
     max_pixels: int,
     aspect: float | None,
     sides: Mapping[str, int | float],
+    trim: bool,
 ) -> tuple[Picture, torch.Tensor | None]:
     """What a task works on: the picture, on a larger canvas for uncropping, and its hole."""
     if task.name == "uncropping":
@@ -928,7 +933,9 @@ def _meet(
             if any(sides.values()):
                 raise ValueError("uncropping takes either an aspect or left, right, top and bottom")
             sides = sizes.sides_for(picture.size, aspect)
-        return _grow(_without_lines(_without_hidden(picture, None), sides), max_pixels=max_pixels, **sides)
+        picture = _without_hidden(picture, None)
+        lines = {side: canvas.line_at(picture.image, side) for side in sides if sides[side]}
+        return _grow(picture if trim else _without_lines(picture, lines), max_pixels, lines if trim else {}, **sides)
     if not task.takes_mask:
         if mask is not None:
             raise ValueError(f"task {task.name!r} takes no mask_image")
@@ -981,9 +988,9 @@ def _strokes(hints: Any, pictures: list[Picture], tasks: list[Task]) -> list[Hin
 
 
 def _grow(
-    picture: Picture, left: float, right: float, top: float, bottom: float, max_pixels: int
+    picture: Picture, max_pixels: int, lines: Mapping[str, int], left: float, right: float, top: float, bottom: float
 ) -> tuple[Picture, torch.Tensor]:
-    """The picture on a larger canvas, and the border as a mask."""
+    """The picture on a larger canvas, and the border as a mask, with lines of so many pixels that are made anew."""
     height, width = picture.size
     pixels = {}
     for name, value, side in (
@@ -1008,4 +1015,4 @@ def _grow(
         where[inside[1:]] = picture.hidden[0]
         hidden = (where, picture.hidden[1])  # row by row, as before
     grown = Picture(image, alpha, picture.info, deep=picture.deep, hidden=hidden)
-    return grown, border_mask(*new, **pixels)[None]
+    return grown, border_mask(*new, **{side: number + lines.get(side, 0) for side, number in pixels.items()})[None]

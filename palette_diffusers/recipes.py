@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from .canvas import RECIPE, WORDS
 
-OPTIONS = ("left", "right", "top", "bottom", "aspect", "consistent", "eta", "hints", "texture")
+OPTIONS = ("left", "right", "top", "bottom", "aspect", "consistent", "eta", "hints", "texture", "trim")
 MOST = {"samples": 64, "steps": 10_000}  # of a recipe, which may be a stranger's
 
 

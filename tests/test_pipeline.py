@@ -748,10 +748,14 @@ def test_a_line_along_an_edge_does_not_go_on(pipe, photo, seeded):
     def extend(picture, **options):
         return np.asarray(pipe(picture, "uncropping", right=20, generator=seeded(), **options).images[0])
 
-    with pytest.warns(canvas.LossWarning, match="a line along its edge, 3 pixels wide at the right; crop it first"):
+    with pytest.warns(canvas.LossWarning, match="a line along its edge, 3 pixels wide at the right: trim makes"):
         out = extend(lined)
     assert np.array_equal(out[:, :200], lined)
     assert np.array_equal(out[:, 200:], extend(behind)[:, 200:])
+    out = extend(lined, trim=True)  # the line at the top is not extended
+    assert np.array_equal(out[:, :197], lined[:, :197]) and (out[2:, 197:200] > 40).mean() > 0.8
+    with pytest.raises(ValueError, match="trim belongs to 'uncropping'"):
+        pipe(photo, "colorization", trim=True)
     alpha = np.full(lined.shape[:2], 255, np.uint8)
     alpha[40:60, 150:] = 0
     clear = np.dstack([lined, alpha])
