@@ -391,45 +391,67 @@ def _eval_results(evaluation: dict[str, Any]) -> list[EvalResult]:
 # the upload
 
 
+class EditedCard(ValueError):
+    """The card on the Hub is not the one that was published there."""
+
+
 def upload(
     tree: Path, repo_id: str, private: bool = False, create_pr: bool = False, overwrite_card: bool = False,
-    token: str | None = None,
+    token: str | None = None, space: bool = False,
 ) -> str:  # fmt: skip
-    """One commit of all files of a tree, by `huggingface_hub`, which retries and skips what is there already."""
+    """One commit of all files of a tree, by `huggingface_hub`, which retries and skips what is there already: to a
+    model's repository, or a Space's."""
     api = HfApi(token=token, library_name="palette-diffusers", library_version=__version__)
+    kind, sdk = ("space", "gradio") if space else ("model", None)
     try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
+        api.create_repo(repo_id, repo_type=kind, space_sdk=sdk, private=private, exist_ok=True)
     except HfHubHTTPError as error:
         if error.response.status_code not in (401, 403):
             raise
         raise PermissionError(
             f"{repo_id} may not be written ({error.response.status_code}): log in (hf auth login) or give another token"
         ) from error
-    info = api.model_info(repo_id)
+    info = api.space_info(repo_id) if space else api.model_info(repo_id)
     if private and not info.private:
-        raise ValueError(f"{repo_id} exists and is public, a private repository was asked for")
+        raise ValueError(f"{repo_id} exists and is public, a private one was asked for")
     there = {sibling.rfilename for sibling in info.siblings or []}
-    before = _read_sums(_remote(api, repo_id, info.sha, SUMS)) if SUMS in there else {}
-    if "README.md" in there and not overwrite_card:
-        if sha256(_remote(api, repo_id, info.sha, "README.md")) != before.get("README.md"):
-            raise ValueError(f"the card of {repo_id} was edited on the Hub: it is kept unless overwrite_card is given")
+    before = _published(api, repo_id, kind, info.sha, there, overwrite_card)
     files = sorted(path for path in tree.rglob("*") if path.is_file())
     names = [path.relative_to(tree).as_posix() for path in files]
+    own = {name for name in there if name in before or (space and name.startswith(f"{__package__}/"))}
     operations: list[Any] = [CommitOperationAdd(name, str(path)) for name, path in zip(names, files, strict=True)]
-    operations += [CommitOperationDelete(name) for name in sorted(there & set(before) - set(names))]
+    operations += [CommitOperationDelete(name) for name in sorted(own - set(names))]
     commit = api.create_commit(
         repo_id,
         operations,
-        commit_message=f"Palette pipeline, by palette-diffusers {__version__}",
+        commit_message=f"Palette {'demo' if space else 'pipeline'}, by palette-diffusers {__version__}",
+        repo_type=kind,
         create_pr=create_pr,
         parent_commit=info.sha,
     )
-    return commit.pr_url or f"{constants.ENDPOINT}/{repo_id}"
+    return commit.pr_url or f"{constants.ENDPOINT}/{'spaces/' if space else ''}{repo_id}"
 
 
-def _remote(api: HfApi, repo_id: str, revision: str | None, name: str) -> bytes:
+def _published(
+    api: HfApi, repo_id: str, kind: str, revision: str | None, there: set[str], overwrite_card: bool
+) -> dict[str, str]:
+    """The checksums of what was published before, none if nothing was.
+
+    Raises:
+        EditedCard: the card isn't what was published, and may not be overwritten.
+    """
+    before = _read_sums(_remote(api, repo_id, kind, revision, SUMS)) if SUMS in there else {}
+    fresh = kind == "space" and there <= {".gitattributes", "README.md"}  # which the Hub gives a card
+    if "README.md" in there and not overwrite_card and not fresh:
+        if sha256(_remote(api, repo_id, kind, revision, "README.md")) != before.get("README.md"):
+            raise EditedCard(f"the card of {repo_id} was edited on the Hub: it is kept unless overwrite_card is given")
+    return before
+
+
+def _remote(api: HfApi, repo_id: str, kind: str, revision: str | None, name: str) -> bytes:
     with tempfile.TemporaryDirectory() as cache:
-        return Path(api.hf_hub_download(repo_id, name, revision=revision, cache_dir=cache)).read_bytes()
+        path = api.hf_hub_download(repo_id, name, repo_type=kind, revision=revision, cache_dir=cache)
+        return Path(path).read_bytes()
 
 
 def _read_sums(content: bytes) -> dict[str, str]:

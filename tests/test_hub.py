@@ -14,14 +14,15 @@ import pytest
 import torch
 from conftest import toy_unet
 from hub_server import TOKEN, Repo, serve
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, SpaceCard, constants
 from PIL import Image
 from safetensors.torch import load_file
 
-from palette_diffusers import PalettePipeline, PaletteScheduler
+from palette_diffusers import PalettePipeline, PaletteScheduler, space
 from palette_diffusers.bundle import FILES, bundle
 from palette_diffusers.evaluation.store import weights_content
 from palette_diffusers.hub import measured, publish, read_evaluation, write_weights
+from palette_diffusers.space import publish_space
 
 ROOT = Path(__file__).parents[1]
 NAME = "me/palette-v1.0"  # a dot, as versions have: loaders make module names of it
@@ -50,6 +51,16 @@ def sample(pipe, path) -> str:
 def hub():
     with serve() as running:
         yield running
+
+
+@pytest.fixture
+def online(hub, monkeypatch):
+    """The hub, for this process."""
+    here = {"ENDPOINT": hub.url, "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}"}
+    for name, value in (here | {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}).items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return hub
 
 
 @pytest.fixture(scope="module")
@@ -365,9 +376,46 @@ def test_published_again(hub, published, place, tmp_path):
     assert not any("-of-" in name for name in commits[2])  # files of the first that the second lacks are gone
     assert proposed == f"{hub.url}/me/again/discussions/1"
     assert "license: mit" in commits[3]["README.md"].decode() and "mit" not in commits[2]["README.md"].decode()[:80]
-    assert kept.startswith("ValueError: the card of me/edited was edited") and replaced == f"{hub.url}/me/edited"
+    assert kept.startswith("EditedCard: the card of me/edited was edited") and replaced == f"{hub.url}/me/edited"
     assert b"edited by hand" not in hub.repos["me/edited"].files()["README.md"]
     assert "public" in public and "401" in refused
+
+
+@pytest.fixture
+def small_package(tmp_path, monkeypatch):
+    """A package of one module, in place of this one's files."""
+    (tmp_path / "palette_diffusers").mkdir()
+    (tmp_path / "palette_diffusers" / "demo.py").write_text("1")
+    monkeypatch.setattr(space, "PACKAGE", tmp_path / "palette_diffusers")
+    return tmp_path / "palette_diffusers"
+
+
+def test_a_space_is_published_again(online, small_package):
+    assert publish_space("me/demo", model="me/mine") == f"{online.url}/spaces/me/demo"
+    repo = online.repos["spaces/me/demo"]
+    assert repo.variables == {"PALETTE_MODEL": {"value": "me/mine"}} and not repo.private
+    with pytest.raises(ValueError, match="me/demo exists and is public, a private one was asked for"):
+        publish_space("me/demo", private=True)
+    assert len(repo.commits) == 2 and repo.variables
+    (small_package / "demo.py").rename(small_package / "page.py")
+    publish_space("me/demo")
+    names = {name for name in repo.files() if name.startswith("palette_diffusers/")}
+    assert names == {"palette_diffusers/page.py"} and not repo.variables
+
+
+def test_what_a_space_has_of_its_own_is_kept(online, small_package):
+    """A card that was edited on the Hub, also where no checksums tell of the publication; and files of its own."""
+    publish_space("me/edited-demo", private=True)
+    repo = online.repos["spaces/me/edited-demo"]
+    files = repo.files() | {"README.md": b"edited by hand", "notes.txt": b"", "palette_diffusers/old.py": b""}
+    for there in (files, {name: data for name, data in files.items() if name != "SHA256SUMS"}):
+        repo.commit(there)
+        with pytest.raises(ValueError, match="the card of me/edited-demo was edited"):
+            publish_space("me/edited-demo")
+    assert repo.private and repo.files()["README.md"] == b"edited by hand"
+    publish_space("me/edited-demo", overwrite_card=True)
+    assert SpaceCard(repo.files()["README.md"].decode()).data.title == "Palette"
+    assert "notes.txt" in repo.files() and "palette_diffusers/old.py" not in repo.files()
 
 
 def test_an_evaluations_table_is_read(tmp_path):
