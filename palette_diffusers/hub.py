@@ -29,7 +29,7 @@ from .checkpoint import is_local, variants
 from .evaluation.store import weights_content
 from .files import new_folder, occupied
 from .pipeline import SHIPPED, STARTER, PalettePipeline
-from .report import draw_samples
+from .report import built_in, call, draw_samples, usage
 from .sizes import resize
 from .tasks import Given, get_task, task_names
 
@@ -37,9 +37,23 @@ SUMS = "SHA256SUMS"
 SHEET = "samples.png"
 SHARD = "1GB"
 SAMPLED = ("steps", "solver", "dtype")  # of an evaluation's row, told on the card
+BEGIN, END = "<!-- palette:begin -->", "<!-- palette:end -->"  # of what a publication writes into a card
 ADAPTERS = (
     "`lora/` holds the low-rank adapters on their own, for the model that they were tuned on: "
     "`pipe.unet.load_lora_adapter(FOLDER, prefix=None, use_safetensors=True)`."
+)
+# what the next publication writes anew: what is between the marks, the sections of cards without any, a run's usage
+GENERATED = re.compile(
+    rf"{BEGIN}.*?{END}"
+    r"|## Use\n+(?:```python\n[^`]*```\n+)?"
+    r"Without that package, diffusers runs the Python files of this repository instead; read them first:\n+"
+    r"(?:```python\n[^`]*```\n+)?"
+    r"`variant=\"fp16\"` downloads the weights in half precision\."
+    rf"(?:\n+{re.escape(ADAPTERS)})?"
+    rf"(?:\n+## Samples\n+!\[[^\n]*\]\({re.escape(SHEET)}\))?"
+    r"(?:\n+## Measured\n+(?:\d+ images a task[^\n]*\n+)?(?:\|[^\n]*\|(?:\n|\Z))+)?"
+    r"|(?:Not built in: [^\n]*\n+)?```python\n[^`]*\"PATH OR HUB ID\"[^`]*```",
+    re.S,
 )
 
 
@@ -69,11 +83,11 @@ def publish(
         private: for a repository that is created. create_pr: propose the commit instead of making it.
         dry_run: write the repository's files to this new folder, and upload nothing.
         license: as the Hub names it, "other" for instance; datasets, base_model: Hub ids. Without them, what the
-            folder's own card says.
+            folder's own card says; a LICENSE in the folder is "other".
         evaluation: results.json of `palette evaluate`, or JSON with `results`, task => "Palette" => metric =>
             number; becomes the card's table and its model-index. Of the former, the rows of these weights are taken.
         photos: pictures that samples are made of. sheet: instead of these, the run's newest sheet of samples, which
-            shows photographs of its data.
+            shows photographs of its data. Without either, the samples of a folder that was published before.
         max_shard_size: weights are split into files of at most this size.
         overwrite_card: also where the card was edited on the Hub.
         token: the login's, if None.
@@ -101,6 +115,8 @@ def publish(
         elif photos:
             steps, number = pipe.config.default_steps, len(photos)
             draw_samples(pipe.unet, pipe.scheduler, _Photos(pipe, photos), steps, tree / SHEET, number)
+        elif _shows_samples(folder):
+            shutil.copyfile(folder / SHEET, tree / SHEET)
         results = read_evaluation(evaluation, _weights(pipe)) if evaluation else {}
         card = make_card(pipe, repo_id, folder, run, results, (tree / SHEET).is_file(), license, datasets, base_model)
         card.save(tree / "README.md")
@@ -182,6 +198,12 @@ def _newest_sheet(run: Path | None) -> Path:
     if not sheets:
         raise FileNotFoundError("there is no sheet of samples: a training run's folder was expected, that drew one")
     return sheets[-1]
+
+
+def _shows_samples(folder: Path) -> bool:
+    """Whether this is a published folder, with samples on its card."""
+    card = folder / "README.md"
+    return (folder / SHEET).is_file() and card.is_file() and f"]({SHEET})" in card.read_text(encoding="utf-8")
 
 
 def _from_starter(run: Path | None) -> bool:
@@ -287,70 +309,77 @@ def make_card(
     datasets: Sequence[str] = (),
     base_model: str | None = None,
 ) -> ModelCard:
-    """The card: what the folder's own card says, how to use the model, what was measured."""
+    """The card: what the folder's own card says and, between marks that the next publication finds, how to use the
+    model, samples, and what was measured."""
     old = ModelCard.load(folder / "README.md") if (folder / "README.md").is_file() else None
     data = old.data if old else ModelCardData()
     data.library_name, data.pipeline_tag = "diffusers", "image-to-image"
     data.tags = list(dict.fromkeys(["palette", *(data.tags or []), *pipe.config.tasks]))
-    if license or (_from_starter(run) and not data.license):
-        data.license = license or "other"
-    elif folder.resolve() in SHIPPED.values():
-        data.license = "other"
-    if data.license == "other":
-        if not (_from_starter(run) or (folder / "LICENSE").is_file()):
-            raise ValueError(f"license is 'other', but {folder} has no LICENSE to say which")
-        data.license_name, data.license_link = "see-license-file", "LICENSE"
+    licensed = _from_starter(run) or (folder / "LICENSE").is_file()
+    data.license = license or data.license or ("other" if licensed else None)
+    if data.license != "other":
+        data.license_name = data.license_link = None
+    else:
+        data.license_name = data.license_name or "see-license-file"
+        if not str(data.license_link).startswith(("https://", "http://")):
+            if not licensed:
+                raise ValueError(f"license is 'other', but {folder} has no LICENSE to say which")
+            data.license_link = "LICENSE"
     data.datasets = list(datasets) or data.datasets
     data.base_model = base_model or data.base_model
-    table = measured(evaluation)
-    if table:
-        data.model_name = repo_id.split("/")[-1]
+    name, text = repo_id.split("/")[-1], (old.text.strip() if old else "") or _about(pipe)
+    earlier = "\n\n".join(GENERATED.findall(text))
+    table = measured(evaluation) or _section("Measured", earlier)
+    if evaluation:
         data.eval_results = _eval_results(evaluation)
-    adapters = (folder / "lora").is_dir()
-    parts = [_about(pipe, repo_id, old, bool(table)), _usage(pipe, repo_id, adapters)]
-    if samples:
+    if data.eval_results:
+        data.model_name = name
+    written, *more = (part.strip() for part in GENERATED.split(text))
+    titles = ["Palette model", *re.findall(r'PalettePipeline\.from_pretrained\("[^"\n]*/([^"\n]+)"\)', earlier)]
+    written = re.sub(rf"^# (?:{'|'.join(map(re.escape, titles))})$", f"# {name}", written, count=1, flags=re.M)
+    if table:
+        written = written.replace("Its quality has not been measured here.", "").strip()
+    parts = [_usage(pipe, repo_id, (folder / "lora").is_dir())]
+    if samples and not any(f"]({SHEET})" in part for part in (written, *more)):
         parts.append(f"## Samples\n\n![Rows by task: source, sample, original]({SHEET})")
     if table:
         parts.append(f"## Measured\n\n{table}")
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
+    text = "\n\n".join(filter(None, [written, BEGIN, *parts, END, *more]))
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
 
 
-def _about(pipe: PalettePipeline, repo_id: str, old: ModelCard | None, measured: bool) -> str:
-    """The folder's own text, without its usage; or what the configuration says."""
-    if old:
-        text = re.sub(r"```python\n(?:(?!```).)*from_pretrained.*?```\n?", "", old.text, flags=re.S)
-        text = text.replace("# Palette model\n", f"# {repo_id.split('/')[-1]}\n")
-        return (text.replace("Its quality has not been measured here.", "") if measured else text).strip()
+def _about(pipe: PalettePipeline) -> str:
+    """What the configuration says of a model whose folder says nothing."""
     parameters = sum(p.numel() for p in pipe.unet.parameters())
     return (
-        f"# {repo_id.split('/')[-1]}\n\nA [Palette](https://arxiv.org/abs/2111.05826) image-to-image diffusion model: "
+        f"# Palette model\n\nA [Palette](https://arxiv.org/abs/2111.05826) image-to-image diffusion model: "
         f"{', '.join(pipe.config.tasks)}. {pipe.unet.config.sample_size} pixels, {parameters / 1e6:.1f}M parameters, "
         f"{pipe.config.default_steps} steps."
     )
 
 
+def _section(title: str, generated: str) -> str:
+    """Of what earlier publications wrote into a card, the section of this title; empty where there is none."""
+    found = re.search(rf"^## {title}\n+(.*?)\s*(?=^## |{END}|\Z)", generated, re.M | re.S)
+    return found[1] if found else ""
+
+
 def _usage(pipe: PalettePipeline, repo_id: str, adapters: bool) -> str:
-    task = pipe.config.default_task
-    extra = {"inpainting": ', mask_image="mask.png"', "uncropping": ", right=0.25"}.get(task, "")
-    return f"""## Use
-
-```python
-from palette_diffusers import PalettePipeline
-
-pipe = PalettePipeline.from_pretrained("{repo_id}")
-pipe("photo.jpg", task="{task}"{extra}).images[0].save("result.png")
-```
-
-Without that package, diffusers runs the Python files of this repository instead; read them first:
+    tasks, task = pipe.config.tasks, pipe.config.default_task
+    parts = [f"## Use\n\n{usage(repo_id, tasks, task)}"]
+    if alone := [name for name in (task, *tasks) if built_in(name)]:
+        parts.append(
+            f"""Without that package, diffusers runs the Python files of this repository instead; read them first:
 
 ```python
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)
-pipe("photo.jpg", task="{task}"{extra}).images[0].save("result.png")
-```
-
-`variant="fp16"` downloads the weights in half precision.""" + ("\n\n" + ADAPTERS if adapters else "")
+{call(alone[0])}
+```"""
+        )
+    parts.append('`variant="fp16"` downloads the weights in half precision.')
+    return "\n\n".join([*parts, ADAPTERS] if adapters else parts)
 
 
 def _ours(evaluation: dict[str, Any]) -> list[tuple[str, str, float]]:

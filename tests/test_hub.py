@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +24,8 @@ from palette_diffusers import PalettePipeline, PaletteScheduler, space
 from palette_diffusers.bundle import FILES, bundle
 from palette_diffusers.evaluation.store import weights_content
 from palette_diffusers.hub import measured, publish, read_evaluation, write_weights
+from palette_diffusers.report import write_card
+from palette_diffusers.settings import TrainSettings
 from palette_diffusers.space import publish_space
 
 ROOT = Path(__file__).parents[1]
@@ -497,6 +501,67 @@ def test_the_sheet_of_a_run_is_published_only_when_asked_for(place, tmp_path):
     assert (tmp_path / "with" / "samples.png").read_bytes() == b"sheet 2"
     with pytest.raises(FileNotFoundError, match="no sheet"):
         publish("starter", NAME, sheet=True, dry_run=tmp_path / "starter")
+
+
+def card_of(folder, tmp_path, name="me/again", **options) -> str:
+    """What `publish` writes to the card, in a new folder."""
+    tree = tmp_path / f"tree-{len(list(tmp_path.glob('tree-*')))}"
+    publish(folder, name, dry_run=tree, **options)
+    return (tree / "README.md").read_text()
+
+
+def test_what_is_published_again_has_a_whole_card(place, tmp_path):
+    """With the samples and the figures of before, under its new name, and what its author wrote about it."""
+    options = dict(photos=[place / "photo.png"], evaluation=place / "evaluation.json")
+    folder = Path(publish(place / "run", "me/first", dry_run=tmp_path / "first", **options))
+    again = card_of(folder, tmp_path)
+    assert again == (folder / "README.md").read_text().replace("me/first", "me/again").replace("first", "again", 2)
+    assert again.count("## Use") == again.count("## Samples") == again.count("| colorization | PSNR | 21.5 |") == 1
+    assert (tmp_path / "tree-0" / "samples.png").read_bytes() == (folder / "samples.png").read_bytes()
+    for mark in ("<!-- palette:begin -->", "<!-- palette:end -->"):  # as cards were before
+        again = again.replace(f"{mark}\n\n", "").replace(f"\n\n{mark}", "")
+    own = '```python\npipe = PalettePipeline.from_pretrained("me/own")\n```\n'
+    (folder / "README.md").write_text(f"{again}\n## Thanks\n\n{own}")
+    second = card_of(folder, tmp_path)
+    assert second.count("## Use") == second.count("## Measured") == second.count("## Samples") == 1
+    assert "# again\n" in second and second.endswith(f"<!-- palette:end -->\n\n## Thanks\n\n{own}")
+    (folder / "README.md").write_text(second.replace("## Use", "## Used"))
+    assert card_of(folder, tmp_path) == second
+
+
+def test_the_usage_of_a_runs_card_is_replaced(place, tmp_path):
+    pipe = small_pipe()
+    pipe.register_to_config(tasks=["deblurring", "colorization"], default_task="deblurring")
+    pipe.save_pretrained(tmp_path / "pipe")
+    changes = TrainSettings(tasks="deblurring,colorization", data="photos")
+    write_card(tmp_path / "pipe" / "README.md", changes, 4, 10)
+    assert "Not built in: `deblurring`; register it first" in (tmp_path / "pipe" / "README.md").read_text()
+    card = card_of(tmp_path / "pipe", tmp_path)
+    assert card.count("Not built in: `deblurring`; register it first") == 1 and "PATH OR HUB ID" not in card
+    here, there = re.findall(r"```python\n(.*?)```", card, re.S)
+    assert 'task="deblurring"' in here and "# again\n" in card
+    assert "trust_remote_code" in there and 'task="colorization"' in there, "the package's Task is not there"
+    pipe.register_to_config(tasks=["deblurring"])
+    pipe.save_pretrained(tmp_path / "pipe")
+    assert "trust_remote_code" not in card_of(tmp_path / "pipe", tmp_path)
+
+
+def test_the_licence_of_a_card(place, tmp_path):
+    """Its own name and address are kept where it is another, and dropped where it is none; a LICENSE is told."""
+    shutil.copytree(place / "run" / "pipeline", tmp_path / "pipe")
+    card = tmp_path / "pipe" / "README.md"
+    card.write_text("---\nlicense: other\nlicense_name: mine\nlicense_link: https://example.org/mine\n---\n")
+    kept = "license: other\nlicense_name: mine\nlicense_link: https://example.org/mine\n"
+    assert kept in card_of(tmp_path / "pipe", tmp_path)
+    (tmp_path / "pipe" / "LICENSE").write_text("Not for sale.")
+    assert kept in card_of(tmp_path / "pipe", tmp_path)
+    free = card_of(tmp_path / "pipe", tmp_path, license="apache-2.0")
+    assert "license: apache-2.0\n" in free and "license_" not in free
+    card.unlink()
+    told = "license: other\nlicense_name: see-license-file\nlicense_link: LICENSE\n"
+    assert told in card_of(tmp_path / "pipe", tmp_path)
+    card.write_text("---\nlicense: mit\n---\n")
+    assert "license: mit\n" in card_of(tmp_path / "pipe", tmp_path)
 
 
 def test_code_that_one_file_cannot_hold():
