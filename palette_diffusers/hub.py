@@ -25,7 +25,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from . import __version__, canvas
 from .bundle import COMPONENTS, FILES, bundle
-from .checkpoint import is_local, variants
+from .checkpoint import even_modes, is_local, variants
 from .evaluation.store import weights_content
 from .files import new_folder, occupied
 from .pipeline import SHIPPED, STARTER, PalettePipeline
@@ -154,6 +154,7 @@ def write_weights(pipe: PalettePipeline, tree: Path, max_shard_size: str = SHARD
     if bad:
         raise ValueError(f"{len(bad)} weights are beyond float16, {bad[0]} for one")
     half.save_pretrained(tree / "unet", variant="fp16", max_shard_size=max_shard_size)
+    even_modes(tree)
     for path in tree.rglob("*.json"):
         content = json.loads(path.read_text())
         if content.pop("_name_or_path", None):  # a path of this machine

@@ -602,6 +602,36 @@ def test_saved_and_loaded_bit_for_bit(tmp_path, place):
     assert json.loads((tmp_path / "one" / "model_index.json").read_text())["_format"] == 1
 
 
+def test_a_licence_is_saved_again(online, place, tmp_path):
+    """Of a folder and of a repository, also where the cache has none; a network of one's own has another."""
+    shutil.copytree(place / "run" / "pipeline", tmp_path / "from")
+    (tmp_path / "from" / "LICENSE").write_text("Not for sale.")
+    files = {p.relative_to(tmp_path / "from").as_posix(): p for p in (tmp_path / "from").rglob("*") if p.is_file()}
+    online.repos["me/licensed"] = Repo()
+    online.repos["me/licensed"].commit({name: path.read_bytes() for name, path in files.items()})
+    for number, name in enumerate((tmp_path / "from", "me/licensed")):
+        pipe = PalettePipeline.from_pretrained(name, cache_dir=tmp_path / "cache")
+        pipe.save_pretrained(tmp_path / f"{number}")
+        assert (tmp_path / f"{number}" / "LICENSE").read_text() == "Not for sale."
+    (tmp_path / "0" / "LICENSE").write_text("Mine.")
+    pipe.save_pretrained(tmp_path / "0")
+    assert (tmp_path / "0" / "LICENSE").read_text() == "Mine."
+    card = card_of(tmp_path / "1", tmp_path)
+    assert "license: other\n" in card and (tmp_path / "tree-0" / "LICENSE").read_text() == "Not for sale."
+    PalettePipeline.from_pretrained(tmp_path / "from", unet=toy_unet()).save_pretrained(tmp_path / "own")
+    next((tmp_path / "cache").rglob("LICENSE")).unlink()
+    pipe = PalettePipeline.from_pretrained("me/licensed", cache_dir=tmp_path / "cache", local_files_only=True)
+    pipe.save_pretrained(tmp_path / "none")
+    assert not (tmp_path / "own" / "LICENSE").exists() and not (tmp_path / "none" / "LICENSE").exists()
+
+
+def test_files_have_the_mode_that_the_umask_gives(tmp_path):
+    small_pipe().save_pretrained(tmp_path / "pipe")
+    publish(tmp_path / "pipe", NAME, dry_run=tmp_path / "tree")
+    (tmp_path / "plain").touch()
+    assert {p.stat().st_mode for p in tmp_path.rglob("*") if p.is_file()} == {(tmp_path / "plain").stat().st_mode}
+
+
 def test_format_1_stays_loadable():
     folder = Path(__file__).parent / "fixtures" / "format1"
     pipe = PalettePipeline.from_pretrained(folder)
