@@ -724,12 +724,9 @@ def publish_space(
 ) -> None:
     """Publish the demo as a Space on the Hugging Face Hub."""
     with _one_line():
-        from huggingface_hub.utils import validate_repo_id
+        from . import hub, space
 
-        from . import space
-
-        for name in filter(None, (repo_id, model)):
-            validate_repo_id(name)
+        hub.check_name(repo_id)
         if dry_run is None:
             print(space.publish_space(repo_id, private, model, overwrite_card))
         else:

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -21,7 +22,8 @@ from huggingface_hub import (
     ModelCardData,
     constants,
 )
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
 from . import __version__, canvas
 from .bundle import COMPONENTS, FILES, bundle
@@ -64,10 +66,10 @@ def publish(
     create_pr: bool = False,
     dry_run: str | os.PathLike | None = None,
     license: str | None = None,
-    datasets: Sequence[str] = (),
+    datasets: str | Sequence[str] = (),
     base_model: str | None = None,
     evaluation: str | os.PathLike | None = None,
-    photos: Sequence[str | os.PathLike] = (),
+    photos: str | os.PathLike | Sequence[str | os.PathLike] = (),
     sheet: bool = False,
     max_shard_size: str = SHARD,
     overwrite_card: bool = False,
@@ -98,8 +100,14 @@ def publish(
     Raises:
         FileNotFoundError: no pipeline there, or no sheet. ValueError: a card that was edited on the Hub, a public
             repository where a private one was asked for, weights beyond float16, a dry run's folder that isn't
-            empty, a licence "other" without a LICENSE.
+            empty, a licence "other" without a LICENSE, no USER/NAME,
+            a sheet and photos.
     """
+    check_name(repo_id)
+    datasets = [datasets] if isinstance(datasets, str) else datasets
+    photos = [photos] if isinstance(photos, str | os.PathLike) else photos
+    if sheet and photos:
+        raise ValueError("sheet and photos: a card has the one or the other as its samples")
     folder, run = find_pipeline(source)
     if dry_run is not None and occupied(Path(dry_run)):
         raise ValueError(f"{dry_run} is not empty: name a new folder")
@@ -124,6 +132,15 @@ def publish(
         if dry_run is None:
             return upload(tree, repo_id, private, create_pr, overwrite_card, token)
     return str(dry_run)
+
+
+def check_name(repo_id: str) -> None:
+    """Raises:
+    ValueError: no name as the Hub takes it, or one without a user.
+    """
+    validate_repo_id(repo_id)
+    if "/" not in repo_id:
+        raise ValueError(f"{repo_id!r} is no name of a repository: expected USER/NAME")
 
 
 def find_pipeline(source: str | os.PathLike) -> tuple[Path, Path | None]:
@@ -384,12 +401,12 @@ pipe = DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)
 
 
 def _ours(evaluation: dict[str, Any]) -> list[tuple[str, str, float]]:
-    """(task, metric, value) of this model."""
+    """(task, metric, value) of this model, where it is a finite number."""
     return [
         (task, metric, value)
         for task, methods in evaluation.get("results", {}).items()
         for metric, value in methods.get("Palette", {}).items()
-        if isinstance(value, (int, float))
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     ]
 
 
@@ -460,6 +477,18 @@ def upload(
         parent_commit=info.sha,
     )
     return commit.pr_url or f"{constants.ENDPOINT}/{'spaces/' if space else ''}{repo_id}"
+
+
+def check_card(repo_id: str) -> None:
+    """Raises:
+    EditedCard: a model's card that was edited on the Hub.
+    """
+    api = HfApi()
+    try:
+        info = api.model_info(repo_id)
+    except RepositoryNotFoundError:
+        return
+    _published(api, repo_id, "model", info.sha, {sibling.rfilename for sibling in info.siblings or []}, False)
 
 
 def _published(

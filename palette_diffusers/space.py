@@ -10,8 +10,10 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, SpaceCard
 
+from .checkpoint import is_local
 from .files import new_folder, occupied
-from .hub import upload, write_sums
+from .hub import check_name, upload, write_sums
+from .pipeline import SHIPPED, STARTER
 
 PACKAGE = Path(__file__).parent
 # in a wheel the files of the Space lie inside the package, in a checkout beside it
@@ -21,13 +23,19 @@ VARIABLE = "PALETTE_MODEL"
 
 
 def write_space(folder: str | os.PathLike, model: str | None = None) -> list[str]:
-    """Writes the Space's tree, whose card names the model (a Hub id) if it isn't the starter; the names of its files,
-    sorted.
+    """Writes the Space's tree, whose card names the model (a Hub id) if it isn't shipped with the package; the names of
+    its files, sorted.
 
     Raises:
         FileExistsError: something is there already. FileNotFoundError: the package came without `spaces_app`.
+        ValueError: the model is a folder of this machine, or no Hub id.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
+    model = None if model in SHIPPED else model
+    if model:
+        if is_local(model):
+            raise ValueError(f"model is {model!r}, a folder of this machine: publish it, and name its Hub id")
+        check_name(model)
     if occupied(folder):
         raise FileExistsError(f"{folder} is not empty: name a new folder")
     for name in FILES:
@@ -55,13 +63,14 @@ def publish_space(
 
     Raises:
         ValueError: a card that was edited on the Hub, without overwrite_card; a public Space where a private one was
-            asked for.
+            asked for; no USER/NAME; a model that is a folder of this machine, or no Hub id.
     """
+    check_name(repo_id)
     with tempfile.TemporaryDirectory() as name:
         write_space(Path(name) / "space", model)
         url = upload(Path(name) / "space", repo_id, private, overwrite_card=overwrite_card, space=True)
     api = HfApi()
-    if model:
+    if model and model != STARTER.name:
         api.add_space_variable(repo_id, VARIABLE, model)
     elif VARIABLE in api.get_space_variables(repo_id):
         api.delete_space_variable(repo_id, VARIABLE)

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -16,14 +17,16 @@ import pytest
 import torch
 from conftest import toy_unet
 from hub_server import TOKEN, Repo, serve
-from huggingface_hub import ModelCard, SpaceCard, constants
+from huggingface_hub import HfApi, ModelCard, SpaceCard, constants
 from PIL import Image
 from safetensors.torch import load_file
 
-from palette_diffusers import PalettePipeline, PaletteScheduler, space
+from palette_diffusers import PalettePipeline, PaletteScheduler, space, training
+from palette_diffusers import hub as hub_module
 from palette_diffusers.bundle import FILES, bundle
 from palette_diffusers.evaluation.store import weights_content
-from palette_diffusers.hub import measured, publish, read_evaluation, write_weights
+from palette_diffusers.files import new_folder
+from palette_diffusers.hub import EditedCard, measured, publish, read_evaluation, write_weights
 from palette_diffusers.report import write_card
 from palette_diffusers.settings import TrainSettings
 from palette_diffusers.space import publish_space
@@ -385,6 +388,23 @@ def test_published_again(hub, published, place, tmp_path):
     assert "public" in public and "401" in refused
 
 
+def test_a_new_folder_is_filled(tmp_path, monkeypatch):
+    """Where it is the working directory, a link or not there; and removed where it could not be."""
+    for name in ("here", "linked"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "linked")
+    monkeypatch.chdir(tmp_path / "here")
+    for folder in (Path("."), tmp_path / "link", Path("more/new")):
+        with new_folder(folder) as part:
+            (part / "folder").mkdir()
+            (part / "folder" / "file").touch()
+        assert (folder / "folder" / "file").is_file()
+    assert os.listdir() == os.listdir(tmp_path / "here") and (tmp_path / "link").is_symlink()
+    with pytest.raises(KeyError), new_folder(Path("no")) as part:
+        raise KeyError
+    assert not list(tmp_path.rglob(".palette-*")) and not Path("no").exists()
+
+
 @pytest.fixture
 def small_package(tmp_path, monkeypatch):
     """A package of one module, in place of this one's files."""
@@ -405,6 +425,20 @@ def test_a_space_is_published_again(online, small_package):
     publish_space("me/demo")
     names = {name for name in repo.files() if name.startswith("palette_diffusers/")}
     assert names == {"palette_diffusers/page.py"} and not repo.variables
+
+
+def test_the_model_of_a_space(online, small_package, tmp_path, monkeypatch):
+    """A shipped one is on no card; a folder of this machine is refused."""
+    for name, variables in (("starter-few-steps", ["starter-few-steps"]), ("starter", [])):
+        publish_space("me/shipped", model=name)
+        repo = online.repos["spaces/me/shipped"]
+        assert [variable["value"] for variable in repo.variables.values()] == variables
+        assert SpaceCard(repo.files()["README.md"].decode()).data.models is None
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    with pytest.raises(ValueError, match="model is 'runs/a', a folder of this machine: publish it"):
+        publish_space("me/local", model="runs/a")
+    assert "spaces/me/local" not in online.repos
 
 
 def test_what_a_space_has_of_its_own_is_kept(online, small_package):
@@ -437,6 +471,56 @@ def test_an_evaluations_table_is_read(tmp_path):
     report = read_evaluation(tmp_path / "results.json")
     assert (report["count"], report["dataset"]) == (7, "photos")
     assert measured(report).splitlines()[-1] == "| inpainting | FD-classifier | 3.25 |"
+
+
+def test_figures_are_finite_numbers(tmp_path):
+    figures = {"PSNR": 21.5, "SSIM": float("nan"), "FID": float("inf"), "sound": True, "note": "good"}
+    (tmp_path / "e.json").write_text(json.dumps({"results": {"colorization": {"Palette": figures}}}))
+    assert measured(read_evaluation(tmp_path / "e.json")).splitlines()[2:] == ["| colorization | PSNR | 21.5 |"]
+
+
+def test_a_single_name_is_a_list_of_one(place, tmp_path):
+    card = card_of(place / "run", tmp_path, datasets="me/photos", photos=str(place / "photo.png"))
+    assert "datasets:\n- me/photos\n" in card and (tmp_path / "tree-0" / "samples.png").is_file()
+
+
+@pytest.mark.parametrize("name", ["noslash", "bad//name", "a/b/c", "me/", "me/na me"])
+def test_a_name_is_checked_before_anything_is_made(online, place, tmp_path, monkeypatch, name):
+    def nothing(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr(HfApi, "create_repo", nothing)
+    ways = [
+        lambda: publish(place / "run", name),
+        lambda: publish(place / "run", name, dry_run=tmp_path / "tree"),
+        lambda: publish_space(name),
+        lambda: publish_space("me/demo", model=name),
+        lambda: training._check_hub(TrainSettings(push_to_hub=name)),
+    ]
+    for way in ways:
+        with pytest.raises(ValueError, match="USER/NAME|[Rr]epo"):
+            way()
+    assert not (tmp_path / "tree").exists()
+
+
+def test_a_card_that_was_edited_is_told_before_the_training(online, monkeypatch):
+    online.repos["me/mine"] = Repo()
+    online.repos["me/mine"].commit({"README.md": b"edited by hand"})
+    settings = TrainSettings(output="run", push_to_hub="me/mine")
+    advice = "palette publish run me/mine --overwrite-card"
+    with pytest.raises(ValueError, match=f"the card of me/mine was edited on the Hub: .*{advice}"):
+        training._check_hub(settings)
+    training._check_hub(replace(settings, push_to_hub="me/new"))
+
+    def edited_since(*_):
+        raise EditedCard("edited since")
+
+    monkeypatch.setattr(hub_module, "publish", edited_since)
+    with pytest.raises(OSError, match=advice):
+        training._push(settings, Path("run/pipeline"))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ValueError, match="the Hub refuses"):
+        training._check_hub(settings)
 
 
 def test_each_task_has_figures_of_its_own_in_the_index(place, tmp_path):
@@ -499,6 +583,8 @@ def test_the_sheet_of_a_run_is_published_only_when_asked_for(place, tmp_path):
     assert not (tmp_path / "without" / "samples.png").exists()
     publish(place / "run", NAME, sheet=True, dry_run=tmp_path / "with")
     assert (tmp_path / "with" / "samples.png").read_bytes() == b"sheet 2"
+    with pytest.raises(ValueError, match="sheet and photos"):
+        publish(place / "run", NAME, sheet=True, photos=place / "photo.png", dry_run=tmp_path / "both")
     with pytest.raises(FileNotFoundError, match="no sheet"):
         publish("starter", NAME, sheet=True, dry_run=tmp_path / "starter")
 
