@@ -30,6 +30,7 @@ from palette_diffusers.hub import EditedCard, measured, publish, read_evaluation
 from palette_diffusers.report import write_card
 from palette_diffusers.settings import TrainSettings
 from palette_diffusers.space import publish_space
+from palette_diffusers.tasks import _TASKS, Task
 
 ROOT = Path(__file__).parents[1]
 NAME = "me/palette-v1.0"  # a dot, as versions have: loaders make module names of it
@@ -615,7 +616,7 @@ def test_what_is_published_again_has_a_whole_card(place, tmp_path):
     assert card_of(folder, tmp_path) == second
 
 
-def test_the_usage_of_a_runs_card_is_replaced(place, tmp_path):
+def test_the_usage_of_a_runs_card_is_replaced(tmp_path, monkeypatch):
     pipe = small_pipe()
     pipe.register_to_config(tasks=["deblurring", "colorization"], default_task="deblurring")
     pipe.save_pretrained(tmp_path / "pipe")
@@ -630,6 +631,12 @@ def test_the_usage_of_a_runs_card_is_replaced(place, tmp_path):
     pipe.register_to_config(tasks=["deblurring"])
     pipe.save_pretrained(tmp_path / "pipe")
     assert "trust_remote_code" not in card_of(tmp_path / "pipe", tmp_path)
+
+    class Deblurring(Task):
+        pass
+
+    monkeypatch.setitem(_TASKS, "deblurring", Deblurring())
+    assert "Not built in: `deblurring` (class `Deblurring`); " in card_of(tmp_path / "pipe", tmp_path)
 
 
 def test_the_licence_of_a_card(place, tmp_path):
