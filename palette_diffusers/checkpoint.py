@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,26 @@ def merge_adapters(network: torch.nn.Module, file: str | Path) -> None:
                 weight += (up.flatten(1).float() @ down.flatten(1).float()).reshape(weight.shape).to(weight.dtype)
 
 
+def licence(name: str, revision: str | None = None, cache_dir: str | Path | None = None) -> str | None:
+    """The LICENSE of a folder, or of a repository that is in the cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path: Any = os.path.join(name, "LICENSE")
+    if not is_local(name):
+        path = try_to_load_from_cache(name, "LICENSE", cache_dir, revision)
+    known = isinstance(path, str) and os.path.isfile(path)
+    return Path(path).read_text(encoding="utf-8", errors="replace") if known else None
+
+
+def even_modes(folder: Path) -> None:
+    """The weights' files of a saved pipeline, which safetensors makes readable for their owner alone, get the mode of
+    its index, which is the umask's."""
+    index = folder / "model_index.json"
+    if index.is_file():
+        for path in (*folder.glob("unet/*.safetensors"), *folder.glob("lora/*.safetensors")):
+            shutil.copymode(index, path)
+
+
 def fetch(
     name: str,
     variant: str | None = None,
@@ -120,18 +141,22 @@ def fetch(
     weights = [f"{stem}{dot}.safetensors", f"{stem}{dot}-?????-of-?????.safetensors"]
     files = ["model_index.json", "*_config.json", "*/config.json", f"{stem}.safetensors.index{dot}.json", *weights]
     options: dict[str, Any] = dict(
-        revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only, allow_patterns=files
+        revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
     )
     page = f"{constants.ENDPOINT}/{name}"
     try:
-        folder = Path(snapshot_download(name, force_download=force_download, **options))
+        try:
+            got = snapshot_download(name, allow_patterns=[*files, "LICENSE"], force_download=force_download, **options)
+        except IncompleteSnapshotError:  # offline, and the cache has no LICENSE
+            got = snapshot_download(name, allow_patterns=files, **options)
+        folder = Path(got)
         tree = get_cached_repo_tree(name, revision=revision or folder.name, cache_dir=cache_dir)
         sizes = {file.path: file.size for file in tree}
         short = [path for path, size in sizes.items() if (folder / path).is_file() and _size(folder / path) != size]
         if short and local_files_only:
             raise OSError(f"{', '.join(short)} of {name} is incomplete in the cache: load it once with the network")
         if short:
-            snapshot_download(name, force_download=True, **options)
+            snapshot_download(name, allow_patterns=files, force_download=True, **options)
     except GatedRepoError as error:
         raise PermissionError(
             f"{name} is gated: accept its terms at {page}, then log in (hf auth login) or give a token"

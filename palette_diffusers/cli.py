@@ -752,19 +752,17 @@ def demo(
 def publish_space(
     repo_id: Annotated[str, typer.Argument(help="USER/NAME of the Space on the Hub")],
     dry_run: Annotated[Path | None, typer.Option(help="write the files to this folder, publish nothing")] = None,
-    private: Annotated[bool, typer.Option("--private", help="only you can open it")] = False,
+    private: Annotated[bool, typer.Option("--private", help="only you can open a created one")] = False,
     model: Annotated[str | None, typer.Option(help="Hub id of its model; default: the starter")] = None,
+    overwrite_card: Annotated[bool, typer.Option("--overwrite-card", help="even if edited on the Hub")] = False,
 ) -> None:
     """Publish the demo as a Space on the Hugging Face Hub."""
     with _one_line():
-        from huggingface_hub.utils import validate_repo_id
+        from . import hub, space
 
-        from . import space
-
-        for name in filter(None, (repo_id, model)):
-            validate_repo_id(name)
+        hub.check_name(repo_id)
         if dry_run is None:
-            print(space.publish_space(repo_id, private, model))
+            print(space.publish_space(repo_id, private, model, overwrite_card))
         else:
             print("\n".join(space.write_space(dry_run, model)))
 

@@ -45,11 +45,16 @@ def alone(folder: Path, process: int = 0, other: str = "another run is at work")
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, beside `folder`, whose name it takes at the end; where that is not reached, it is removed."""
+    folder = folder.resolve()  # "." and a link are none that can be replaced
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=".palette-", dir=folder.parent))
     try:
         yield part
         part.chmod(0o755)
-        os.replace(part, folder)
+        if folder == Path.cwd():  # whose shell would stay in what was replaced
+            for path in part.iterdir():
+                os.replace(path, folder / path.name)
+        else:
+            os.replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)

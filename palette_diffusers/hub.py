@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -21,15 +22,16 @@ from huggingface_hub import (
     ModelCardData,
     constants,
 )
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
 from . import __version__, canvas
 from .bundle import COMPONENTS, FILES, bundle
-from .checkpoint import is_local, variants
+from .checkpoint import even_modes, is_local, variants
 from .evaluation.store import weights_content
 from .files import new_folder, occupied
 from .pipeline import SHIPPED, STARTER, PalettePipeline
-from .report import draw_samples
+from .report import built_in, call, draw_samples, usage
 from .sizes import resize
 from .tasks import Given, get_task, task_names
 
@@ -37,9 +39,23 @@ SUMS = "SHA256SUMS"
 SHEET = "samples.png"
 SHARD = "1GB"
 SAMPLED = ("steps", "solver", "dtype")  # of an evaluation's row, told on the card
+BEGIN, END = "<!-- palette:begin -->", "<!-- palette:end -->"  # of what a publication writes into a card
 ADAPTERS = (
     "`lora/` holds the low-rank adapters on their own, for the model that they were tuned on: "
     "`pipe.unet.load_lora_adapter(FOLDER, prefix=None, use_safetensors=True)`."
+)
+# what the next publication writes anew: what is between the marks, the sections of cards without any, a run's usage
+GENERATED = re.compile(
+    rf"{BEGIN}.*?{END}"
+    r"|## Use\n+(?:```python\n[^`]*```\n+)?"
+    r"Without that package, diffusers runs the Python files of this repository instead; read them first:\n+"
+    r"(?:```python\n[^`]*```\n+)?"
+    r"`variant=\"fp16\"` downloads the weights in half precision\."
+    rf"(?:\n+{re.escape(ADAPTERS)})?"
+    rf"(?:\n+## Samples\n+!\[[^\n]*\]\({re.escape(SHEET)}\))?"
+    r"(?:\n+## Measured\n+(?:\d+ images a task[^\n]*\n+)?(?:\|[^\n]*\|(?:\n|\Z))+)?"
+    r"|(?:Not built in: [^\n]*\n+)?```python\n[^`]*\"PATH OR HUB ID\"[^`]*```",
+    re.S,
 )
 
 
@@ -50,10 +66,10 @@ def publish(
     create_pr: bool = False,
     dry_run: str | os.PathLike | None = None,
     license: str | None = None,
-    datasets: Sequence[str] = (),
+    datasets: str | Sequence[str] = (),
     base_model: str | None = None,
     evaluation: str | os.PathLike | None = None,
-    photos: Sequence[str | os.PathLike] = (),
+    photos: str | os.PathLike | Sequence[str | os.PathLike] = (),
     sheet: bool = False,
     max_shard_size: str = SHARD,
     overwrite_card: bool = False,
@@ -69,11 +85,11 @@ def publish(
         private: for a repository that is created. create_pr: propose the commit instead of making it.
         dry_run: write the repository's files to this new folder, and upload nothing.
         license: as the Hub names it, "other" for instance; datasets, base_model: Hub ids. Without them, what the
-            folder's own card says.
+            folder's own card says; a LICENSE in the folder is "other".
         evaluation: results.json of `palette evaluate`, or JSON with `results`, task => "Palette" => metric =>
             number; becomes the card's table and its model-index. Of the former, the rows of these weights are taken.
         photos: pictures that samples are made of. sheet: instead of these, the run's newest sheet of samples, which
-            shows photographs of its data.
+            shows photographs of its data. Without either, the samples of a folder that was published before.
         max_shard_size: weights are split into files of at most this size.
         overwrite_card: also where the card was edited on the Hub.
         token: the login's, if None.
@@ -84,8 +100,14 @@ def publish(
     Raises:
         FileNotFoundError: no pipeline there, or no sheet. ValueError: a card that was edited on the Hub, a public
             repository where a private one was asked for, weights beyond float16, a dry run's folder that isn't
-            empty, a licence "other" without a LICENSE.
+            empty, a licence "other" without a LICENSE, no USER/NAME,
+            a sheet and photos.
     """
+    check_name(repo_id)
+    datasets = [datasets] if isinstance(datasets, str) else datasets
+    photos = [photos] if isinstance(photos, str | os.PathLike) else photos
+    if sheet and photos:
+        raise ValueError("sheet and photos: a card has the one or the other as its samples")
     folder, run = find_pipeline(source)
     if dry_run is not None and occupied(Path(dry_run)):
         raise ValueError(f"{dry_run} is not empty: name a new folder")
@@ -101,6 +123,8 @@ def publish(
         elif photos:
             steps, number = pipe.config.default_steps, len(photos)
             draw_samples(pipe.unet, pipe.scheduler, _Photos(pipe, photos), steps, tree / SHEET, number)
+        elif _shows_samples(folder):
+            shutil.copyfile(folder / SHEET, tree / SHEET)
         results = read_evaluation(evaluation, _weights(pipe)) if evaluation else {}
         card = make_card(pipe, repo_id, folder, run, results, (tree / SHEET).is_file(), license, datasets, base_model)
         card.save(tree / "README.md")
@@ -108,6 +132,15 @@ def publish(
         if dry_run is None:
             return upload(tree, repo_id, private, create_pr, overwrite_card, token)
     return str(dry_run)
+
+
+def check_name(repo_id: str) -> None:
+    """Raises:
+    ValueError: no name as the Hub takes it, or one without a user.
+    """
+    validate_repo_id(repo_id)
+    if "/" not in repo_id:
+        raise ValueError(f"{repo_id!r} is no name of a repository: expected USER/NAME")
 
 
 def find_pipeline(source: str | os.PathLike) -> tuple[Path, Path | None]:
@@ -138,6 +171,7 @@ def write_weights(pipe: PalettePipeline, tree: Path, max_shard_size: str = SHARD
     if bad:
         raise ValueError(f"{len(bad)} weights are beyond float16, {bad[0]} for one")
     half.save_pretrained(tree / "unet", variant="fp16", max_shard_size=max_shard_size)
+    even_modes(tree)
     for path in tree.rglob("*.json"):
         content = json.loads(path.read_text())
         if content.pop("_name_or_path", None):  # a path of this machine
@@ -182,6 +216,12 @@ def _newest_sheet(run: Path | None) -> Path:
     if not sheets:
         raise FileNotFoundError("there is no sheet of samples: a training run's folder was expected, that drew one")
     return sheets[-1]
+
+
+def _shows_samples(folder: Path) -> bool:
+    """Whether this is a published folder, with samples on its card."""
+    card = folder / "README.md"
+    return (folder / SHEET).is_file() and card.is_file() and f"]({SHEET})" in card.read_text(encoding="utf-8")
 
 
 def _from_starter(run: Path | None) -> bool:
@@ -287,79 +327,86 @@ def make_card(
     datasets: Sequence[str] = (),
     base_model: str | None = None,
 ) -> ModelCard:
-    """The card: what the folder's own card says, how to use the model, what was measured."""
+    """The card: what the folder's own card says and, between marks that the next publication finds, how to use the
+    model, samples, and what was measured."""
     old = ModelCard.load(folder / "README.md") if (folder / "README.md").is_file() else None
     data = old.data if old else ModelCardData()
     data.library_name, data.pipeline_tag = "diffusers", "image-to-image"
     data.tags = list(dict.fromkeys(["palette", *(data.tags or []), *pipe.config.tasks]))
-    if license or (_from_starter(run) and not data.license):
-        data.license = license or "other"
-    elif folder.resolve() in SHIPPED.values():
-        data.license = "other"
-    if data.license == "other":
-        if not (_from_starter(run) or (folder / "LICENSE").is_file()):
-            raise ValueError(f"license is 'other', but {folder} has no LICENSE to say which")
-        data.license_name, data.license_link = "see-license-file", "LICENSE"
+    licensed = _from_starter(run) or (folder / "LICENSE").is_file()
+    data.license = license or data.license or ("other" if licensed else None)
+    if data.license != "other":
+        data.license_name = data.license_link = None
+    else:
+        data.license_name = data.license_name or "see-license-file"
+        if not str(data.license_link).startswith(("https://", "http://")):
+            if not licensed:
+                raise ValueError(f"license is 'other', but {folder} has no LICENSE to say which")
+            data.license_link = "LICENSE"
     data.datasets = list(datasets) or data.datasets
     data.base_model = base_model or data.base_model
-    table = measured(evaluation)
-    if table:
-        data.model_name = repo_id.split("/")[-1]
+    name, text = repo_id.split("/")[-1], (old.text.strip() if old else "") or _about(pipe)
+    earlier = "\n\n".join(GENERATED.findall(text))
+    table = measured(evaluation) or _section("Measured", earlier)
+    if evaluation:
         data.eval_results = _eval_results(evaluation)
-    adapters = (folder / "lora").is_dir()
-    parts = [_about(pipe, repo_id, old, bool(table)), _usage(pipe, repo_id, adapters)]
-    if samples:
+    if data.eval_results:
+        data.model_name = name
+    written, *more = (part.strip() for part in GENERATED.split(text))
+    titles = ["Palette model", *re.findall(r'PalettePipeline\.from_pretrained\("[^"\n]*/([^"\n]+)"\)', earlier)]
+    written = re.sub(rf"^# (?:{'|'.join(map(re.escape, titles))})$", f"# {name}", written, count=1, flags=re.M)
+    if table:
+        written = written.replace("Its quality has not been measured here.", "").strip()
+    parts = [_usage(pipe, repo_id, (folder / "lora").is_dir())]
+    if samples and not any(f"]({SHEET})" in part for part in (written, *more)):
         parts.append(f"## Samples\n\n![Rows by task: source, sample, original]({SHEET})")
     if table:
         parts.append(f"## Measured\n\n{table}")
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
+    text = "\n\n".join(filter(None, [written, BEGIN, *parts, END, *more]))
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
 
 
-def _about(pipe: PalettePipeline, repo_id: str, old: ModelCard | None, measured: bool) -> str:
-    """The folder's own text, without its usage; or what the configuration says."""
-    if old:
-        text = re.sub(r"```python\n(?:(?!```).)*from_pretrained.*?```\n?", "", old.text, flags=re.S)
-        text = text.replace("# Palette model\n", f"# {repo_id.split('/')[-1]}\n")
-        return (text.replace("Its quality has not been measured here.", "") if measured else text).strip()
+def _about(pipe: PalettePipeline) -> str:
+    """What the configuration says of a model whose folder says nothing."""
     parameters = sum(p.numel() for p in pipe.unet.parameters())
     return (
-        f"# {repo_id.split('/')[-1]}\n\nA [Palette](https://arxiv.org/abs/2111.05826) image-to-image diffusion model: "
+        f"# Palette model\n\nA [Palette](https://arxiv.org/abs/2111.05826) image-to-image diffusion model: "
         f"{', '.join(pipe.config.tasks)}. {pipe.unet.config.sample_size} pixels, {parameters / 1e6:.1f}M parameters, "
         f"{pipe.config.default_steps} steps."
     )
 
 
+def _section(title: str, generated: str) -> str:
+    """Of what earlier publications wrote into a card, the section of this title; empty where there is none."""
+    found = re.search(rf"^## {title}\n+(.*?)\s*(?=^## |{END}|\Z)", generated, re.M | re.S)
+    return found[1] if found else ""
+
+
 def _usage(pipe: PalettePipeline, repo_id: str, adapters: bool) -> str:
-    task = pipe.config.default_task
-    extra = {"inpainting": ', mask_image="mask.png"', "uncropping": ", right=0.25"}.get(task, "")
-    return f"""## Use
-
-```python
-from palette_diffusers import PalettePipeline
-
-pipe = PalettePipeline.from_pretrained("{repo_id}")
-pipe("photo.jpg", task="{task}"{extra}).images[0].save("result.png")
-```
-
-Without that package, diffusers runs the Python files of this repository instead; read them first:
+    tasks, task = pipe.config.tasks, pipe.config.default_task
+    parts = [f"## Use\n\n{usage(repo_id, tasks, task)}"]
+    if alone := [name for name in (task, *tasks) if built_in(name)]:
+        parts.append(
+            f"""Without that package, diffusers runs the Python files of this repository instead; read them first:
 
 ```python
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)
-pipe("photo.jpg", task="{task}"{extra}).images[0].save("result.png")
-```
-
-`variant="fp16"` downloads the weights in half precision.""" + ("\n\n" + ADAPTERS if adapters else "")
+{call(alone[0])}
+```"""
+        )
+    parts.append('`variant="fp16"` downloads the weights in half precision.')
+    return "\n\n".join([*parts, ADAPTERS] if adapters else parts)
 
 
 def _ours(evaluation: dict[str, Any]) -> list[tuple[str, str, float]]:
-    """(task, metric, value) of this model."""
+    """(task, metric, value) of this model, where it is a finite number."""
     return [
         (task, metric, value)
         for task, methods in evaluation.get("results", {}).items()
         for metric, value in methods.get("Palette", {}).items()
-        if isinstance(value, (int, float))
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     ]
 
 
@@ -391,45 +438,79 @@ def _eval_results(evaluation: dict[str, Any]) -> list[EvalResult]:
 # the upload
 
 
+class EditedCard(ValueError):
+    """The card on the Hub is not the one that was published there."""
+
+
 def upload(
     tree: Path, repo_id: str, private: bool = False, create_pr: bool = False, overwrite_card: bool = False,
-    token: str | None = None,
+    token: str | None = None, space: bool = False,
 ) -> str:  # fmt: skip
-    """One commit of all files of a tree, by `huggingface_hub`, which retries and skips what is there already."""
+    """One commit of all files of a tree, by `huggingface_hub`, which retries and skips what is there already: to a
+    model's repository, or a Space's."""
     api = HfApi(token=token, library_name="palette-diffusers", library_version=__version__)
+    kind, sdk = ("space", "gradio") if space else ("model", None)
     try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
+        api.create_repo(repo_id, repo_type=kind, space_sdk=sdk, private=private, exist_ok=True)
     except HfHubHTTPError as error:
         if error.response.status_code not in (401, 403):
             raise
         raise PermissionError(
             f"{repo_id} may not be written ({error.response.status_code}): log in (hf auth login) or give another token"
         ) from error
-    info = api.model_info(repo_id)
+    info = api.space_info(repo_id) if space else api.model_info(repo_id)
     if private and not info.private:
-        raise ValueError(f"{repo_id} exists and is public, a private repository was asked for")
+        raise ValueError(f"{repo_id} exists and is public, a private one was asked for")
     there = {sibling.rfilename for sibling in info.siblings or []}
-    before = _read_sums(_remote(api, repo_id, info.sha, SUMS)) if SUMS in there else {}
-    if "README.md" in there and not overwrite_card:
-        if sha256(_remote(api, repo_id, info.sha, "README.md")) != before.get("README.md"):
-            raise ValueError(f"the card of {repo_id} was edited on the Hub: it is kept unless overwrite_card is given")
+    before = _published(api, repo_id, kind, info.sha, there, overwrite_card)
     files = sorted(path for path in tree.rglob("*") if path.is_file())
     names = [path.relative_to(tree).as_posix() for path in files]
+    own = {name for name in there if name in before or (space and name.startswith(f"{__package__}/"))}
     operations: list[Any] = [CommitOperationAdd(name, str(path)) for name, path in zip(names, files, strict=True)]
-    operations += [CommitOperationDelete(name) for name in sorted(there & set(before) - set(names))]
+    operations += [CommitOperationDelete(name) for name in sorted(own - set(names))]
     commit = api.create_commit(
         repo_id,
         operations,
-        commit_message=f"Palette pipeline, by palette-diffusers {__version__}",
+        commit_message=f"Palette {'demo' if space else 'pipeline'}, by palette-diffusers {__version__}",
+        repo_type=kind,
         create_pr=create_pr,
         parent_commit=info.sha,
     )
-    return commit.pr_url or f"{constants.ENDPOINT}/{repo_id}"
+    return commit.pr_url or f"{constants.ENDPOINT}/{'spaces/' if space else ''}{repo_id}"
 
 
-def _remote(api: HfApi, repo_id: str, revision: str | None, name: str) -> bytes:
+def check_card(repo_id: str) -> None:
+    """Raises:
+    EditedCard: a model's card that was edited on the Hub.
+    """
+    api = HfApi()
+    try:
+        info = api.model_info(repo_id)
+    except RepositoryNotFoundError:
+        return
+    _published(api, repo_id, "model", info.sha, {sibling.rfilename for sibling in info.siblings or []}, False)
+
+
+def _published(
+    api: HfApi, repo_id: str, kind: str, revision: str | None, there: set[str], overwrite_card: bool
+) -> dict[str, str]:
+    """The checksums of what was published before, none if nothing was.
+
+    Raises:
+        EditedCard: the card isn't what was published, and may not be overwritten.
+    """
+    before = _read_sums(_remote(api, repo_id, kind, revision, SUMS)) if SUMS in there else {}
+    fresh = kind == "space" and there <= {".gitattributes", "README.md"}  # which the Hub gives a card
+    if "README.md" in there and not overwrite_card and not fresh:
+        if sha256(_remote(api, repo_id, kind, revision, "README.md")) != before.get("README.md"):
+            raise EditedCard(f"the card of {repo_id} was edited on the Hub: it is kept unless overwrite_card is given")
+    return before
+
+
+def _remote(api: HfApi, repo_id: str, kind: str, revision: str | None, name: str) -> bytes:
     with tempfile.TemporaryDirectory() as cache:
-        return Path(api.hf_hub_download(repo_id, name, revision=revision, cache_dir=cache)).read_bytes()
+        path = api.hf_hub_download(repo_id, name, repo_type=kind, revision=revision, cache_dir=cache)
+        return Path(path).read_bytes()
 
 
 def _read_sums(content: bytes) -> dict[str, str]:

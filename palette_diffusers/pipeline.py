@@ -26,7 +26,7 @@ from PIL import Image
 
 from . import canvas, sizes
 from .canvas import ImageInput, LossWarning, Picture
-from .checkpoint import FORMAT, check_folder, fetch, is_local, merge_adapters, read_index
+from .checkpoint import FORMAT, check_folder, even_modes, fetch, is_local, licence, merge_adapters, read_index
 from .coefficients import find_coefficients
 from .color import chroma, even_chroma, luma
 from .hints import Hints, Spread, read_hints
@@ -122,6 +122,7 @@ class PalettePipeline(DiffusionPipeline):
         self._taught = unet  # the network that the student is of
         self._before_student: tuple[Any, ...] | None = None
         self._loaded_with: dict[str, Any] = {}
+        self._licence: str | None = None  # of the weights
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -147,6 +148,7 @@ class PalettePipeline(DiffusionPipeline):
         if "unet" in kwargs:  # another network than the one whose student is named
             kwargs.setdefault("student", None)
             kwargs.setdefault("few_steps", None)
+        given = "unet" in kwargs
         if Path(name).resolve() == STUDENT:  # is the starter, with adapters; has no weights of its own
             variant = kwargs.pop("variant")
             if "unet" not in kwargs:
@@ -159,6 +161,7 @@ class PalettePipeline(DiffusionPipeline):
             check_folder(Path(name), kwargs.get("variant"))
         pipe = super().from_pretrained(name, **kwargs)
         pipe._loaded_with = {key: kwargs[key] for key in ACCESS if kwargs.get(key)}
+        pipe._licence = None if given else licence(name, kwargs.get("revision"), kwargs.get("cache_dir"))
         return pipe
 
     @classmethod
@@ -254,14 +257,19 @@ class PalettePipeline(DiffusionPipeline):
         return self.unet is unet and not getattr(unet, "peft_config", None)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """As diffusers' own; a network that was changed since it was loaded has no student any more."""
-        student = self.config.student
+        """As diffusers' own; with the LICENSE of what was loaded, if there is none yet. A network that was changed
+        since it was loaded has no student any more."""
+        folder, student = Path(save_directory), self.config.student
+        if self._licence and not folder.is_file() and not (folder / "LICENSE").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "LICENSE").write_text(self._licence, encoding="utf-8")
         if not self._is_still(self._taught):
             self.register_to_config(student=None)
         try:
             super().save_pretrained(save_directory, **kwargs)
         finally:
             self.register_to_config(student=student)
+        even_modes(folder)
 
     def optimize(self, compile: bool = False, int8: bool = False) -> Optimized:
         """Changes the network to what computes fastest on this machine, by measuring: `print` what comes back.

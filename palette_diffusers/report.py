@@ -17,7 +17,7 @@ from . import canvas
 from .files import write_text
 from .settings import TrainSettings
 from .sources import split_sources
-from .tasks import fill_holes
+from .tasks import Task, fill_holes, get_task, task_names
 
 BINS = (-6.0, -3.0, 0.0, 3.0, 6.0)  # log-SNR; six bins
 
@@ -323,12 +323,32 @@ def write_card(path: Path, settings: TrainSettings, step: int, parameters: int, 
     if crops:
         facts["crops"] = f"of {', '.join(crops)}: JPEG restoration's samples, {settings.crop_share:.0%} of other tasks'"
     text = "\n".join(f"- {name}: {value}" for name, value in facts.items())
-    extra = {"inpainting": ', mask_image="mask.png"', "uncropping": ", right=0.25"}.get(settings.task_list[0], "")
-    usage = (
-        "```python\nfrom palette_diffusers import PalettePipeline\n\n"
-        'pipe = PalettePipeline.from_pretrained("PATH OR HUB ID")\n'
-        f'image = pipe("photo.jpg", task="{settings.task_list[0]}"{extra}).images[0]\n```'
-    )
-    body = f"# Palette model\n\n{text}\n\nIts quality has not been measured here.\n\n{usage}\n"
+    use = usage("PATH OR HUB ID", settings.task_list, settings.task_list[0])
+    body = f"# Palette model\n\n{text}\n\nIts quality has not been measured here.\n\n{use}\n"
     card = f"---\n{data.to_yaml()}\n---\n\n{body}"
     ModelCard(card).save(path)
+
+
+def usage(name: str, tasks: list[str], task: str) -> str:
+    """How a card says that the model of this name is used with this package."""
+    code = (
+        "```python\nfrom palette_diffusers import PalettePipeline\n\n"
+        f'pipe = PalettePipeline.from_pretrained("{name}")\n{call(task)}\n```'
+    )
+    own = [
+        f"`{each}`" + (f" (class `{type(get_task(each)).__name__}`)" if each in task_names() else "")
+        for each in tasks
+        if not built_in(each)
+    ]
+    first = "register it first by `palette_diffusers.register_task`, from the code of the model's author"
+    return f"Not built in: {', '.join(own)}; {first}.\n\n{code}" if own else code
+
+
+def call(task: str) -> str:
+    extra = {"inpainting": ', mask_image="mask.png"', "uncropping": ", right=0.25"}.get(task, "")
+    return f'pipe("photo.jpg", task="{task}"{extra}).images[0].save("result.png")'
+
+
+def built_in(task: str) -> bool:
+    """Whether this is a task of the package's, and not a user's own."""
+    return task in task_names() and type(get_task(task)).__module__ == Task.__module__

@@ -10,22 +10,32 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, SpaceCard
 
+from .checkpoint import is_local
 from .files import new_folder, occupied
+from .hub import check_name, upload, write_sums
+from .pipeline import SHIPPED, STARTER
 
 PACKAGE = Path(__file__).parent
 # in a wheel the files of the Space lie inside the package, in a checkout beside it
 APP = next((folder for folder in (PACKAGE / "spaces_app", PACKAGE.parent / "spaces_app") if folder.is_dir()), PACKAGE)
 FILES = ("README.md", "app.py", "requirements.txt", "Dockerfile")
+VARIABLE = "PALETTE_MODEL"
 
 
 def write_space(folder: str | os.PathLike, model: str | None = None) -> list[str]:
-    """Writes the Space's tree, whose card names the model (a Hub id) if it isn't the starter; the names of its files,
-    sorted.
+    """Writes the Space's tree, whose card names the model (a Hub id) if it isn't shipped with the package; the names of
+    its files, sorted.
 
     Raises:
         FileExistsError: something is there already. FileNotFoundError: the package came without `spaces_app`.
+        ValueError: the model is a folder of this machine, or no Hub id.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
+    model = None if model in SHIPPED else model
+    if model:
+        if is_local(model):
+            raise ValueError(f"model is {model!r}, a folder of this machine: publish it, and name its Hub id")
+        check_name(model)
     if occupied(folder):
         raise FileExistsError(f"{folder} is not empty: name a new folder")
     for name in FILES:
@@ -41,19 +51,27 @@ def write_space(folder: str | os.PathLike, model: str | None = None) -> list[str
             card = SpaceCard.load(part / "README.md")
             card.data.models = [model]
             card.save(part / "README.md")
+        write_sums(part)
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def publish_space(repo_id: str, private: bool = False, model: str | None = None) -> str:
-    """Creates or updates the Space in one commit, and sets the variable that names its model; its address. The token is
-    the one of `hf auth login`."""
-    api = HfApi()
+def publish_space(
+    repo_id: str, private: bool = False, model: str | None = None, overwrite_card: bool = False
+) -> str:  # fmt: skip
+    """Creates or updates the Space in one commit, and sets the variable that names its model, or deletes it; its
+    address. The token is the one of `hf auth login`.
+
+    Raises:
+        ValueError: a card that was edited on the Hub, without overwrite_card; a public Space where a private one was
+            asked for; no USER/NAME; a model that is a folder of this machine, or no Hub id.
+    """
+    check_name(repo_id)
     with tempfile.TemporaryDirectory() as name:
         write_space(Path(name) / "space", model)
-        api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
-        api.upload_folder(
-            repo_id=repo_id, repo_type="space", folder_path=Path(name) / "space", commit_message="The Palette demo"
-        )
-    if model:
-        api.add_space_variable(repo_id, "PALETTE_MODEL", model)
-    return f"{api.endpoint}/spaces/{repo_id}"
+        url = upload(Path(name) / "space", repo_id, private, overwrite_card=overwrite_card, space=True)
+    api = HfApi()
+    if model and model != STARTER.name:
+        api.add_space_variable(repo_id, VARIABLE, model)
+    elif VARIABLE in api.get_space_variables(repo_id):
+        api.delete_space_variable(repo_id, VARIABLE)
+    return url

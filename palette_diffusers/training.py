@@ -402,35 +402,46 @@ def _check_hub(settings: TrainSettings) -> None:
     """Whether anything can be pushed at the end, asked before the beginning.
 
     Raises:
-        ValueError: there is no login, the Hub is not reached, or the name is none.
+        ValueError: there is no login, the Hub is not reached, the name is none, or its card was edited there.
     """
-    from httpx import HTTPError
     from huggingface_hub import HfApi
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.errors import HTTPError
 
     if settings.push_to_hub:
-        validate_repo_id(settings.push_to_hub)
+        from .hub import EditedCard, check_card, check_name
+
+        check_name(settings.push_to_hub)
         try:
             HfApi().whoami()
+            check_card(settings.push_to_hub)
         except (OSError, HTTPError) as error:
             why = str(error).partition("\n")[0]
             raise ValueError(
                 f"push_to_hub is {settings.push_to_hub!r}, but the Hub refuses: {why} (hf auth login)"
             ) from None
+        except EditedCard:
+            raise ValueError(
+                f"the card of {settings.push_to_hub} was edited on the Hub: train without push_to_hub, then "
+                f"{_publish_command(settings)} --overwrite-card"
+            ) from None
+
+
+def _publish_command(settings: TrainSettings) -> str:
+    return shlex.join(["palette", "publish", settings.output, settings.push_to_hub])
 
 
 def _push(settings: TrainSettings, final: Path) -> None:
     """Raises:
     OSError: the upload failed; the message says how it is done later.
     """
-    from httpx import HTTPError
+    from huggingface_hub.errors import HTTPError
 
-    from .hub import publish
+    from .hub import EditedCard, publish
 
     try:
         print(publish(settings.output, settings.push_to_hub), flush=True)
     except (OSError, ValueError, HTTPError) as error:
-        again = shlex.join(["palette", "publish", settings.output, settings.push_to_hub])
+        again = _publish_command(settings) + (" --overwrite-card" if isinstance(error, EditedCard) else "")
         raise OSError(f"the upload failed: {error}; the pipeline is in {final}, to upload it: {again}") from error
 
 

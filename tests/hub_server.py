@@ -1,5 +1,5 @@
 """A hub on this machine: the part of the Hub's protocol that huggingface_hub uses to create a repository, commit to
-it and read from it, with faults on demand. Repositories live in memory."""
+it and read from it, with faults on demand. Repositories live in memory; a Space's name there begins with spaces/."""
 
 import base64
 import hashlib
@@ -20,6 +20,7 @@ class Repo:
     gated: bool = False
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
+    variables: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def commit(self, files: dict[str, bytes], ref: str = "main") -> str:
         content = b"".join(name.encode() + data for name, data in sorted(files.items()))
@@ -46,7 +47,7 @@ def oid(data: bytes) -> str:
 
 
 def is_large(name: str) -> bool:
-    return name.endswith((".safetensors", ".png"))
+    return name.endswith((".safetensors", ".png", ".jpg"))
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -87,7 +88,7 @@ class Handler(BaseHTTPRequestHandler):
                 return action(self, **match.groupdict())
         self.answer(404, {"error": f"no route for {self.command} {path}"})
 
-    do_GET = do_HEAD = do_POST = do_PUT = handle_any
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_any
 
     @property
     def logged_in(self) -> bool:
@@ -133,12 +134,14 @@ class Handler(BaseHTTPRequestHandler):
         wanted = json.loads(self.body())
         if not self.logged_in:
             return self.answer(401, {"error": "Invalid username or password."})
-        name = f"{wanted.get('organization') or 'me'}/{wanted['name']}"
+        space = "spaces/" if wanted.get("type") == "space" else ""
+        name = f"{space}{wanted.get('organization') or 'me'}/{wanted['name']}"
         status = 409 if name in self.hub.repos else 200
         if status == 200:
             private = bool(wanted.get("private")) or wanted.get("visibility") == "private"
             repo = self.hub.repos[name] = Repo(private=private)
-            repo.commit({".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"})
+            card = {"README.md": b"---\ntitle: A new Space\n---\n"} if space else {}
+            repo.commit({".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"} | card)
         self.answer(status, {"url": f"{self.hub.url}/{name}", "id": name, "name": name})
 
     def validate_yaml(self) -> None:
@@ -206,6 +209,17 @@ class Handler(BaseHTTPRequestHandler):
             answer["pullRequestUrl"] = f"{self.hub.url}/{name}/discussions/1"
         self.answer(200, answer)
 
+    def variables(self, name: str) -> None:
+        repo = self.repo(name)
+        if repo is None:
+            return
+        if self.command != "GET":
+            given = json.loads(self.body())
+            repo.variables.pop(given["key"], None)
+            if self.command == "POST":
+                repo.variables[given["key"]] = {"value": given["value"]}
+        self.answer(200, repo.variables)
+
     # reading
 
     def info(self, name: str, revision: str = "main") -> None:
@@ -214,6 +228,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         repo, sha = found
         siblings = [{"rfilename": path} for path in repo.files(sha)]
+        name = name.removeprefix("spaces/")
         self.answer(200, {"id": name, "sha": sha, "private": repo.private, "gated": repo.gated, "siblings": siblings})
 
     def tree(self, name: str, revision: str) -> None:
@@ -258,19 +273,21 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(206 if start else 200, data[begin:], **headers, Content_Type="application/octet-stream")
 
 
-NAME = r"(?P<name>[^/]+/[^/]+)"
+NAME = r"(?P<name>(?:spaces/)?[^/]+/[^/]+)"
+API = rf"/api/(?:models/)?{NAME}"
 ROUTES = [
     ("POST", r"/oauth/device", Handler.device),
     ("POST", r"/oauth/token", Handler.token),
     ("GET", r"/api/whoami-v2", Handler.whoami),
     ("POST", r"/api/repos/create", Handler.create),
     ("POST", r"/api/validate-yaml", Handler.validate_yaml),
-    ("POST", rf"/api/models/{NAME}/preupload/(?P<revision>.+)", Handler.preupload),
-    ("POST", rf"/api/models/{NAME}/commit/(?P<revision>.+)", Handler.commit),
+    ("POST", rf"{API}/preupload/(?P<revision>.+)", Handler.preupload),
+    ("POST", rf"{API}/commit/(?P<revision>.+)", Handler.commit),
     ("POST", rf"/{NAME}\.git/info/lfs/objects/batch", Handler.batch),
     ("PUT", r"/lfs/(?P<digest>\w+)", Handler.put),
-    ("GET", rf"/api/models/{NAME}/tree/(?P<revision>.+)", Handler.tree),
-    ("GET", rf"/api/models/{NAME}(/revision/(?P<revision>.+))?", Handler.info),
+    ("GET POST DELETE", rf"{API}/variables", Handler.variables),
+    ("GET", rf"{API}/tree/(?P<revision>.+)", Handler.tree),
+    ("GET", rf"{API}(/revision/(?P<revision>.+))?", Handler.info),
     ("GET HEAD", rf"/{NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", Handler.resolve),
 ]
 

@@ -3,8 +3,11 @@
 import hashlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -14,14 +17,20 @@ import pytest
 import torch
 from conftest import toy_unet
 from hub_server import TOKEN, Repo, serve
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard, SpaceCard, constants
 from PIL import Image
 from safetensors.torch import load_file
 
-from palette_diffusers import PalettePipeline, PaletteScheduler
+from palette_diffusers import PalettePipeline, PaletteScheduler, space, training
+from palette_diffusers import hub as hub_module
 from palette_diffusers.bundle import FILES, bundle
 from palette_diffusers.evaluation.store import weights_content
-from palette_diffusers.hub import measured, publish, read_evaluation, write_weights
+from palette_diffusers.files import new_folder
+from palette_diffusers.hub import EditedCard, measured, publish, read_evaluation, write_weights
+from palette_diffusers.report import write_card
+from palette_diffusers.settings import TrainSettings
+from palette_diffusers.space import publish_space
+from palette_diffusers.tasks import _TASKS, Task
 
 ROOT = Path(__file__).parents[1]
 NAME = "me/palette-v1.0"  # a dot, as versions have: loaders make module names of it
@@ -50,6 +59,16 @@ def sample(pipe, path) -> str:
 def hub():
     with serve() as running:
         yield running
+
+
+@pytest.fixture
+def online(hub, monkeypatch):
+    """The hub, for this process."""
+    here = {"ENDPOINT": hub.url, "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}"}
+    for name, value in (here | {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}).items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return hub
 
 
 @pytest.fixture(scope="module")
@@ -365,9 +384,77 @@ def test_published_again(hub, published, place, tmp_path):
     assert not any("-of-" in name for name in commits[2])  # files of the first that the second lacks are gone
     assert proposed == f"{hub.url}/me/again/discussions/1"
     assert "license: mit" in commits[3]["README.md"].decode() and "mit" not in commits[2]["README.md"].decode()[:80]
-    assert kept.startswith("ValueError: the card of me/edited was edited") and replaced == f"{hub.url}/me/edited"
+    assert kept.startswith("EditedCard: the card of me/edited was edited") and replaced == f"{hub.url}/me/edited"
     assert b"edited by hand" not in hub.repos["me/edited"].files()["README.md"]
     assert "public" in public and "401" in refused
+
+
+def test_a_new_folder_is_filled(tmp_path, monkeypatch):
+    """Where it is the working directory, a link or not there; and removed where it could not be."""
+    for name in ("here", "linked"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "linked")
+    monkeypatch.chdir(tmp_path / "here")
+    for folder in (Path("."), tmp_path / "link", Path("more/new")):
+        with new_folder(folder) as part:
+            (part / "folder").mkdir()
+            (part / "folder" / "file").touch()
+        assert (folder / "folder" / "file").is_file()
+    assert os.listdir() == os.listdir(tmp_path / "here") and (tmp_path / "link").is_symlink()
+    with pytest.raises(KeyError), new_folder(Path("no")) as part:
+        raise KeyError
+    assert not list(tmp_path.rglob(".palette-*")) and not Path("no").exists()
+
+
+@pytest.fixture
+def small_package(tmp_path, monkeypatch):
+    """A package of one module, in place of this one's files."""
+    (tmp_path / "palette_diffusers").mkdir()
+    (tmp_path / "palette_diffusers" / "demo.py").write_text("1")
+    monkeypatch.setattr(space, "PACKAGE", tmp_path / "palette_diffusers")
+    return tmp_path / "palette_diffusers"
+
+
+def test_a_space_is_published_again(online, small_package):
+    assert publish_space("me/demo", model="me/mine") == f"{online.url}/spaces/me/demo"
+    repo = online.repos["spaces/me/demo"]
+    assert repo.variables == {"PALETTE_MODEL": {"value": "me/mine"}} and not repo.private
+    with pytest.raises(ValueError, match="me/demo exists and is public, a private one was asked for"):
+        publish_space("me/demo", private=True)
+    assert len(repo.commits) == 2 and repo.variables
+    (small_package / "demo.py").rename(small_package / "page.py")
+    publish_space("me/demo")
+    names = {name for name in repo.files() if name.startswith("palette_diffusers/")}
+    assert names == {"palette_diffusers/page.py"} and not repo.variables
+
+
+def test_the_model_of_a_space(online, small_package, tmp_path, monkeypatch):
+    """A shipped one is on no card; a folder of this machine is refused."""
+    for name, variables in (("starter-few-steps", ["starter-few-steps"]), ("starter", [])):
+        publish_space("me/shipped", model=name)
+        repo = online.repos["spaces/me/shipped"]
+        assert [variable["value"] for variable in repo.variables.values()] == variables
+        assert SpaceCard(repo.files()["README.md"].decode()).data.models is None
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    with pytest.raises(ValueError, match="model is 'runs/a', a folder of this machine: publish it"):
+        publish_space("me/local", model="runs/a")
+    assert "spaces/me/local" not in online.repos
+
+
+def test_what_a_space_has_of_its_own_is_kept(online, small_package):
+    """A card that was edited on the Hub, also where no checksums tell of the publication; and files of its own."""
+    publish_space("me/edited-demo", private=True)
+    repo = online.repos["spaces/me/edited-demo"]
+    files = repo.files() | {"README.md": b"edited by hand", "notes.txt": b"", "palette_diffusers/old.py": b""}
+    for there in (files, {name: data for name, data in files.items() if name != "SHA256SUMS"}):
+        repo.commit(there)
+        with pytest.raises(ValueError, match="the card of me/edited-demo was edited"):
+            publish_space("me/edited-demo")
+    assert repo.private and repo.files()["README.md"] == b"edited by hand"
+    publish_space("me/edited-demo", overwrite_card=True)
+    assert SpaceCard(repo.files()["README.md"].decode()).data.title == "Palette"
+    assert "notes.txt" in repo.files() and "palette_diffusers/old.py" not in repo.files()
 
 
 def test_an_evaluations_table_is_read(tmp_path):
@@ -385,6 +472,56 @@ def test_an_evaluations_table_is_read(tmp_path):
     report = read_evaluation(tmp_path / "results.json")
     assert (report["count"], report["dataset"]) == (7, "photos")
     assert measured(report).splitlines()[-1] == "| inpainting | FD-classifier | 3.25 |"
+
+
+def test_figures_are_finite_numbers(tmp_path):
+    figures = {"PSNR": 21.5, "SSIM": float("nan"), "FID": float("inf"), "sound": True, "note": "good"}
+    (tmp_path / "e.json").write_text(json.dumps({"results": {"colorization": {"Palette": figures}}}))
+    assert measured(read_evaluation(tmp_path / "e.json")).splitlines()[2:] == ["| colorization | PSNR | 21.5 |"]
+
+
+def test_a_single_name_is_a_list_of_one(place, tmp_path):
+    card = card_of(place / "run", tmp_path, datasets="me/photos", photos=str(place / "photo.png"))
+    assert "datasets:\n- me/photos\n" in card and (tmp_path / "tree-0" / "samples.png").is_file()
+
+
+@pytest.mark.parametrize("name", ["noslash", "bad//name", "a/b/c", "me/", "me/na me"])
+def test_a_name_is_checked_before_anything_is_made(online, place, tmp_path, monkeypatch, name):
+    def nothing(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr(HfApi, "create_repo", nothing)
+    ways = [
+        lambda: publish(place / "run", name),
+        lambda: publish(place / "run", name, dry_run=tmp_path / "tree"),
+        lambda: publish_space(name),
+        lambda: publish_space("me/demo", model=name),
+        lambda: training._check_hub(TrainSettings(push_to_hub=name)),
+    ]
+    for way in ways:
+        with pytest.raises(ValueError, match="USER/NAME|[Rr]epo"):
+            way()
+    assert not (tmp_path / "tree").exists()
+
+
+def test_a_card_that_was_edited_is_told_before_the_training(online, monkeypatch):
+    online.repos["me/mine"] = Repo()
+    online.repos["me/mine"].commit({"README.md": b"edited by hand"})
+    settings = TrainSettings(output="run", push_to_hub="me/mine")
+    advice = "palette publish run me/mine --overwrite-card"
+    with pytest.raises(ValueError, match=f"the card of me/mine was edited on the Hub: .*{advice}"):
+        training._check_hub(settings)
+    training._check_hub(replace(settings, push_to_hub="me/new"))
+
+    def edited_since(*_):
+        raise EditedCard("edited since")
+
+    monkeypatch.setattr(hub_module, "publish", edited_since)
+    with pytest.raises(OSError, match=advice):
+        training._push(settings, Path("run/pipeline"))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ValueError, match="the Hub refuses"):
+        training._check_hub(settings)
 
 
 def test_each_task_has_figures_of_its_own_in_the_index(place, tmp_path):
@@ -447,8 +584,77 @@ def test_the_sheet_of_a_run_is_published_only_when_asked_for(place, tmp_path):
     assert not (tmp_path / "without" / "samples.png").exists()
     publish(place / "run", NAME, sheet=True, dry_run=tmp_path / "with")
     assert (tmp_path / "with" / "samples.png").read_bytes() == b"sheet 2"
+    with pytest.raises(ValueError, match="sheet and photos"):
+        publish(place / "run", NAME, sheet=True, photos=place / "photo.png", dry_run=tmp_path / "both")
     with pytest.raises(FileNotFoundError, match="no sheet"):
         publish("starter", NAME, sheet=True, dry_run=tmp_path / "starter")
+
+
+def card_of(folder, tmp_path, name="me/again", **options) -> str:
+    """What `publish` writes to the card, in a new folder."""
+    tree = tmp_path / f"tree-{len(list(tmp_path.glob('tree-*')))}"
+    publish(folder, name, dry_run=tree, **options)
+    return (tree / "README.md").read_text()
+
+
+def test_what_is_published_again_has_a_whole_card(place, tmp_path):
+    """With the samples and the figures of before, under its new name, and what its author wrote about it."""
+    options = dict(photos=[place / "photo.png"], evaluation=place / "evaluation.json")
+    folder = Path(publish(place / "run", "me/first", dry_run=tmp_path / "first", **options))
+    again = card_of(folder, tmp_path)
+    assert again == (folder / "README.md").read_text().replace("me/first", "me/again").replace("first", "again", 2)
+    assert again.count("## Use") == again.count("## Samples") == again.count("| colorization | PSNR | 21.5 |") == 1
+    assert (tmp_path / "tree-0" / "samples.png").read_bytes() == (folder / "samples.png").read_bytes()
+    for mark in ("<!-- palette:begin -->", "<!-- palette:end -->"):  # as cards were before
+        again = again.replace(f"{mark}\n\n", "").replace(f"\n\n{mark}", "")
+    own = '```python\npipe = PalettePipeline.from_pretrained("me/own")\n```\n'
+    (folder / "README.md").write_text(f"{again}\n## Thanks\n\n{own}")
+    second = card_of(folder, tmp_path)
+    assert second.count("## Use") == second.count("## Measured") == second.count("## Samples") == 1
+    assert "# again\n" in second and second.endswith(f"<!-- palette:end -->\n\n## Thanks\n\n{own}")
+    (folder / "README.md").write_text(second.replace("## Use", "## Used"))
+    assert card_of(folder, tmp_path) == second
+
+
+def test_the_usage_of_a_runs_card_is_replaced(tmp_path, monkeypatch):
+    pipe = small_pipe()
+    pipe.register_to_config(tasks=["deblurring", "colorization"], default_task="deblurring")
+    pipe.save_pretrained(tmp_path / "pipe")
+    changes = TrainSettings(tasks="deblurring,colorization", data="photos")
+    write_card(tmp_path / "pipe" / "README.md", changes, 4, 10)
+    assert "Not built in: `deblurring`; register it first" in (tmp_path / "pipe" / "README.md").read_text()
+    card = card_of(tmp_path / "pipe", tmp_path)
+    assert card.count("Not built in: `deblurring`; register it first") == 1 and "PATH OR HUB ID" not in card
+    here, there = re.findall(r"```python\n(.*?)```", card, re.S)
+    assert 'task="deblurring"' in here and "# again\n" in card
+    assert "trust_remote_code" in there and 'task="colorization"' in there, "the package's Task is not there"
+    pipe.register_to_config(tasks=["deblurring"])
+    pipe.save_pretrained(tmp_path / "pipe")
+    assert "trust_remote_code" not in card_of(tmp_path / "pipe", tmp_path)
+
+    class Deblurring(Task):
+        pass
+
+    monkeypatch.setitem(_TASKS, "deblurring", Deblurring())
+    assert "Not built in: `deblurring` (class `Deblurring`); " in card_of(tmp_path / "pipe", tmp_path)
+
+
+def test_the_licence_of_a_card(place, tmp_path):
+    """Its own name and address are kept where it is another, and dropped where it is none; a LICENSE is told."""
+    shutil.copytree(place / "run" / "pipeline", tmp_path / "pipe")
+    card = tmp_path / "pipe" / "README.md"
+    card.write_text("---\nlicense: other\nlicense_name: mine\nlicense_link: https://example.org/mine\n---\n")
+    kept = "license: other\nlicense_name: mine\nlicense_link: https://example.org/mine\n"
+    assert kept in card_of(tmp_path / "pipe", tmp_path)
+    (tmp_path / "pipe" / "LICENSE").write_text("Not for sale.")
+    assert kept in card_of(tmp_path / "pipe", tmp_path)
+    free = card_of(tmp_path / "pipe", tmp_path, license="apache-2.0")
+    assert "license: apache-2.0\n" in free and "license_" not in free
+    card.unlink()
+    told = "license: other\nlicense_name: see-license-file\nlicense_link: LICENSE\n"
+    assert told in card_of(tmp_path / "pipe", tmp_path)
+    card.write_text("---\nlicense: mit\n---\n")
+    assert "license: mit\n" in card_of(tmp_path / "pipe", tmp_path)
 
 
 def test_code_that_one_file_cannot_hold():
@@ -487,6 +693,36 @@ def test_saved_and_loaded_bit_for_bit(tmp_path, place):
             one, two = (json.loads(content) | {"_name_or_path": None} for content in (one, two))
         assert one == two, name
     assert json.loads((tmp_path / "one" / "model_index.json").read_text())["_format"] == 1
+
+
+def test_a_licence_is_saved_again(online, place, tmp_path):
+    """Of a folder and of a repository, also where the cache has none; a network of one's own has another."""
+    shutil.copytree(place / "run" / "pipeline", tmp_path / "from")
+    (tmp_path / "from" / "LICENSE").write_text("Not for sale.")
+    files = {p.relative_to(tmp_path / "from").as_posix(): p for p in (tmp_path / "from").rglob("*") if p.is_file()}
+    online.repos["me/licensed"] = Repo()
+    online.repos["me/licensed"].commit({name: path.read_bytes() for name, path in files.items()})
+    for number, name in enumerate((tmp_path / "from", "me/licensed")):
+        pipe = PalettePipeline.from_pretrained(name, cache_dir=tmp_path / "cache")
+        pipe.save_pretrained(tmp_path / f"{number}")
+        assert (tmp_path / f"{number}" / "LICENSE").read_text() == "Not for sale."
+    (tmp_path / "0" / "LICENSE").write_text("Mine.")
+    pipe.save_pretrained(tmp_path / "0")
+    assert (tmp_path / "0" / "LICENSE").read_text() == "Mine."
+    card = card_of(tmp_path / "1", tmp_path)
+    assert "license: other\n" in card and (tmp_path / "tree-0" / "LICENSE").read_text() == "Not for sale."
+    PalettePipeline.from_pretrained(tmp_path / "from", unet=toy_unet()).save_pretrained(tmp_path / "own")
+    next((tmp_path / "cache").rglob("LICENSE")).unlink()
+    pipe = PalettePipeline.from_pretrained("me/licensed", cache_dir=tmp_path / "cache", local_files_only=True)
+    pipe.save_pretrained(tmp_path / "none")
+    assert not (tmp_path / "own" / "LICENSE").exists() and not (tmp_path / "none" / "LICENSE").exists()
+
+
+def test_files_have_the_mode_that_the_umask_gives(tmp_path):
+    small_pipe().save_pretrained(tmp_path / "pipe")
+    publish(tmp_path / "pipe", NAME, dry_run=tmp_path / "tree")
+    (tmp_path / "plain").touch()
+    assert {p.stat().st_mode for p in tmp_path.rglob("*") if p.is_file()} == {(tmp_path / "plain").stat().st_mode}
 
 
 def test_format_1_stays_loadable():
