@@ -175,6 +175,7 @@ class Page:
                         gr.Slider(0, MOST_PERCENT, 0, step=0.01, label=f"{side} (%)", min_width=130)
                         for side in ("Top", "Bottom")
                     )
+                self.trim = gr.Checkbox(label="Make lines along the edges anew, as scans have them")
                 self._finish("Uncrop")
             with gr.Tab("Restore"):
                 gr.Markdown("Takes blocks and noise out of a strongly compressed photo.")
@@ -248,7 +249,7 @@ class Page:
         jobs: dict[str, tuple[Callable, list]] = {
             "Colorize": (self._colorize, [self.strokes, self.hints]),
             "Inpaint": (self._inpaint, [self.editor, self.mask, self.invert, self.grow]),
-            "Uncrop": (self._uncrop, sides),
+            "Uncrop": (self._uncrop, [*sides, self.trim]),
             "Restore": (self._restore, []),
             "Batch": (self._batch, [self.files, self.batch_task]),
         }
@@ -399,10 +400,10 @@ class Page:
         yield from self._mend("inpainting", settings, payload, request, picture, mask_image=mask)
 
     def _uncrop(self, request: gr.Request, *values: Any) -> Iterator[dict]:
-        *settings, payload, left, right, top, bottom = values
+        *settings, payload, left, right, top, bottom, trim = values
         picture = self.handlers.photo(payload)
         sides = self.handlers.sides(picture, left, right, top, bottom)
-        yield from self._mend("uncropping", settings, payload, request, picture, **sides)
+        yield from self._mend("uncropping", settings, payload, request, picture, trim=trim is True, **sides)
 
     def _mend(
         self, task: str, values: list, payload: Any, request: gr.Request, picture: canvas.Picture | None = None,
@@ -539,7 +540,7 @@ class Page:
             (handlers.colorize, [image, *tail]),
             (handlers.colorize_with_hints, [image, hints, *tail]),
             (handlers.inpaint, [image, mask, *tail]),
-            (handlers.uncrop, [image, *sides, *tail]),
+            (handlers.uncrop, [image, *sides, *tail, gr.Checkbox(label="trim")]),
             (handlers.restore_jpeg, [image, *tail]),
         ):
             gr.Button(visible=False).click(

@@ -342,10 +342,10 @@ class Handlers:
         yield from self._answer("inpainting", image, seed, steps, speed, request, picture, mask_image=hole)
 
     def uncrop(
-        self, image: Any, left: Any, right: Any, top: Any, bottom: Any, seed: Any, steps: Any, speed: Any,
+        self, image: Any, left: Any, right: Any, top: Any, bottom: Any, seed: Any, steps: Any, speed: Any, trim: Any,
         request: gr.Request,
     ) -> Iterator[Any]:  # fmt: skip
-        """Extends a photograph beyond its border; the given pixels are kept bit for bit.
+        """Extends a photograph beyond its border; the given pixels are kept bit for bit, but for what `trim` takes.
 
         Args:
             image: the photograph.
@@ -356,10 +356,12 @@ class Handlers:
             seed: the same seed makes the same picture.
             steps: network evaluations; more take longer.
             speed: Standard, or Fast, Balanced or Best, which choose solver and steps themselves.
+            trim: whether lines along extended sides, as scans have them, are made anew.
         """
         picture = self.photo(image)
         sides = self.sides(picture, left, right, top, bottom)
-        yield from self._answer("uncropping", image, seed, steps, speed, request, picture, **sides)
+        options: dict[str, Any] = {**sides, "trim": trim is True}
+        yield from self._answer("uncropping", image, seed, steps, speed, request, picture, **options)
 
     def restore_jpeg(self, image: Any, seed: Any, steps: Any, speed: Any, request: gr.Request) -> Iterator[Any]:
         """Takes the blocks and ringing out of a JPEG.

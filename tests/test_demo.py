@@ -139,6 +139,17 @@ def test_every_task_as_an_endpoint(client, file, photo, tmp_path):
     assert np.array_equal(first, pixels(client.predict(image, seed=1, steps=4, api_name="/restore_jpeg")))
 
 
+def test_a_scan_is_extended_without_its_edges(client, photo, tmp_path):
+    scan = photo.copy()
+    scan[:, :3] = 0
+    Image.fromarray(scan).save(tmp_path / "scan.png")
+    kept, made = (
+        pixels(client.predict(handle_file(tmp_path / "scan.png"), left=10, trim=trim, api_name="/uncrop"))[:, 20:]
+        for trim in (False, True)
+    )
+    assert np.array_equal(kept, scan) and np.array_equal(made[:, 3:], scan[:, 3:]) and made[:, :3].mean() > 60
+
+
 def test_hints_as_an_endpoint(client, file, photo, tmp_path):
     strokes = np.zeros((*photo.shape[:2], 4), np.uint8)
     strokes[60:80, 60:100] = 200, 40, 40, 255
@@ -173,7 +184,7 @@ def test_the_endpoints_are_documented(client):
     endpoints = client.view_api(return_format="dict")["named_endpoints"]
     assert set(endpoints) == {"/colorize", "/colorize_with_hints", "/inpaint", "/uncrop", "/restore_jpeg", "/health"}
     names = [p["parameter_name"] for p in endpoints["/uncrop"]["parameters"]]
-    assert names == ["image", "left", "right", "top", "bottom", "seed", "steps", "speed"]
+    assert names == ["image", "left", "right", "top", "bottom", "seed", "steps", "speed", "trim"]
     assert "luma" in endpoints["/colorize"]["description"]
 
 
