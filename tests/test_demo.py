@@ -937,16 +937,17 @@ def test_the_space_pins_what_is_tested():
 
 
 def test_a_full_disk_is_told(pipe, photo, tmp_path, monkeypatch):
-    image = Image.fromarray(photo)
-    for name in ("a.png", "palette.zip"):
-        (tmp_path / name).symlink_to("/dev/full")
-    with pytest.raises(Failed, match="disk is full"):
-        demo_handlers.write(image, tmp_path / "a.png")
-    with pytest.raises(Failed, match="disk is full"):
-        demo_handlers.pack([demo_handlers.write(image, tmp_path / "b.png")], tmp_path)
-
     def full(self, path, *args, **options):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    image = Image.fromarray(photo)
+    with monkeypatch.context() as patch, pytest.raises(Failed, match="disk is full"):
+        patch.setattr(Image.Image, "save", full)
+        demo_handlers.write(image, tmp_path / "a.png")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "palette.zip").symlink_to("/dev/full")
+    with pytest.raises(Failed, match="disk is full"):
+        demo_handlers.pack([demo_handlers.write(image, tmp_path / "b.png")], tmp_path)
 
     monkeypatch.setattr(demo, "load", lambda *args: (pipe, None))
     app, url, _ = demo.launch(host="127.0.0.1", prevent_thread_lock=True, quiet=True)
