@@ -279,7 +279,7 @@ def _sample(work: _Work, picture: Any, mask: Any, weights: str | None = None) ->
 
     pipe = _load(work.model, work.device, work.dtype, work.speed)
     about = _about(pipe)
-    if weights is not None and about["weights"] != weights:
+    if None not in (weights, about["weights"]) and about["weights"] != weights:
         model = work.model or "starter"
         raise ValueError(f"{model} has other weights than the picture was made by: name that model by --model")
     images = pipe(
@@ -290,13 +290,14 @@ def _sample(work: _Work, picture: Any, mask: Any, weights: str | None = None) ->
 
 
 def _about(pipe: Any) -> dict[str, Any]:
-    """Of a network, for a recipe: its weights' hash, None where it was exported."""
+    """Of a network, for a recipe: its weights' hash, None where it was exported, or where they are rounded to float16:
+    the hash is that of bfloat16, also where they are float32."""
     import torch
 
     from .evaluation.store import weights_content
 
-    network = isinstance(pipe.unet, torch.nn.Module)
-    return {"weights": weights_content(pipe.unet.state_dict()) if network else None}
+    known = isinstance(pipe.unet, torch.nn.Module) and pipe.unet.dtype != torch.float16
+    return {"weights": weights_content(pipe.unet.state_dict()) if known else None}
 
 
 def _masked(mask: Any) -> dict[str, Any]:
@@ -381,7 +382,8 @@ def _made_otherwise(jobs: list, settings: dict[str, Any], weights: str | None) -
         except (OSError, ValueError):
             continue
         other = [f"{k} {recipe.get(k)}, now {v}" for k, v in settings.items() if recipe.get(k) != v]
-        other += ["by other weights"] if recipe.get("weights") not in (None, weights) else []
+        known = None not in (weights, recipe.get("weights"))
+        other += ["by other weights"] if known and recipe["weights"] != weights else []
         files = _files(job, recipe)
         other += [f"{path} has changed" for path, kept in files if recipes.changed(path, kept, job.target)]
         found += ["; ".join(other)] if other else []
@@ -521,7 +523,7 @@ def again(
         )  # fmt: skip
         _spare([target], picture, work.source, hole, recipe["options"].get("hints"))
         images, about = _sample(work, canvas.read(work.source, work.limit), hole, recipe.get("weights"))
-        canvas.save(work.finish(images[recipe["sample"]], kept | about), target)
+        canvas.save(work.finish(images[recipe["sample"]], kept | about | {"model": work.model}), target)
         print(target)
 
 

@@ -158,6 +158,7 @@ class Table:
 
 
 TABLES = [Table(quality, turned) for turned in (False, True) for quality in range(1, 101)]
+STEPS = np.stack([table.steps.reshape(64).numpy() for table in TABLES])
 
 
 def _lattice(values: np.ndarray, spread: np.ndarray, finest: np.ndarray) -> tuple[float, Table | None]:
@@ -175,8 +176,7 @@ def _lattice(values: np.ndarray, spread: np.ndarray, finest: np.ndarray) -> tupl
         weight.append(np.log2(1 + count))
     at, different, weights = (np.concatenate(parts) for parts in (frequency, value, weight))
     best, chosen = 0.0, None
-    for tried in TABLES:
-        table = tried.steps.reshape(64).numpy()
+    for tried, table in zip(TABLES, STEPS, strict=True):
         tells = (table > finest) & (spread < 0.2 * table)
         if tells.sum() < 6:
             continue

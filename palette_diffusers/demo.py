@@ -319,8 +319,10 @@ class Page:
         with self.looking:
             picture = self.handlers.photo(payload)
             height, width = picture.size
+            lined = any(canvas.line_at(picture.image, side) for side in ("left", "right", "top", "bottom"))
             small = smaller(canvas.to_pil(picture.image), EDITOR)
         facts = f"{width}x{height}" + ("" if quality is None else f", JPEG of quality {quality}")
+        facts += ", with a line along an edge, which Uncrop can make anew" if lined else ""
         found = f"{image.format}, no JPEG" if quality is None else f"{quality} of 100"
         empty: dict[str, Any] = {"layers": [], "composite": None}
         return facts, found, empty | {"background": small}, empty | {"background": small.convert("L")}, OWN

@@ -908,7 +908,8 @@ def _without_lines(picture: Picture, lines: Mapping[str, int]) -> Picture:
     if not lines:
         return picture
     told = ", ".join(f"{depth} pixel{'s' * (depth > 1)} wide at the {side}" for side, depth in lines.items())
-    warnings.warn(f"the picture has a line along its edge, {told}: trim makes it anew", LossWarning, stacklevel=2)
+    name = picture.file or "the picture"
+    warnings.warn(f"{name} has a line along its edge, {told}: trim makes it anew", LossWarning, stacklevel=2)
     where, known = torch.zeros(picture.size, dtype=torch.bool), picture.image
     if picture.hidden is not None:
         where |= picture.hidden[0]
@@ -941,9 +942,9 @@ def _meet(
             if any(sides.values()):
                 raise ValueError("uncropping takes either an aspect or left, right, top and bottom")
             sides = sizes.sides_for(picture.size, aspect)
-        picture = _without_hidden(picture, None)
-        lines = {side: canvas.line_at(picture.image, side) for side in sides if sides[side]}
-        return _grow(picture if trim else _without_lines(picture, lines), max_pixels, lines if trim else {}, **sides)
+        picture, pixels = _without_hidden(picture, None), _border(picture.size, max_pixels, **sides)
+        lines = {side: canvas.line_at(picture.image, side) for side, number in pixels.items() if number}
+        return _grow(picture if trim else _without_lines(picture, lines), pixels, lines if trim else {})
     if not task.takes_mask:
         if mask is not None:
             raise ValueError(f"task {task.name!r} takes no mask_image")
@@ -995,11 +996,15 @@ def _strokes(hints: Any, pictures: list[Picture], tasks: list[Task]) -> list[Hin
     return [None if h is None else read_hints(h, picture) for h, picture in zip(each, pictures, strict=True)]
 
 
-def _grow(
-    picture: Picture, max_pixels: int, lines: Mapping[str, int], left: float, right: float, top: float, bottom: float
-) -> tuple[Picture, torch.Tensor]:
-    """The picture on a larger canvas, and the border as a mask, with lines of so many pixels that are made anew."""
-    height, width = picture.size
+def _border(
+    size: tuple[int, int], max_pixels: int, left: float, right: float, top: float, bottom: float
+) -> dict[str, int]:
+    """Pixels by which each side of a picture of (height, width) is extended.
+
+    Raises:
+        ValueError: none at all, a negative number, or too large a picture.
+    """
+    height, width = size
     pixels = {}
     for name, value, side in (
         ("left", left, width), ("right", right, width), ("top", top, height), ("bottom", bottom, height),
@@ -1012,6 +1017,13 @@ def _grow(
     new = (height + pixels["top"] + pixels["bottom"], width + pixels["left"] + pixels["right"])
     if new[0] * new[1] > max_pixels:
         raise ValueError(f"the extended picture is {new[1]}x{new[0]}, the limit is {max_pixels} pixels (max_pixels)")
+    return pixels
+
+
+def _grow(picture: Picture, pixels: Mapping[str, int], lines: Mapping[str, int]) -> tuple[Picture, torch.Tensor]:
+    """The picture on a larger canvas, and the border as a mask, with lines of so many pixels that are made anew."""
+    height, width = picture.size
+    new = (height + pixels["top"] + pixels["bottom"], width + pixels["left"] + pixels["right"])
     inside = (..., slice(pixels["top"], pixels["top"] + height), slice(pixels["left"], pixels["left"] + width))
     image = torch.zeros(1, 3, *new)
     image[inside] = picture.image

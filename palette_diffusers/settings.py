@@ -348,12 +348,12 @@ def parse(arguments: list[str] | None = None, description: str | None = None, **
     parser.add_argument("--preset", default="starter-64", help=f"one of {', '.join(PRESETS)}; [its values] are below")
     first = _Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="starter-64")
-    shown = replace(preset(first.parse_known_args(arguments)[0].preset), **changes)
+    shown = vars(preset(first.parse_known_args(arguments)[0].preset)) | changes
     for entry in fields(TrainSettings):
         name = _kind(entry)
         kind: Any = {"int": int, "float": float, "dict": _json}.get(name, str)
         flag = "--" + entry.name.replace("_", "-")
-        value = "" if name in ("bool", "dict") else getattr(shown, entry.name)
+        value = "" if name in ("bool", "dict") else shown[entry.name]
         text = entry.metadata["help"].replace("%", "%%") + ("" if value == "" else f" [{value}]")
         if name == "bool":
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)

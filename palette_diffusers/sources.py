@@ -191,20 +191,29 @@ def _by_metadata(folder: Path, metadata: list[str], images: int, options: dict[s
     return data
 
 
-def holds_images(folder: Path) -> bool:
-    """Whether `load_images` takes a folder's images, whatever is below it."""
-    return not any(folder.glob("train-*.parquet")) and not any(folder.glob("*.tar"))
+def takes_all(folder: Path, split: str = "train") -> bool:
+    """Whether `load_images` takes whatever images are below a folder."""
+    if any(folder.glob(f"{split}-*.parquet")) or any(folder.glob("*.tar")):
+        return False
+    return not _walk(folder)[1]
 
 
 def listing(folder: Path) -> str:
     """A hash of the names and sizes of the files that `load_images` reads."""
-    if holds_images(folder):
+    found = sorted(map(str, [*folder.glob("*.parquet"), *folder.glob("*.tar")]))
+    if not found:
         files, metadata, _ = _walk(folder)
         found = [*files, *metadata]
-    else:
-        found = sorted(map(str, [*folder.glob("*.parquet"), *folder.glob("*.tar")]))
-    text = "\n".join(f"{os.path.relpath(file, folder)} {os.path.getsize(file)}" for file in found)
-    return hashlib.sha256(text.encode()).hexdigest()
+    text = "\n".join(f"{os.path.relpath(file, folder)} {_size(file)}" for file in found)
+    return hashlib.sha256(text.encode(errors="replace")).hexdigest()
+
+
+def _size(file: str) -> int:
+    """-1 of a link to nowhere, which is passed over as a broken image."""
+    try:
+        return os.path.getsize(file)
+    except OSError:
+        return -1
 
 
 def image_column(data, column: str = "", source: str = "") -> str:

@@ -33,7 +33,7 @@ from .report import Tally, cut_back, draw_batch, draw_samples, licences, write_c
 from .scheduler import PaletteScheduler, diffuse, training_target
 from .settings import PRESETS, TrainSettings, parse, preset
 from .sharding import share, share_optimizer, whole
-from .sources import holds_images, listing, split_sources
+from .sources import listing, split_sources, takes_all
 from .speed import build
 from .states import check_same, check_state, last_state, save_state
 from .tasks import fill_holes
@@ -387,7 +387,7 @@ def _check_output(settings: TrainSettings) -> None:
     """
     folder = Path(settings.output).expanduser().resolve()
     for path in _local(settings):
-        if holds_images(path) and folder.is_relative_to(path.resolve()):
+        if folder.is_relative_to(path.resolve()) and takes_all(path):
             raise ValueError(f"output is {settings.output!r}, inside {path}, whose images are all trained on")
 
 
@@ -502,7 +502,7 @@ def _accelerator(settings: TrainSettings) -> Any:
         raise ValueError(
             f"batch is {settings.batch}, expected a multiple of {parts}, processes times accumulated parts"
         )
-    if settings.cuda_graph:
+    if settings.cuda_graph and not settings.dry_run:  # which may be on another machine
         _check_graph(settings, accelerator)
     if kind == "DEEPSPEED":
         plugin, micro_batch = accelerator.state.deepspeed_plugin, settings.batch // parts

@@ -127,7 +127,12 @@ def test_a_picture_is_made_again_by_its_own_network(files):
     out = invoke("again", files / "a.png", "-o", files / "b.png")
     assert out.exit_code == 2 and "has other weights" in out.output and not (files / "b.png").exists()
     assert invoke("again", files / "a.png", "-o", files / "b.png", "--model", moved).exit_code == 0
-    assert (files / "b.png").read_bytes() == (files / "a.png").read_bytes()
+    assert np.array_equal(Image.open(files / "b.png"), Image.open(files / "a.png"))
+    made, other = recipes.read(files / "b.png"), recipes.read(files / "a.png")
+    assert made.pop("model") == str(moved) and other.pop("model") == str(model) and made == other
+    options = ["-o", files / "h.png", "--model", moved, "--steps", 1, "--dtype", "float16"]
+    half = invoke("colorize", files / "in.png", *options)
+    assert half.exit_code == 0 and recipes.read(files / "h.png")["weights"] is None, "it is rounded, and not known"
     (files / "album").mkdir()
     (files / "in.png").rename(files / "album" / "in.png")
     assert "1 done" in invoke("colorize", files / "album", "-o", files / "out", "--model", model, "--steps", 1).output

@@ -375,6 +375,11 @@ def test_tasks_of_earlier_calls_stay(features, photographs, tmp_path):
         assert "jpeg_restoration:5" in (tmp_path / name).read_text(), name
     rows, notes = run(from_function(dim, "dim", "b"), "colorization")
     assert len(rows) == 3 and notes == ["dim of jpeg_restoration:5 is an earlier call's, by another dim"]
+    task = next(path.parent.parent for path in tmp_path.glob("jpeg*/dim/pictures"))
+    shutil.rmtree(task / "dim" / "pictures")  # to save space
+    rows, _ = run(baseline("identity"), "colorization")
+    page = (tmp_path / "index.html").read_text()
+    assert len(rows) == 3 and f"{task.name}/dim/pictures" not in page and f"{task.name}/inputs" in page
 
 
 def test_tasks_may_have_spaces_between(work, tmp_path):
@@ -397,7 +402,12 @@ def test_a_task_of_ones_own_is_measured(pipe, work, tmp_path, monkeypatch):
     monkeypatch.setattr(tasks, "_TASKS", dict(tasks._TASKS))
     PalettePipeline(pipe.unet, pipe.scheduler, ["negative"], default_steps=2).save_pretrained(tmp_path / "model")
     own = tmp_path / "own.py"
-    own.write_text("""from palette_diffusers import Task, register_task
+    own.write_text("""from __future__ import annotations
+from dataclasses import dataclass
+from palette_diffusers import Task, register_task
+@dataclass
+class Strength:
+    value: float = 1.0
 @register_task
 class Negative(Task):
     name = "negative"

@@ -738,7 +738,7 @@ def test_an_index_that_is_none_and_a_folder_of_a_run(pipe, tmp_path):
             PalettePipeline.from_pretrained(tmp_path / "pipeline")
 
 
-def test_a_line_along_an_edge_does_not_go_on(pipe, photo, seeded):
+def test_a_line_along_an_edge_does_not_go_on(pipe, photo, tmp_path, seeded):
     """It is in the result, and had no part in it; it is told. One along a side that stays is the picture's."""
     lined = photo.copy()
     lined[:, -3:], lined[:2] = 0, 255
@@ -754,6 +754,11 @@ def test_a_line_along_an_edge_does_not_go_on(pipe, photo, seeded):
     assert np.array_equal(out[:, 200:], extend(behind)[:, 200:])
     out = extend(lined, trim=True)  # the line at the top is not extended
     assert np.array_equal(out[:, :197], lined[:, :197]) and (out[2:, 197:200] > 40).mean() > 0.8
+    out = extend(lined, trim=True, top=0.001)  # which is no pixel
+    assert np.array_equal(out[:, :197], lined[:, :197])
+    Image.fromarray(lined).save(tmp_path / "scan.png")
+    with pytest.warns(canvas.LossWarning, match="scan.png has a line"):
+        extend(tmp_path / "scan.png")
     with pytest.raises(ValueError, match="trim belongs to 'uncropping'"):
         pipe(photo, "colorization", trim=True)
     alpha = np.full(lined.shape[:2], 255, np.uint8)

@@ -5,6 +5,7 @@ Images are (B, 3, H, W), RGB, [-1, 1].
 
 import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,12 +115,14 @@ def load_module(path: str, expected: str = "FILE.py") -> Any:
     """
     if not (Path(path).is_file() and path.endswith(".py")):
         raise FileNotFoundError(f"{path}: no such Python file, expected {expected}")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    name = f"_palette_file_{len(sys.modules)}_{Path(path).stem}"  # meets no other
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # another's code: it can be anything
+        del sys.modules[name]
         raise ValueError(f"{path} can't be loaded: {type(error).__name__}: {error}") from error
     return module
 

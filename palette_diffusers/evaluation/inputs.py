@@ -139,7 +139,7 @@ class Photographs:
     def __init__(
         self, path: str, size: int, count: int | None = None, names: Path | None = None, split: str = "validation"
     ):
-        self.path, self.size = path, size
+        self.path, self.size, self.listed = path, size, names is not None
         self.classes: list[str] | None = None
         self.labels: list[int] = []
         self._files: list[Path] = []

@@ -22,6 +22,7 @@ import torch
 
 from ..canvas import part_name
 from ..files import alone, write_text
+from ..sources import takes_all
 from . import inputs, metrics
 from .features import FeatureNetwork, check_torchvision
 from .inputs import Batch, Photographs
@@ -88,8 +89,10 @@ def evaluate(
         FileExistsError: another evaluation is at work in `output`.
     """
     check_torchvision()
-    given = [photographs.path] + ([] if reference is None else [reference.path])
-    _check_output(output, [Path(path).expanduser() for path in given] + [r.folder for r in restorers if r.folder])
+    sets = [photographs] if reference is None else [photographs, reference]
+    given = [Path(one.path).expanduser() for one in sets if not one.listed]
+    given = [path for path in given if not path.is_dir() or takes_all(path, "validation")]
+    _check_output(output, given + [r.folder for r in restorers if r.folder])
     variants = list(dict.fromkeys(variants))
     state = processes()
     run = _Run(photographs, features, classifier or features, output, batch, samples, seed, progress, state, lpips)
