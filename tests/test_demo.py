@@ -808,6 +808,10 @@ def test_looking_at_a_photo_needs_no_place_in_the_queue(pipe, photo):
     given = data_url(encoded(Image.fromarray(photo)))
     kept, facts, *_ = page._photo_again(given)  # the queue was full
     assert kept == gr.skip() and facts == "200x150" == page._photo(given)[0]
+    scan = photo.copy()
+    scan[:, :2] = 0
+    told = "200x150, with a line along an edge, which Uncrop can make anew"
+    assert page._photo(data_url(encoded(Image.fromarray(scan))))[0] == told
     assert page._photo_again(data_url(b"no picture"))[:3] == (None, "", "Choose a photo")
     assert page._aspect(given, "Square") == [0, 0, 16.67, 16.67]
     narrow = data_url(encoded(Image.new("L", (30, 120))))
