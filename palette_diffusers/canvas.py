@@ -494,11 +494,9 @@ def line_at(image: torch.Tensor, side: str) -> int:
     most = depth // LINE
     if not most:
         return 0
-    near = min(depth, 2 * most + 3)
-    rows = upright.narrow(1, 0 if side in ("top", "left") else depth - near, near)[..., :: max(1, length // 4096)].mean(
-        0
-    )
-    rows = rows if side in ("top", "left") else rows.flip(0)
+    near, first = min(depth, 2 * most + 3), side in ("top", "left")
+    rows = upright.narrow(1, 0 if first else depth - near, near)[..., :: max(1, length // 4096)].mean(0)
+    rows = rows if first else rows.flip(0)
     behind = rows[most : most + 3].mean(0)
     share = torch.tensor([0.5, 0.9])  # of a line's length; the rest of a slanted one is deeper
     usual = (rows[2 * most : 2 * most + 3].mean(0) - behind).abs().quantile(share)

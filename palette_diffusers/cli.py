@@ -269,17 +269,19 @@ def _say_plan(work: _Work, source: Path, picture: Any, mask: Any) -> None:
     ))  # fmt: skip
 
 
-def _sample(work: _Work, picture: Any, mask: Any, weights: str | None = None) -> tuple[list, dict[str, Any]]:
+def _sample(work: _Work, picture: Any, mask: Any, recipe: dict[str, Any] | None = None) -> tuple[list, dict[str, Any]]:
     """The pictures, and what a recipe says of the network.
 
     Raises:
-        ValueError: its weights are not those that were asked for.
+        ValueError: its weights are not those of the `recipe` that is followed.
     """
     import torch
 
+    from . import recipes
+
     pipe = _load(work.model, work.device, work.dtype, work.speed)
     about = _about(pipe)
-    if None not in (weights, about["weights"]) and about["weights"] != weights:
+    if recipe is not None and recipes.other_weights(about, recipe):
         model = work.model or "starter"
         raise ValueError(f"{model} has other weights than the picture was made by: name that model by --model")
     images = pipe(
@@ -348,12 +350,12 @@ def _folder(work: _Work, mask: str | None) -> None:
             if len(some) > 1:
                 raise
             images = [canvas.to_pil(pictures[0].image, pictures[0])]
-        recipes = [work.recipe(job.source, job.mask) | about for job in some]
-        return [work.finish(image, recipe) for image, recipe in zip(images, recipes, strict=True)]
+        made = [work.recipe(job.source, job.mask) | about for job in some]
+        return [work.finish(image, recipe) for image, recipe in zip(images, made, strict=True)]
 
     with alone(work.output, rank):
         mine = jobs[rank::processes]
-        otherwise = [] if work.overwrite else _made_otherwise(mine, work.settings(), about["weights"])
+        otherwise = [] if work.overwrite else _made_otherwise(mine, work.settings(), about)
         batched = get_task(work.task).strategy not in ("hole", "tiles")  # else it is one photograph after the other
         report = folders.run(
             mine, restore, work.overwrite, work.limit, sys.stderr.isatty(), folders.AHEAD if batched else 1
@@ -368,7 +370,7 @@ def _folder(work: _Work, mask: str | None) -> None:
         raise typer.Exit(1)
 
 
-def _made_otherwise(jobs: list, settings: dict[str, Any], weights: str | None) -> list[str]:
+def _made_otherwise(jobs: list, settings: dict[str, Any], about: dict[str, Any]) -> list[str]:
     """Of each result that is there by other settings, which: "seed 0, now 1"; or that its photograph or mask, or the
     model's weights, changed since. Without a recipe nobody knows."""
     from . import recipes
@@ -382,8 +384,7 @@ def _made_otherwise(jobs: list, settings: dict[str, Any], weights: str | None) -
         except (OSError, ValueError):
             continue
         other = [f"{k} {recipe.get(k)}, now {v}" for k, v in settings.items() if recipe.get(k) != v]
-        known = None not in (weights, recipe.get("weights"))
-        other += ["by other weights"] if known and recipe["weights"] != weights else []
+        other += ["by other weights"] if recipes.other_weights(about, recipe) else []
         files = _files(job, recipe)
         other += [f"{path} has changed" for path, kept in files if recipes.changed(path, kept, job.target)]
         found += ["; ".join(other)] if other else []
@@ -522,7 +523,7 @@ def again(
             **{k: recipe[k] for k in ("task", "dtype", "steps", "seed", "samples", "options")},
         )  # fmt: skip
         _spare([target], picture, work.source, hole, recipe["options"].get("hints"))
-        images, about = _sample(work, canvas.read(work.source, work.limit), hole, recipe.get("weights"))
+        images, about = _sample(work, canvas.read(work.source, work.limit), hole, recipe)
         canvas.save(work.finish(images[recipe["sample"]], kept | about | {"model": work.model}), target)
         print(target)
 

@@ -153,12 +153,16 @@ class Table:
     @property
     def steps(self) -> torch.Tensor:
         """(8, 8)"""
-        steps = torch.tensor(jpeg_tables()[self.quality - 1]).float().reshape(8, 8)
-        return steps.T.contiguous() if self.turned else steps
+        return torch.tensor(self.row).float().reshape(8, 8)
+
+    @property
+    def row(self) -> np.ndarray:
+        """(64,)"""
+        return STEPS[int(self.turned), self.quality - 1]
 
 
 TABLES = [Table(quality, turned) for turned in (False, True) for quality in range(1, 101)]
-STEPS = np.stack([table.steps.reshape(64).numpy() for table in TABLES])
+STEPS = np.stack([jpeg_tables(), jpeg_tables().reshape(-1, 8, 8).transpose(0, 2, 1).reshape(-1, 64)])
 
 
 def _lattice(values: np.ndarray, spread: np.ndarray, finest: np.ndarray) -> tuple[float, Table | None]:
@@ -176,7 +180,8 @@ def _lattice(values: np.ndarray, spread: np.ndarray, finest: np.ndarray) -> tupl
         weight.append(np.log2(1 + count))
     at, different, weights = (np.concatenate(parts) for parts in (frequency, value, weight))
     best, chosen = 0.0, None
-    for tried, table in zip(TABLES, STEPS, strict=True):
+    for tried in TABLES:
+        table = tried.row
         tells = (table > finest) & (spread < 0.2 * table)
         if tells.sum() < 6:
             continue
@@ -359,8 +364,7 @@ def _off_grid(pixels: torch.Tensor, error: float) -> tuple[Table, tuple[int, int
     _, table, place, values = max(found, key=lambda one: one[0])
     if table is None:
         return None
-    steps = table.steps.reshape(64).numpy()
-    off = torch.from_numpy(np.round(values / steps) * steps - values).float().reshape(-1, 8, 8)
+    off = torch.from_numpy(np.round(values / table.row) * table.row - values).float().reshape(-1, 8, 8)
     seen = 1.4826 * (DCT.T @ off @ DCT).abs().median().item()  # those that black and white cut off count little
     return table, place, max(error, seen)
 

@@ -910,19 +910,24 @@ def _without_lines(picture: Picture, lines: Mapping[str, int]) -> Picture:
     told = ", ".join(f"{depth} pixel{'s' * (depth > 1)} wide at the {side}" for side, depth in lines.items())
     name = picture.file or "the picture"
     warnings.warn(f"{name} has a line along its edge, {told}: trim makes it anew", LossWarning, stacklevel=2)
-    where, known = torch.zeros(picture.size, dtype=torch.bool), picture.image
+    left, right, top, bottom = (lines.get(side, 0) for side in ("left", "right", "top", "bottom"))
+    height, width = picture.size
+    behind = picture.image[..., top : height - bottom, left : width - right]
+    where = border_mask(height, width, left, right, top, bottom)[0] > 0
     if picture.hidden is not None:
         where |= picture.hidden[0]
-        known = known.clone()
-        known[0, :, where] = picture.hidden[1]
-    image = picture.image.clone()
-    for side, depth in lines.items():
-        across, last = (1 if side in ("top", "bottom") else 2), side in ("bottom", "right")
-        size = where.shape[across - 1]
-        where.narrow(across - 1, size - depth if last else 0, depth).fill_(True)
-        behind = image[0].narrow(across, size - depth - 1 if last else depth, 1).clone()
-        image[0].narrow(across, size - depth if last else 0, depth).copy_(behind)
-    return replace(picture, image=image, hidden=(where, known[0, :, where]))
+    image = F.pad(behind, (left, right, top, bottom), mode="replicate")
+    return replace(picture, image=image, hidden=(where, _as_given(picture.image, picture)[0, :, where]))
+
+
+def _as_given(image: torch.Tensor, picture: Picture) -> torch.Tensor:
+    """(1, 3, H, W) with what was set aside of the picture."""
+    if picture.hidden is None:
+        return image
+    where, values = picture.hidden
+    image = image.clone()
+    image[0, :, where] = values
+    return image
 
 
 def _meet(
@@ -957,10 +962,7 @@ def _meet(
 
 def _finished(image: torch.Tensor, picture: Picture, output_type: str) -> Any:
     """(1, 3, H, W) => what was asked for; what nobody sees is what it was."""
-    if picture.hidden is not None:
-        where, values = picture.hidden
-        image = image.clone()
-        image[0, :, where] = values
+    image = _as_given(image, picture)
     if output_type == "pil":
         return canvas.to_pil(image, picture)
     return ((image[0] + 1) / 2).permute(1, 2, 0).numpy() if output_type == "np" else image[0].clone()

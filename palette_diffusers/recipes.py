@@ -28,6 +28,12 @@ def changed(path: Path, entry: dict[str, str], result: Path) -> bool:
     return path.stat().st_mtime > result.stat().st_mtime and fingerprint(path)["sha256"] != entry["sha256"]
 
 
+def other_weights(about: dict[str, Any], recipe: dict[str, Any]) -> bool:
+    """Whether a network has other weights than a recipe says, as far as both are known."""
+    now, then = about["weights"], recipe.get("weights")
+    return None not in (now, then) and now != then
+
+
 def read(path: Path) -> dict[str, Any]:
     """The recipe of a picture.
 

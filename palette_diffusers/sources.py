@@ -48,11 +48,9 @@ def load_images(path: str, split: str = "train", streaming: bool = False):
     options: dict[str, Any] = dict(split="train", streaming=streaming)
     try:
         if folder.is_dir():
-            parquet, shards = (sorted(_glob(folder, pattern)) for pattern in (f"{split}-*.parquet", "*.tar"))
-            if parquet:
-                data = load_dataset("parquet", data_files=parquet, **options)
-            elif shards:
-                data = load_dataset("webdataset", data_files={"train": shards}, **options)
+            if shards := _shards(folder, split):
+                kind = "parquet" if shards[0].suffix == ".parquet" else "webdataset"
+                data = load_dataset(kind, data_files={"train": [glob.escape(str(file)) for file in shards]}, **options)
             else:
                 data = _image_folder(folder, split, options)
         elif folder.exists() or path.startswith((".", "/", "~")):
@@ -82,9 +80,11 @@ def _broken_shard(shards: Sequence[str]) -> str:
     return ""
 
 
-def _glob(folder: Path, pattern: str) -> list[str]:
-    """The files of a pattern, as `datasets` takes them: it reads names as patterns, too."""
-    return [glob.escape(str(file)) for file in folder.glob(pattern)]
+def _shards(folder: Path, split: str) -> list[Path]:
+    """The parquet files of a folder, or WebDataset shards, in the order in which they are read: of their names as
+    `datasets` takes them, which reads them as patterns."""
+    found = list(folder.glob(f"{split}-*.parquet")) or list(folder.glob("*.tar"))
+    return sorted(found, key=lambda file: glob.escape(str(file)))
 
 
 def _image_folder(folder: Path, split: str, options: dict[str, Any]):
@@ -191,16 +191,16 @@ def _by_metadata(folder: Path, metadata: list[str], images: int, options: dict[s
     return data
 
 
-def takes_all(folder: Path, split: str = "train") -> bool:
-    """Whether `load_images` takes whatever images are below a folder."""
-    if any(folder.glob(f"{split}-*.parquet")) or any(folder.glob("*.tar")):
-        return False
-    return not _walk(folder)[1]
+def would_read(folder: Path, output: Path, split: str = "train") -> bool:
+    """Whether `load_images` of a folder would take pictures that are written below `output`: it is inside, and
+    whatever images are there are taken."""
+    inside = output.resolve().is_relative_to(folder.resolve())
+    return inside and not _shards(folder, split) and not _walk(folder)[1]
 
 
-def listing(folder: Path) -> str:
+def listing(folder: Path, split: str = "train") -> str:
     """A hash of the names and sizes of the files that `load_images` reads."""
-    found = sorted(map(str, [*folder.glob("*.parquet"), *folder.glob("*.tar")]))
+    found = [str(file) for file in _shards(folder, split)]
     if not found:
         files, metadata, _ = _walk(folder)
         found = [*files, *metadata]

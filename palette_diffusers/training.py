@@ -33,7 +33,7 @@ from .report import Tally, cut_back, draw_batch, draw_samples, licences, write_c
 from .scheduler import PaletteScheduler, diffuse, training_target
 from .settings import PRESETS, TrainSettings, parse, preset
 from .sharding import share, share_optimizer, whole
-from .sources import listing, split_sources, takes_all
+from .sources import listing, split_sources, would_read
 from .speed import build
 from .states import check_same, check_state, last_state, save_state
 from .tasks import fill_holes
@@ -385,9 +385,8 @@ def _check_output(settings: TrainSettings) -> None:
     """Raises:
     ValueError: the run would write pictures among those that it is trained on.
     """
-    folder = Path(settings.output).expanduser().resolve()
     for path in _local(settings):
-        if folder.is_relative_to(path.resolve()) and takes_all(path):
+        if would_read(path, Path(settings.output).expanduser()):
             raise ValueError(f"output is {settings.output!r}, inside {path}, whose images are all trained on")
 
 
@@ -645,7 +644,7 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> tuple[Path,
         unet.compile_repeated_blocks()
     optimizer = _optimizer([p for p in unet.parameters() if p.requires_grad], settings)
     state = last_state(folder) if settings.resume else None
-    listed = {str(path): listing(path) for path in _local(settings)}
+    listed = {str(path): listing(path) for path in _local(settings)} if accelerator.is_main_process else {}
     start, read = 0, torch.zeros(accelerator.num_processes, max(1, settings.workers), 2, dtype=torch.long)
     if state is not None:
         read = check_state(state, read, accelerator)

@@ -139,7 +139,7 @@ class Photographs:
     def __init__(
         self, path: str, size: int, count: int | None = None, names: Path | None = None, split: str = "validation"
     ):
-        self.path, self.size, self.listed = path, size, names is not None
+        self.path, self.size = path, size
         self.classes: list[str] | None = None
         self.labels: list[int] = []
         self._files: list[Path] = []
@@ -153,6 +153,11 @@ class Photographs:
         if count is not None and count > len(self.labels):
             raise ValueError(f"{path} has {len(self.labels)} photographs, {count} were asked for")
         self.labels = self.labels[:count]
+
+    @property
+    def listed(self) -> bool:
+        """Whether a file lists the pictures."""
+        return bool(self._files)
 
     def _read(self, path: str, names: Path) -> None:
         lines = [line.strip() for line in names.read_text().splitlines() if line.strip()]

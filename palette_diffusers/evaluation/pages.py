@@ -57,18 +57,19 @@ def write_pages(output: Path, results: dict[str, Any]) -> None:
     write_text(output / "results.md", f"{about}; 95% intervals in brackets.\n\n{markdown(results, intervals=True)}")
     variants = list(dict.fromkeys(row["task"] for row in results["rows"] if row["task"] != "originals"))
     rows = {v: [row["images"] for row in results["rows"] if row["task"] == v] for v in variants}
-    rows = {v: [row for row in of if row == "degraded" or _seen(output, v, row, settings)] for v, of in rows.items()}
-    variants = [v for v in variants if _seen(output, v, "", settings)]
+    # those of an earlier call may have been removed
+    variants = [v for v in variants if _whole(output / folder_name(v) / "inputs", settings)]
     for variant in variants:
+        pictures = {row: output / folder_name(variant) / row / "pictures" for row in rows[variant]}
+        rows[variant] = [r for r, folder in pictures.items() if r == "degraded" or _whole(folder, settings)]
         _write_grid(output, variant, rows[variant], settings)
-    pictures = "".join(_pictures(output, variant, rows[variant], settings) for variant in variants)
-    page = _PAGE.format(about=html.escape(about), table=_table(results), pictures=pictures)
+    shown = "".join(_pictures(output, variant, rows[variant], settings) for variant in variants)
+    page = _PAGE.format(about=html.escape(about), table=_table(results), pictures=shown)
     write_text(output / "index.html", page)
 
 
-def _seen(output: Path, variant: str, row: str, settings: dict[str, Any]) -> bool:
-    """Whether a row's pictures are there, or the inputs: somebody may have removed those of an earlier call."""
-    folder = output / folder_name(variant) / row / ("pictures" if row else "inputs")
+def _whole(folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether the pictures of a grid are there."""
     return all((folder / f"{i:05d}.png").is_file() for i in range(min(GRID, settings["count"])))
 
 

@@ -22,7 +22,7 @@ import torch
 
 from ..canvas import part_name
 from ..files import alone, write_text
-from ..sources import takes_all
+from ..sources import would_read
 from . import inputs, metrics
 from .features import FeatureNetwork, check_torchvision
 from .inputs import Batch, Photographs
@@ -89,10 +89,7 @@ def evaluate(
         FileExistsError: another evaluation is at work in `output`.
     """
     check_torchvision()
-    sets = [photographs] if reference is None else [photographs, reference]
-    given = [Path(one.path).expanduser() for one in sets if not one.listed]
-    given = [path for path in given if not path.is_dir() or takes_all(path, "validation")]
-    _check_output(output, given + [r.folder for r in restorers if r.folder])
+    _check_output(output, [photographs] if reference is None else [photographs, reference], restorers)
     variants = list(dict.fromkeys(variants))
     state = processes()
     run = _Run(photographs, features, classifier or features, output, batch, samples, seed, progress, state, lpips)
@@ -100,13 +97,16 @@ def evaluate(
         return run.evaluate(restorers, variants, reference, manifest, replicates)
 
 
-def _check_output(output: Path, read: Sequence[Path]) -> None:
+def _check_output(output: Path, sets: Sequence[inputs.Photographs], restorers: Sequence[Restorer]) -> None:
     """Raises:
     ValueError: `output` is in a folder that is read: the next call would take its pictures for that folder's.
     """
+    folders = [Path(one.path).expanduser() for one in sets if not one.listed]
+    read = [path for path in folders if path.is_dir() and would_read(path, output, "validation")]
+    results = [r.folder for r in restorers if r.folder and r.folder.is_dir()]
+    read += [path for path in results if output.resolve().is_relative_to(path.resolve())]
     for folder in read:
-        if folder.is_dir() and output.resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"output {output} is in {folder}, which is read: name a folder outside it")
+        raise ValueError(f"output {output} is in {folder}, which is read: name a folder outside it")
 
 
 def measured(output: Path) -> list[str]:
