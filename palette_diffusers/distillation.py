@@ -9,7 +9,12 @@ solver, since every point of a line is trained.
 A student's first step is softer than its teacher's picture, and what it sees next does not lie on that line: it was
 taught to keep what is there, and stays soft. So some lines begin where the student's own steps have led it, and end at
 the picture that the teacher makes from there (on-policy distillation: DAgger, Ross et al. 2011; Agarwal et al. 2024,
-"On-Policy Distillation of Language Models"). Images are (B, 3, H, W), RGB, [-1, 1].
+"On-Policy Distillation of Language Models").
+
+A teacher can be better than its weights: led away from what a worse version of it predicts (`guided`), it leaves out
+the pictures that both only half believe in, and their haze. What it predicts then can be learnt level by level
+(`Teacher.predictions`), so that a step costs one evaluation again (guidance distillation, the first stage of Meng et
+al. 2023, "On Distillation of Guided Diffusion Models"). Images are (B, 3, H, W), RGB, [-1, 1].
 """
 
 import copy
@@ -20,9 +25,9 @@ import numpy as np
 import torch
 
 from .pipeline import FAR, PalettePipeline
-from .scheduler import PaletteScheduler
+from .scheduler import PaletteScheduler, diffuse, predicted_original
 from .sizes import Predict
-from .tasks import Given, get_task
+from .tasks import Given, fill_holes, get_task
 
 LOGSNR_MAX = 9.0  # of the levels that are trained
 LOGSNR_LAST = 6.0  # the noisiest level that a student's last step may be at
@@ -52,6 +57,31 @@ class Start:
             if self.ends:
                 raise Reached
         return self.predict(sample, gamma, condition)
+
+
+def guided(predict: Predict, guide: Predict, guidance: float, between: tuple[float, float]) -> Predict:
+    """Autoguidance: predictions that lead away from those of a worse network of the same kind.
+
+    Args:
+        predict, guide: compute the networks, which predict the same thing (noise, the velocity or the picture).
+        guidance: w of guide + w (prediction - guide); 1 leaves the prediction as it is.
+        between: the lowest and the highest log-SNR where it is led; elsewhere the guide is not asked.
+
+    Source: Karras et al. 2024, "Guiding a Diffusion Model with a Bad Version of Itself", equation 3; the interval is
+    that of Kynkaanniemi et al. 2024, "Applying Guidance in a Limited Interval".
+    """
+    low, high = between
+
+    def lead(sample: torch.Tensor, gamma: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        output, gamma = predict(sample, gamma, condition), gamma.expand(len(sample))
+        logsnr = torch.logit(gamma.double())
+        rows = torch.nonzero((logsnr >= low) & (logsnr <= high)).flatten()
+        if len(rows):
+            worse = guide(sample[rows], gamma[rows], condition[rows])
+            output = output.index_copy(0, rows, worse + guidance * (output[rows] - worse))
+        return output
+
+    return lead
 
 
 class Joined(PaletteScheduler):
@@ -135,6 +165,16 @@ class Teacher:
         share[:: self.levels] = 0
         logsnr = torch.lerp(low, low.clamp_min(LOGSNR_MAX), share)
         return batch | many | {"gamma": torch.sigmoid(logsnr).float()}
+
+    def predictions(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The same batch, but `clean` and `noise` are what the teacher sees in the noisy image that they make: what is
+        asked of a network then is the teacher's prediction."""
+        gamma, kind = batch["gamma"], self.pipe.scheduler.config.prediction_type
+        noisy, level = diffuse(batch["clean"], batch["noise"], gamma), gamma.view(-1, 1, 1, 1)
+        with torch.no_grad():
+            output = self.predict(noisy, gamma, fill_holes(batch["condition"]))
+        clean = predicted_original(output, noisy, gamma, kind)
+        return batch | {"clean": clean, "noise": (noisy - level.sqrt() * clean) / (1 - level).sqrt()}
 
     def _pair(
         self, batch: dict[str, torch.Tensor], rows: torch.Tensor, task: Any, alone: bool

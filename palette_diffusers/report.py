@@ -263,7 +263,7 @@ def licences(settings: TrainSettings) -> str:
     from .pipeline import SHIPPED
 
     texts = []
-    for name in filter(None, (settings.init, settings.teacher)):
+    for name in filter(None, (settings.init, settings.teacher, settings.guide)):
         if _of_hub(name):
             path = _licence_of_hub(name)
         else:
@@ -297,7 +297,9 @@ def write_card(path: Path, settings: TrainSettings, step: int, parameters: int, 
     data = ModelCardData(
         library_name="diffusers", pipeline_tag="image-to-image", tags=["palette", *settings.task_list],
         datasets=[path for path, _ in [*given, *others] if _of_hub(path)] or None,
-        base_model=[name for name in dict.fromkeys((settings.init, settings.teacher)) if _of_hub(name)] or None,
+        base_model=[
+            name for name in dict.fromkeys((settings.init, settings.teacher, settings.guide)) if _of_hub(name)
+        ] or None,
         **(licence if licensed else {}),
     )  # fmt: skip
     kind = "Low-rank adapters, merged" if settings.lora_rank else "All weights"
@@ -311,12 +313,17 @@ def write_card(path: Path, settings: TrainSettings, step: int, parameters: int, 
         "optimiser": f"{settings.optimizer}, rate {settings.rate:g}, {settings.schedule}; EMA {settings.ema:g}",
         "precision": settings.precision or "as Accelerate was configured",
     }
-    if settings.teacher:
+    if settings.teacher and settings.learns == "predictions":
+        facts["teacher"] = f"{_named(settings.teacher)}, its prediction at each noise level"
+    elif settings.teacher:
         levels = f"{settings.levels} noise levels of each of its pictures"
         facts["teacher"] = f"{_named(settings.teacher)}, {settings.teacher_steps or 'its default'} steps"
         facts["distilled"] = f"for {settings.student_steps} steps, " + (
             "from where the student's own steps lead" if settings.on_policy else levels
         )
+    if settings.guide:
+        between = f"at log-SNR {settings.guided_from:g} to {settings.guided_to:g}"
+        facts["guidance"] = f"{settings.guidance:g} of the teacher from {_named(settings.guide)}, {between}"
     if settings.adversarial:
         every = f"; the teacher at each {settings.teacher_every} steps" if settings.teacher_every > 1 else ""
         facts["critic"] = f"weight {settings.adversarial:g}, rate {settings.critic_rate:g}{every}"

@@ -70,7 +70,16 @@ class TrainSettings:
     regression: bool = _field(False, "the regression twin: zeros as noisy image, the picture in one step")
     condition_dropout: float = _field(0.0, "share of samples whose source is replaced by noise")
     # distillation
-    teacher: str = _field("", "train a few-step student on the pictures of this pipeline: starter, a folder or Hub id")
+    teacher: str = _field("", "learn from this pipeline (see learns): starter, a folder or Hub id")
+    learns: str = _field(
+        "pictures",
+        "of the teacher: pictures (for few steps), or predictions at each noise level (for as many steps)",
+        ("pictures", "predictions"),
+    )
+    guide: str = _field("", "lead the teacher away from what this worse pipeline, an earlier state of it, predicts")
+    guidance: float = _field(3.0, "how far: guide + guidance x (teacher - guide); 1 = not at all")
+    guided_from: float = _field(-9.0, "the lowest log-SNR where it is led away")
+    guided_to: float = _field(4.0, "the highest")
     teacher_steps: int = _field(0, "network evaluations of each of those pictures; 0 = the teacher's default")
     levels: int = _field(4, "noise levels at which each of those pictures is trained")
     student_steps: int = _field(4, "default steps of the student that is published")
@@ -157,6 +166,7 @@ class TrainSettings:
             raise ValueError("a regression twin has no teacher: give teacher or regression")
         if self.teacher and self.condition_dropout:
             raise ValueError(f"condition_dropout is {self.condition_dropout}, but a teacher's source is never noise")
+        self._check_guide()
         if self.on_policy and (not self.teacher or self.student_steps < 2):
             raise ValueError(
                 f"on_policy is on, expected a teacher ({self.teacher!r}) and student_steps ({self.student_steps}) of 2 "
@@ -187,6 +197,19 @@ class TrainSettings:
             raise ValueError("lora_rank needs a checkpoint to adapt: name it by init")
         if self.lora_init and not self.lora_rank:
             raise ValueError(f"lora_init is {self.lora_init!r}, but there are no adapters: give lora_rank too")
+
+    def _check_guide(self) -> None:
+        if self.guide and not self.teacher:
+            raise ValueError(f"guide is {self.guide!r}, but there is no teacher that it could lead")
+        if not self.guided_from < self.guided_to:
+            raise ValueError(f"guided_from is {self.guided_from}, expected below guided_to, {self.guided_to}")
+        if self.learns == "pictures":
+            return
+        if not self.teacher:
+            raise ValueError(f"learns is {self.learns!r}, but there is no teacher")
+        for name in ("on_policy", "adversarial"):
+            if getattr(self, name):
+                raise ValueError(f"{name} is {getattr(self, name)}, but learns is 'predictions': it needs 'pictures'")
 
     def _check_tasks(self) -> None:
         tasks, drawn = self.task_list, self.numbers("task_weights")

@@ -14,12 +14,12 @@ from torch.utils.data import default_collate
 
 from palette_diffusers import PalettePipeline, PaletteScheduler, distillation, tasks
 from palette_diffusers.data import PaletteDataset
-from palette_diffusers.distillation import Teacher
+from palette_diffusers.distillation import Teacher, guided
 from palette_diffusers.replay import ReplayedForward
-from palette_diffusers.scheduler import diffuse, predicted_original
+from palette_diffusers.scheduler import diffuse, predicted_original, training_target
 from palette_diffusers.sources import load_images
-from palette_diffusers.tasks import Given, get_task
-from palette_diffusers.training import TrainSettings, _check_alike, _own, preset, training_loss
+from palette_diffusers.tasks import Given, fill_holes, get_task
+from palette_diffusers.training import TrainSettings, _check_alike, _own, preset, train, training_loss
 
 DISTILL = Path(__file__).parents[1] / "train" / "distill_palette.py"
 TASKS = ["colorization", "inpainting", "uncropping", "jpeg_restoration"]
@@ -234,6 +234,95 @@ def test_settings_say_what_does_not_go_together():
         replace(preset("distill-64"), condition_dropout=0.1)
     with pytest.raises(ValueError, match="levels is 0"):
         replace(preset("distill-64"), levels=0)
+
+
+def test_a_guide_leads_away_between_its_levels():
+    asked = []
+
+    def guide(sample, gamma, condition):
+        asked.append(len(sample))
+        return sample + condition
+
+    levels = torch.tensor([-9.5, -9.0, 0.0, 4.0, 4.5])
+    gamma = torch.sigmoid(levels.double()).float()
+    x, c = torch.randn(5, 3, 4, 4), torch.randn(5, 3, 4, 4)
+    lead = guided(lambda sample, gamma, condition: 2 * sample - condition, guide, 3.0, (-9.0001, 4.0001))
+    out = lead(x, gamma, c)
+    good, bad = 2 * x - c, x + c
+    assert torch.equal(out[[0, 4]], good[[0, 4]]), "outside of its levels"
+    assert torch.allclose(out[1:4], (3 * good - 2 * bad)[1:4], atol=1e-5) and asked == [3]
+    assert torch.allclose(lead(x, gamma[2], c), 3 * good - 2 * bad, atol=1e-5), "one level for all"
+    assert torch.equal(lead(x, torch.tensor(0.0), c), good) and torch.equal(lead(x, torch.tensor(1.0), c), good)
+    assert asked == [3, 5], "where nothing is led away, the guide is not asked"
+    same = guided(lambda *given: guide(*given), guide, 1.0, (-99, 99))(x, gamma, c)
+    assert torch.allclose(same, bad, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_predictions_are_what_is_asked_for(folder, kind):
+    pipe = toy_teacher(hole_skip=0.5, condition_skip=0.2) if kind == "v_prediction" else toy_teacher()
+    pipe.scheduler = PaletteScheduler.from_config(pipe.scheduler.config, prediction_type=kind)
+    batch = batch_of(folder, TASKS, holes=kind == "v_prediction")
+    gamma = batch["gamma"] = batch["gamma"].clamp(1e-3, 1 - 1e-3)
+    out = Teacher(pipe, TASKS).predictions(batch)
+    noisy = diffuse(batch["clean"], batch["noise"], gamma)
+    assert torch.allclose(diffuse(out["clean"], out["noise"], gamma), noisy, atol=1e-4), "the same noisy images"
+    expected = pipe._predict(noisy, gamma, fill_holes(batch["condition"]))
+    assert torch.allclose(training_target(out["clean"], out["noise"], gamma, kind), expected, atol=1e-3)
+    assert set(out) == set(batch) and all(out[k] is v for k, v in batch.items() if k not in ("clean", "noise"))
+    settings = TrainSettings(size=32, prediction_type=kind)
+    assert training_loss(pipe.unet, out, settings) < 1e-6 < training_loss(pipe.unet, batch, settings)
+
+
+def test_what_a_guide_and_predictions_need(tmp_path):
+    for options, said in (
+        (dict(guide="starter"), "guide is 'starter', but there is no teacher"),
+        (dict(learns="predictions"), "learns is 'predictions', but there is no teacher"),
+        (dict(learns="colours"), "learns is 'colours', expected one of pictures, predictions"),
+        (dict(teacher="starter", guide="starter", guided_from=5), "guided_from is 5, expected below guided_to, 4.0"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            replace(preset("finetune-64"), **options)
+    with pytest.raises(ValueError, match="on_policy is True, but learns is 'predictions'"):
+        replace(preset("distill-64"), learns="predictions")
+    with pytest.raises(ValueError, match="adversarial is 0.1, but learns is 'predictions'"):
+        replace(preset("finetune-64"), learns="predictions", teacher="starter", adversarial=0.1)
+    settings = replace(preset("distill-64"), guide=str(tmp_path))
+    other = PalettePipeline(toy_unet(), PaletteScheduler(prediction_type="epsilon"))
+    with pytest.raises(ValueError, match="prediction_type is 'v_prediction', .*'s 'epsilon': guide needs the same"):
+        _check_alike(other, toy_unet(), settings, "guide")
+
+
+@pytest.mark.parametrize("learns", ["pictures", "predictions"])
+def test_a_network_learns_of_a_teacher_that_is_led(folder, tmp_path, learns, monkeypatch):
+    """What is trained is the guided prediction or picture: without the guide, other weights."""
+    pipe = toy_teacher()
+    pipe.scheduler.register_to_config(source_eta=0.5)
+    pipe.save_pretrained(tmp_path / "good")
+    with torch.no_grad():
+        for p in pipe.unet.parameters():
+            p.mul_(0.9)
+    pipe.save_pretrained(tmp_path / "worse")
+    (tmp_path / "worse" / "LICENSE").write_text("of the guide")
+    weights = []
+    for guide in ("", str(tmp_path / "worse")):
+        out = tmp_path / f"run{len(weights)}"
+        settings = TrainSettings(
+            data=str(folder), output=str(out), size=32, batch=4, steps=2, workers=0, warmup=1, validate_every=0,
+            prediction_type="v_prediction", tracker="none", init=str(tmp_path / "good"), teacher=str(tmp_path / "good"),
+            learns=learns, guide=guide, rate=1e-3, levels=1,
+        )  # fmt: skip
+        train(settings)
+        trained = PalettePipeline.from_pretrained(out / "pipeline")
+        weights.append(torch.cat([p.flatten() for p in trained.unet.parameters()]))
+        kept = learns == "predictions"
+        assert trained.config.default_steps == 4 and trained.config.few_steps == (None if kept else 4)
+        assert trained.scheduler.config.source_eta == (0.5 if kept else None), "its own sampling"
+    assert not torch.equal(*weights)
+    card = (tmp_path / "run1" / "pipeline" / "README.md").read_text()
+    assert "- guidance: 3 of the teacher from `worse`, at log-SNR -9 to 4\n" in card
+    assert ("- teacher: `good`, its prediction at each noise level\n" in card) is (learns == "predictions")
+    assert (tmp_path / "run1" / "pipeline" / "LICENSE").read_text() == "of the guide"
 
 
 def test_on_policy_settings():
