@@ -339,7 +339,7 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
         chroma_contrast: a further factor, while log-SNR is at most 1, on what chroma differs from its mean over the
             picture: above 1, parts of a picture differ more in colour, and all of it has no more of one tint. It is
             that of 4 steps at these levels; of n steps, each has it to the power of (4 / n)^0.3. Photographs above the
-            network's size get 0.65 of what is above 1.
+            network's size get 0.85 of what is above 1.
         timestep_spacing, thresholding, dynamic_thresholding_ratio, sample_max_value: not used here, but by a
             solver built from this configuration: steps from the noisiest level on, and y0 clamped to [-1, 1].
 
