@@ -73,7 +73,8 @@ def guided(predict: Predict, guide: Predict, guidance: float, between: tuple[flo
     low, high = between
 
     def lead(sample: torch.Tensor, gamma: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        output, gamma = predict(sample, gamma, condition), gamma.expand(len(sample))
+        output = predict(sample, gamma, condition)
+        gamma = gamma.to(output.device).expand(len(sample))
         logsnr = torch.logit(gamma.double())
         rows = torch.nonzero((logsnr >= low) & (logsnr <= high)).flatten()
         if len(rows):
@@ -174,7 +175,7 @@ class Teacher:
         with torch.no_grad():
             output = self.predict(noisy, gamma, fill_holes(batch["condition"]))
         clean = predicted_original(output, noisy, gamma, kind)
-        return batch | {"clean": clean, "noise": (noisy - level.sqrt() * clean) / (1 - level).sqrt()}
+        return batch | {"clean": clean, "noise": (noisy - level.sqrt() * clean) / (1 - level).clamp_min(1e-12).sqrt()}
 
     def _pair(
         self, batch: dict[str, torch.Tensor], rows: torch.Tensor, task: Any, alone: bool
