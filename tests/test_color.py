@@ -135,7 +135,7 @@ def test_photographs_above_the_networks_size_get_less_of_the_contrast(pipe, seed
     plain, small, large = first(1), first(1.5), first(1.5, shrunk=[True])
     power = (5 / 4) ** -0.3  # of five steps up to log-SNR 1
     assert small / plain == pytest.approx(1.5**power, rel=0.02)
-    assert large / plain == pytest.approx((1 + 0.65 * 0.5) ** power, rel=0.02)
+    assert large / plain == pytest.approx((1 + 0.85 * 0.5) ** power, rel=0.02)
 
 
 def test_chroma_contrast_acts_on_guided_colours_alone(pipe):
