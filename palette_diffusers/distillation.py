@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from .pipeline import FAR, PalettePipeline
-from .scheduler import PaletteScheduler, diffuse, predicted_original
+from .scheduler import PaletteScheduler, diffuse, output_for, predicted_original
 from .sizes import Predict
 from .tasks import Given, fill_holes, get_task
 
@@ -171,11 +171,11 @@ class Teacher:
         """The same batch, but `clean` and `noise` are what the teacher sees in the noisy image that they make: what is
         asked of a network then is the teacher's prediction."""
         gamma, kind = batch["gamma"], self.pipe.scheduler.config.prediction_type
-        noisy, level = diffuse(batch["clean"], batch["noise"], gamma), gamma.view(-1, 1, 1, 1)
+        noisy = diffuse(batch["clean"], batch["noise"], gamma)
         with torch.no_grad():
             output = self.predict(noisy, gamma, fill_holes(batch["condition"]))
         clean = predicted_original(output, noisy, gamma, kind)
-        return batch | {"clean": clean, "noise": (noisy - level.sqrt() * clean) / (1 - level).clamp_min(1e-12).sqrt()}
+        return batch | {"clean": clean, "noise": output_for(clean, noisy, gamma, "epsilon")}
 
     def _pair(
         self, batch: dict[str, torch.Tensor], rows: torch.Tensor, task: Any, alone: bool
@@ -197,7 +197,7 @@ class Teacher:
             self.pipe.scheduler = scheduler
         assert start.sample is not None
         gamma = start.gamma.to(picture.device)
-        noise = (start.sample - gamma.sqrt() * picture) / (1 - gamma).sqrt()
+        noise = output_for(picture, start.sample, gamma, "epsilon")
         return picture, noise, gamma.expand(len(rows))
 
     def _with_own_steps(self, task: Any) -> tuple[Start, Any, Any]:

@@ -257,13 +257,18 @@ def _named(path: str) -> str:
     return f"`{path if _of_hub(path) else folder.parent.name if run else folder.name}`"
 
 
+def _origins(settings: TrainSettings) -> list[str]:
+    """The pipelines that a run starts from and learns from, each once."""
+    return [name for name in dict.fromkeys((settings.init, settings.teacher, settings.guide)) if name]
+
+
 def licences(settings: TrainSettings) -> str:
     """The LICENSE of what a run starts from and learns from, which goes on to what it makes; empty where there is
     none."""
     from .pipeline import SHIPPED
 
     texts = []
-    for name in filter(None, (settings.init, settings.teacher, settings.guide)):
+    for name in _origins(settings):
         if _of_hub(name):
             path = _licence_of_hub(name)
         else:
@@ -297,9 +302,7 @@ def write_card(path: Path, settings: TrainSettings, step: int, parameters: int, 
     data = ModelCardData(
         library_name="diffusers", pipeline_tag="image-to-image", tags=["palette", *settings.task_list],
         datasets=[path for path, _ in [*given, *others] if _of_hub(path)] or None,
-        base_model=[
-            name for name in dict.fromkeys((settings.init, settings.teacher, settings.guide)) if _of_hub(name)
-        ] or None,
+        base_model=[name for name in _origins(settings) if _of_hub(name)] or None,
         **(licence if licensed else {}),
     )  # fmt: skip
     kind = "Low-rank adapters, merged" if settings.lora_rank else "All weights"
@@ -313,14 +316,14 @@ def write_card(path: Path, settings: TrainSettings, step: int, parameters: int, 
         "optimiser": f"{settings.optimizer}, rate {settings.rate:g}, {settings.schedule}; EMA {settings.ema:g}",
         "precision": settings.precision or "as Accelerate was configured",
     }
-    if settings.teacher and settings.learns == "predictions":
-        facts["teacher"] = f"{_named(settings.teacher)}, its prediction at each noise level"
-    elif settings.teacher:
+    if settings.distils:
         levels = f"{settings.levels} noise levels of each of its pictures"
         facts["teacher"] = f"{_named(settings.teacher)}, {settings.teacher_steps or 'its default'} steps"
         facts["distilled"] = f"for {settings.student_steps} steps, " + (
             "from where the student's own steps lead" if settings.on_policy else levels
         )
+    elif settings.teacher:
+        facts["teacher"] = f"{_named(settings.teacher)}, its prediction at each noise level"
     if settings.guide:
         between = f"at log-SNR {settings.guided_from:g} to {settings.guided_to:g}"
         facts["guidance"] = f"{settings.guidance:g} of the teacher from {_named(settings.guide)}, {between}"

@@ -198,6 +198,11 @@ class TrainSettings:
         if self.lora_init and not self.lora_rank:
             raise ValueError(f"lora_init is {self.lora_init!r}, but there are no adapters: give lora_rank too")
 
+    @property
+    def distils(self) -> bool:
+        """Whether a student of few steps is trained; a network that learns predictions keeps its steps."""
+        return bool(self.teacher) and self.learns == "pictures"
+
     def _check_guide(self) -> None:
         if self.guide and not self.teacher:
             raise ValueError(f"guide is {self.guide!r}, but there is no teacher that it could lead")

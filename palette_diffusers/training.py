@@ -187,7 +187,7 @@ def _new_network(settings: TrainSettings) -> PaletteUNet2DModel:
 def _network(settings: TrainSettings) -> tuple[PaletteUNet2DModel, PaletteScheduler, int, int | None]:
     """The network, the scheduler and the steps that are published: new ones, or those of `init`."""
     if not settings.init:
-        few = settings.student_steps if settings.teacher and settings.learns == "pictures" else None
+        few = settings.student_steps if settings.distils else None
         return _new_network(settings), make_scheduler(settings), few or (1 if settings.regression else 20), few
     pipe = _pipeline(settings.init, settings.size)
     kind = pipe.scheduler.config.prediction_type
@@ -195,7 +195,7 @@ def _network(settings: TrainSettings) -> tuple[PaletteUNet2DModel, PaletteSchedu
         raise ValueError(f"{settings.init} predicts {kind}, the settings say {settings.prediction_type}")
     if settings.regression:
         return pipe.unet.float(), make_scheduler(settings), 1, None
-    if settings.teacher and settings.learns == "pictures":
+    if settings.distils:
         return pipe.unet.float(), pipe.scheduler, settings.student_steps, settings.student_steps
     return pipe.unet.float(), pipe.scheduler, pipe.config.default_steps, pipe.config.few_steps
 
@@ -207,8 +207,7 @@ def _teacher(settings: TrainSettings, device: torch.device, precision: str, unet
     from .distillation import Teacher, guided
 
     pipe = _pipeline(settings.teacher, settings.size).to(device)
-    if settings.on_policy or settings.adversarial or settings.learns == "predictions":
-        _check_alike(pipe, unet, settings)
+    _check_alike(pipe, unet, settings)
     dtype = DTYPES.get(precision, torch.float32)
     student: Any = partial(_own, unet, device.type, dtype) if settings.on_policy else None
     if student and settings.cuda_graph:
@@ -216,9 +215,7 @@ def _teacher(settings: TrainSettings, device: torch.device, precision: str, unet
     predict = _predictor(pipe, settings, dtype)
     if settings.guide:
         guide = _pipeline(settings.guide, settings.size).to(device)
-        _check_alike(
-            guide, pipe.unet, replace(settings, prediction_type=pipe.scheduler.config.prediction_type), "guide"
-        )
+        _check_same(guide, settings.guide, pipe.unet, pipe.scheduler.config.prediction_type, "guide")
         between = settings.guided_from, settings.guided_to
         predict = guided(predict, _predictor(guide, settings, dtype), settings.guidance, between)
     steps = settings.student_steps
@@ -234,21 +231,29 @@ def _predictor(pipe: Any, settings: TrainSettings, dtype: torch.dtype) -> Any:
     return ReplayedForward(pipe._predict)
 
 
-def _check_alike(pipe: Any, unet: PaletteUNet2DModel, settings: TrainSettings, role: str = "teacher") -> None:
-    """A teacher and its student, or a guide and a teacher: one sampling has both networks, or what one says is shown
-    to the other.
+def _check_alike(teacher: Any, unet: PaletteUNet2DModel, settings: TrainSettings) -> None:
+    """Where one sampling has both networks, or what one says is shown to the other.
 
     Raises:
         ValueError: they predict, or are given, different things.
     """
-    for name, theirs, own in (
-        ("prediction_type", pipe.scheduler.config.prediction_type, settings.prediction_type),
+    for need, wanted in (
+        ("on_policy", settings.on_policy),
+        ("learns", settings.learns == "predictions"),
+        ("adversarial", settings.adversarial),
+    ):
+        if wanted:
+            _check_same(teacher, settings.teacher, unet, settings.prediction_type, need)
+
+
+def _check_same(pipe: Any, name: str, unet: PaletteUNet2DModel, kind: str, need: str) -> None:
+    """That the pipeline of this name predicts and is given what `unet` does, which predicts `kind`; `need` asks it."""
+    for what, theirs, own in (
+        ("prediction_type", pipe.scheduler.config.prediction_type, kind),
         ("hole_skip", bool(pipe.unet.config.hole_skip), bool(unet.config.hole_skip)),
     ):
         if theirs != own:
-            wanted = ["on_policy"] * settings.on_policy + ["learns"] * (settings.learns == "predictions")
-            need = "guide" if role == "guide" else [*wanted, "adversarial"][0]
-            raise ValueError(f"{name} is {own!r}, {getattr(settings, role)}'s {theirs!r}: {need} needs the same")
+            raise ValueError(f"{what} is {own!r}, {name}'s {theirs!r}: {need} needs the same")
 
 
 @torch.no_grad()
@@ -682,7 +687,7 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> tuple[Path,
     raw, main, precision = unet, accelerator.is_main_process, precision_of(accelerator)
     configuration = {name: v for name, v in unet.config.items() if not name.startswith("_")}  # of `init`, where given
     teacher = _teacher(settings, accelerator.device, precision, raw)
-    if teacher is not None and settings.learns == "pictures":  # the noise that the student learns from, and its steps
+    if settings.distils:  # the noise that the student learns from, and its steps
         names, own = (LEARNT, STRAIGHT) if settings.on_policy else (LEARNT[:1], {})
         learnt = {name: teacher.pipe.scheduler.config[name] for name in names}
         # few steps have no room for new noise
@@ -830,10 +835,10 @@ def _run(settings: TrainSettings, accelerator: Any, folder: Path) -> tuple[Path,
                     if teacher:
                         photographs = batch["clean"]
                         with autocast(accelerator):
-                            if settings.learns == "predictions":
-                                batch = teacher.predictions(batch)
-                            else:
+                            if settings.distils:
                                 batch = teacher.pairs(batch, alone=step % settings.teacher_every > 0)
+                            else:
+                                batch = teacher.predictions(batch)
                         if critic is not None:
                             batch = critic.draw(batch, photographs.repeat_interleave(settings.levels, 0))
                     numbers = dict(zip(("losses", "told"), work(batch), strict=False))

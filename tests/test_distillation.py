@@ -19,7 +19,7 @@ from palette_diffusers.replay import ReplayedForward
 from palette_diffusers.scheduler import diffuse, predicted_original, training_target
 from palette_diffusers.sources import load_images
 from palette_diffusers.tasks import Given, fill_holes, get_task
-from palette_diffusers.training import TrainSettings, _check_alike, _own, preset, train, training_loss
+from palette_diffusers.training import TrainSettings, _check_alike, _check_same, _own, preset, train, training_loss
 
 DISTILL = Path(__file__).parents[1] / "train" / "distill_palette.py"
 TASKS = ["colorization", "inpainting", "uncropping", "jpeg_restoration"]
@@ -289,14 +289,13 @@ def test_what_a_guide_and_predictions_need(tmp_path):
         replace(preset("distill-64"), learns="predictions")
     with pytest.raises(ValueError, match="adversarial is 0.1, but learns is 'predictions'"):
         replace(preset("finetune-64"), learns="predictions", teacher="starter", adversarial=0.1)
-    settings = replace(preset("distill-64"), guide=str(tmp_path))
     other = PalettePipeline(toy_unet(), PaletteScheduler(prediction_type="epsilon"))
     with pytest.raises(ValueError, match="prediction_type is 'v_prediction', .*'s 'epsilon': guide needs the same"):
-        _check_alike(other, toy_unet(), settings, "guide")
+        _check_same(other, str(tmp_path), toy_unet(), "v_prediction", "guide")
 
 
 @pytest.mark.parametrize("learns", ["pictures", "predictions"])
-def test_a_network_learns_of_a_teacher_that_is_led(folder, tmp_path, learns, monkeypatch):
+def test_a_network_learns_of_a_teacher_that_is_led(folder, tmp_path, learns):
     """What is trained is the guided prediction or picture: without the guide, other weights."""
     pipe = toy_teacher()
     pipe.scheduler.register_to_config(source_eta=0.5)
