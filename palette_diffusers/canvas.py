@@ -5,6 +5,7 @@ Tensors are (B, 3, H, W), RGB, [-1, 1]; alpha (1, 1, H, W) in [0, 1].
 
 import io
 import itertools
+import logging
 import math
 import os
 import re
@@ -21,7 +22,7 @@ from urllib.parse import urlparse
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngInfo
 
@@ -312,6 +313,9 @@ def _from_tensor(tensor: torch.Tensor) -> Picture:
         raise ValueError(f"tensor is {tuple(tensor.shape)}, expected (3, H, W), (1, H, W) or a batch of them")
     tensor = tensor.detach().float().cpu()
     _check_range(tensor, -1.0, "tensor")
+    if tensor.min() >= 0 and tensor.max() > 0.5:
+        message = "tensor has values from %.3g to %.3g, a pale picture in [-1, 1]; is it in [0, 1]? pass 2 * tensor - 1"
+        logging.getLogger(__name__).warning(message, tensor.min().item(), tensor.max().item())
     return Picture(tensor.expand(-1, 3, -1, -1).contiguous())
 
 
@@ -529,7 +533,21 @@ def to_pil(image: torch.Tensor, picture: Picture | None = None) -> Image.Image:
             pixels = np.concatenate([pixels, alpha[..., None]], axis=-1)
         out = Image.fromarray(pixels)
     out.info.update(info)
+    if "exif" in info:
+        out.info["exif"] = _of_size(info["exif"], out.size)
     return with_profile(out)
+
+
+def _of_size(content: bytes, size: tuple[int, int]) -> bytes:
+    """Metadata whose width and height, if it tells them, are these."""
+    exif = Image.Exif()
+    exif.load(content)
+    camera = exif.get_ifd(ExifTags.IFD.Exif)
+    told = dict(zip((ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight), size, strict=True))
+    if all(camera.get(tag, value) == value for tag, value in told.items()):
+        return content
+    camera.update({tag: value for tag, value in told.items() if tag in camera})
+    return exif.tobytes()
 
 
 def with_profile(image: Image.Image) -> Image.Image:

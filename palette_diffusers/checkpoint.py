@@ -18,8 +18,9 @@ def is_local(name: str) -> bool:
     return os.path.isabs(name) or name.startswith(".") or os.path.exists(name)
 
 
-def check_folder(folder: Path, variant: str | None) -> None:
-    """A folder as `save_pretrained` writes it, with weights of this variant.
+def check_folder(folder: Path, variant: str | None) -> str | None:
+    """A folder as `save_pretrained` writes it => the variant of its weights to load: this one, or, where none is asked
+    for, "fp16" if it has no other.
 
     Raises:
         FileNotFoundError: no index. ValueError: no weights of this variant; those that are there are listed.
@@ -29,7 +30,11 @@ def check_folder(folder: Path, variant: str | None) -> None:
         hint = f"; did you mean {inside}?" if (inside / "model_index.json").is_file() else ""
         raise FileNotFoundError(f"{folder} is no folder with a model_index.json, as save_pretrained writes it{hint}")
     files = [path.relative_to(folder).as_posix() for path in folder.glob("unet/*")]
-    check_variant(str(folder), variants(files, ("safetensors", "bin")), variant)
+    known = variants(files, ("safetensors", "bin"))
+    if variant is None and known == {"fp16"}:
+        return "fp16"
+    check_variant(str(folder), known, variant)
+    return variant
 
 
 def variants(files: list[str], kinds: tuple[str, ...] = ("safetensors",)) -> set[str]:

@@ -27,7 +27,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from . import __version__, canvas
 from .bundle import COMPONENTS, FILES, bundle
-from .checkpoint import even_modes, is_local, variants
+from .checkpoint import even_modes, is_local
 from .evaluation.store import weights_content
 from .files import new_folder, occupied
 from .pipeline import SHIPPED, STARTER, PalettePipeline
@@ -113,7 +113,7 @@ def publish(
         raise ValueError(f"{dry_run} is not empty: name a new folder")
     with tempfile.TemporaryDirectory() if dry_run is None else new_folder(Path(dry_run)) as place:
         tree = Path(place)
-        pipe = PalettePipeline.from_pretrained(folder, **_precision(folder))
+        pipe = PalettePipeline.from_pretrained(folder)
         pipe.set_progress_bar_config(disable=True)
         write_weights(pipe, tree, max_shard_size)
         write_code(tree)
@@ -152,12 +152,6 @@ def find_pipeline(source: str | os.PathLike) -> tuple[Path, Path | None]:
     if (folder / "pipeline" / "model_index.json").is_file():
         return folder / "pipeline", folder
     raise FileNotFoundError(f"{folder} holds no pipeline, neither model_index.json nor pipeline/model_index.json")
-
-
-def _precision(folder: Path) -> dict[str, Any]:
-    """The arguments that load a folder in float32, from its half precision where it has no other."""
-    known = variants([path.relative_to(folder).as_posix() for path in folder.glob("unet/*")])
-    return {"dtype": torch.float32} | ({"variant": "fp16"} if known == {"fp16"} else {})
 
 
 # the files

@@ -52,6 +52,7 @@ from .unet import PaletteUNet2DModel
 STARTER = Path(__file__).resolve().with_name("starter")
 STUDENT = STARTER.with_name("starter-few-steps")
 SHIPPED = {path.name: path for path in (STARTER, STUDENT)}  # a Hub id has a slash
+MAX_FRACTION = 10  # of a side that a border may have: 64.0 is meant to be pixels
 ACCESS = ("token", "cache_dir", "local_files_only", "variant")  # of a checkpoint, which hold for its student, too
 BATCH = 16  # samples of a batch, at most
 AT_ONCE = 8_000_000  # pixels of variations that are made together
@@ -129,7 +130,8 @@ class PalettePipeline(DiffusionPipeline):
         cls, pretrained_model_name_or_path: str | os.PathLike | None = None, **kwargs: Any
     ) -> "PalettePipeline":
         """As diffusers' own; without a name, the starter checkpoint that ships with the package (no network). The
-        names "starter" and "starter-few-steps", its student for 1 to 4 steps, mean the shipped ones.
+        names "starter" and "starter-few-steps", its student for 1 to 4 steps, mean the shipped ones. A folder that has
+        the variant "fp16" only is loaded from it, in float32 unless `dtype` says otherwise.
 
         A repository's own code is never run here: its weights and configuration are read by this package.
 
@@ -158,7 +160,10 @@ class PalettePipeline(DiffusionPipeline):
                 merge_adapters(unet, STUDENT / "lora" / "pytorch_lora_weights.safetensors")
                 kwargs["unet"] = torch.nn.Module.to(unet, kwargs["dtype"])
         if is_local(name) and "unet" not in kwargs:
-            check_folder(Path(name), kwargs.get("variant"))
+            asked = kwargs.get("variant")
+            kwargs["variant"] = check_folder(Path(name), asked)
+            if kwargs["variant"] != asked:
+                kwargs.setdefault("dtype", torch.float32)
         pipe = super().from_pretrained(name, **kwargs)
         pipe._loaded_with = {key: kwargs[key] for key in ACCESS if kwargs.get(key)}
         pipe._licence = None if given else licence(name, kwargs.get("revision"), kwargs.get("cache_dir"))
@@ -193,19 +198,22 @@ class PalettePipeline(DiffusionPipeline):
         """
         check(name)
         if name == FAST and (few := self.load_student()):
-            self._before_student = self.unet, self.components["scheduler"], self.config.student, few.unet
+            before = self.unet, self.components["scheduler"], self.config.student, self._licence
+            self._before_student = *before, few.unet
+            self._licence = few._licence
             self.register_modules(**few.components)
             steps, most = few.config.default_steps, few.config.few_steps
             self.register_to_config(default_steps=steps, student=None, few_steps=most)
             return self
         if name != FAST and self._before_student:
-            unet, scheduler, student, few_unet = self._before_student
+            unet, scheduler, student, terms, few_unet = self._before_student
             self._before_student = None
             if self._is_still(few_unet):
                 # torch's own, since diffusers' warns of modules to be kept in float32, where there are none
                 unet = torch.nn.Module.to(unet, self.unet.device, self.unet.dtype)
                 self.register_modules(unet=unet, scheduler=scheduler)
                 self.register_to_config(student=student, few_steps=None)
+                self._licence = terms
         if self.config.few_steps is None:
             self.scheduler, steps = solver_for(name, self.components["scheduler"].config)
             self.register_to_config(default_steps=steps)
@@ -1004,7 +1012,7 @@ def _border(
     """Pixels by which each side of a picture of (height, width) is extended.
 
     Raises:
-        ValueError: none at all, a negative number, or too large a picture.
+        ValueError: none at all, a negative number, a fraction above `MAX_FRACTION`, or too large a picture.
     """
     height, width = size
     pixels = {}
@@ -1013,6 +1021,9 @@ def _border(
     ):  # fmt: skip
         if not np.isfinite(float(value) * side) or value < 0:
             raise ValueError(f"{name} is {value}, expected pixels (int) or a fraction of the side (float), at least 0")
+        if not isinstance(value, numbers.Integral) and value > MAX_FRACTION:
+            message = f"{name} is {value:g}, a fraction of the side: {value:.0%} of it; pixels are whole numbers"
+            raise ValueError(f"{message}, and fractions at most {MAX_FRACTION}")
         pixels[name] = int(value) if isinstance(value, numbers.Integral) else round(float(value) * side)
     if not any(pixels.values()):
         raise ValueError("left, right, top and bottom are all zero, expected at least one side to extend")

@@ -818,3 +818,33 @@ def test_photographs_have_no_line_along_their_edges():
 
     for picture in (data.astronaut(), data.chelsea(), data.coffee(), data.rocket(), data.camera(), data.brick()):
         assert not any(canvas.line_at(canvas.read(picture).image, s) for s in ("top", "bottom", "left", "right"))
+
+
+def test_metadata_tells_the_size_of_what_was_made(tmp_path, photo):
+    """An uncropped or a turned picture's, not the original's; metadata that tells no size gets none."""
+    from PIL import ExifTags
+
+    exif = Image.Exif()
+    exif[ExifTags.Base.Artist], exif[ExifTags.Base.Orientation] = "me", 6
+    camera = exif.get_ifd(ExifTags.IFD.Exif)
+    width, height = ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight
+    camera |= {width: photo.shape[1], height: photo.shape[0], ExifTags.Base.ISOSpeedRatings: 200}
+    turned = canvas.read(png(tmp_path, Image.fromarray(photo), "a.jpg", exif=exif))
+    for picture in (turned.image, torch.nn.functional.pad(turned.image, (3, 4, 5, 6))):
+        canvas.save(canvas.to_pil(picture, turned), tmp_path / "out.jpg")
+        written = Image.open(tmp_path / "out.jpg")
+        found = written.getexif().get_ifd(ExifTags.IFD.Exif)
+        assert (found[width], found[height]) == written.size == tuple(picture.shape[:-3:-1])
+        assert found[ExifTags.Base.ISOSpeedRatings] == 200 and written.getexif()[ExifTags.Base.Artist] == "me"
+    del camera[width], camera[height]
+    silent = canvas.read(png(tmp_path, Image.fromarray(photo), "b.jpg", exif=exif))
+    assert canvas.to_pil(silent.image[..., 1:], silent).info["exif"] == silent.info["exif"]
+
+
+def test_a_pale_tensor_is_told(photo, caplog):
+    unit = torch.from_numpy(photo).permute(2, 0, 1) / 255
+    canvas.read(unit * 2 - 1)
+    canvas.read(torch.zeros(3, 8, 8))
+    assert not caplog.records
+    assert canvas.read(unit).size == photo.shape[:2]
+    assert "is it in [0, 1]? pass 2 * tensor - 1" in caplog.text

@@ -25,6 +25,15 @@ def test_a_speed_survives_saving(name, pipe, photo, tmp_path, seeded):
     assert len(taken) == steps
 
 
+def test_what_is_saved_has_the_terms_of_its_weights(taught, tmp_path):
+    for name in ("few", "whole"):
+        (tmp_path / name / "LICENSE").write_text(f"The terms of {name}.\n")
+    pipe = PalettePipeline.from_pretrained(tmp_path / "whole")
+    for speed, terms in (("fast", "few"), ("fast", "few"), ("balanced", "whole")):
+        pipe.speed(speed).save_pretrained(tmp_path / f"saved-{terms}")
+        assert (tmp_path / f"saved-{terms}" / "LICENSE").read_text() == f"The terms of {terms}.\n"
+
+
 def test_an_unknown_speed_is_refused(pipe):
     with pytest.raises(ValueError, match="speed is 'warp', expected fast, balanced, best"):
         pipe.speed("warp")
@@ -373,3 +382,19 @@ def test_a_solver_is_built_with_changes_that_only_we_know():
     scheduler = PaletteScheduler(sampling_spacing="logsnr")
     scheduler.register_to_config(chroma_guidance=1.2)  # of what the library still counts among the defaults
     assert build(diffusers.UniPCMultistepScheduler, scheduler.config).config["chroma_guidance"] == 1.2
+
+
+def test_a_folder_of_half_precision_alone_is_loaded_from_it(taught, tmp_path):
+    half = tmp_path / "half"
+    taught.save_pretrained(half, variant="fp16")
+    pipe = PalettePipeline.from_pretrained(half)
+    rounded = PalettePipeline.from_pretrained(half, variant="fp16", dtype=torch.float32)
+    assert pipe.unet.dtype == torch.float32
+    for name, value in rounded.unet.state_dict().items():
+        assert torch.equal(pipe.unet.state_dict()[name], value), name
+    assert PalettePipeline.from_pretrained(half, dtype=torch.bfloat16).unet.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="`variant=bf16`, but .*half has variant='fp16'"):
+        PalettePipeline.from_pretrained(half, variant="bf16")
+    taught.save_pretrained(half)  # with the plain one beside it, that is taken
+    plain = PalettePipeline.from_pretrained(half).unet.state_dict()
+    assert all(torch.equal(plain[name], value) for name, value in taught.unet.state_dict().items())
