@@ -411,10 +411,13 @@ class PalettePipeline(DiffusionPipeline):
         settings = self.scheduler.config
         evened = settings.get("chroma_guidance") if task is not None and task.strategy == "chroma" else 0
         exploding, sigma = variance_exploding(self.scheduler), self.scheduler.init_noise_sigma
+        own = (settings.get("task_noise") or {}).get(task.name) if task is not None else None
+        if own is not None:
+            sigma = own * sigma if exploding else own
         if estimate is None:
             border = settings.get("border_noise") if any(shrunk) and task and task.name == "uncropping" else None
             if border is not None:
-                sigma = border * sigma if exploding else border
+                sigma = border * self.scheduler.init_noise_sigma if exploding else border
             sample = self._calm(sample, task) * sigma
         else:
             gamma = noise_level(self.scheduler, timesteps[first])

@@ -26,7 +26,7 @@ SPACINGS = ("paper", "logsnr")
 OWN_SETTINGS = {
     "sampling_timesteps", "sampling_beta_start", "sampling_beta_end", "sampling_spacing", "sampling_variance",
     "sampling_order",
-    "logsnr_min", "logsnr_max", "initial_noise", "restart_noise", "border_noise", "source_eta",
+    "logsnr_min", "logsnr_max", "initial_noise", "task_noise", "restart_noise", "border_noise", "source_eta",
     "chroma_guidance", "chroma_contrast", "slow_noise",
 }  # fmt: skip
 VARIANCES = ("fixed_large", "fixed_small", "zero")
@@ -36,6 +36,10 @@ TRAINING_SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "trained_b
 def is_number(value: Any, least: float = -math.inf, most: float = math.inf) -> bool:
     """Whether it is a finite number in this range."""
     return isinstance(value, numbers.Real) and math.isfinite(value) and least <= float(value) <= most
+
+
+def _by_name(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(k, str) and is_number(v, 0) for k, v in value.items())
 
 
 NUMERIC_SETTINGS: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
@@ -55,6 +59,7 @@ NUMERIC_SETTINGS: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...]
     (("clip_sample_range",), "a number above 0", lambda x: is_number(x) and x > 0),
     (("initial_noise",), "a number of at least 0", lambda x: is_number(x, 0)),
     (("restart_noise", "border_noise"), "a number of at least 0, or None", lambda x: x is None or is_number(x, 0)),
+    (("task_noise",), "numbers of at least 0 by tasks' names, or None", lambda x: x is None or _by_name(x)),
     (("slow_noise",), "0 (none) to 1 (all)", lambda x: is_number(x, 0, 1)),
     (("source_eta",), "0 (no new noise) to 1 (ancestral)", lambda x: x is None or is_number(x, 0, 1)),
     (("chroma_guidance",), "0 (none) or above", lambda x: is_number(x, 0)),
@@ -325,6 +330,8 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
             follow, though they know nothing of the picture: of chroma up to one cycle a side in tasks that are given
             the luma, of all up to two elsewhere, but not in tiles. Below 1, samples are rather what the network takes
             for likely.
+        task_noise: another `initial_noise` for tasks that are named here, as in {"colorization": 1.0}; the pipeline
+            takes it for other solvers, too.
         restart_noise: as `initial_noise`, where sampling starts from a coarser picture, or from a source above the
             network's own size, so that it brings no grain of its own; None is `initial_noise`.
         border_noise: as `initial_noise`, where a new border (uncropping) is made for a photograph above the network's
@@ -378,6 +385,7 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
         logsnr_max: float = 9.0,
         initial_noise: float = 1.0,
         slow_noise: float = 1.0,
+        task_noise: dict[str, float] | None = None,
         restart_noise: float | None = None,
         border_noise: float | None = None,
         source_eta: float | None = None,

@@ -300,6 +300,38 @@ def test_borders_of_larger_photographs_may_start_calmer(pipe, photo, seeded, sol
         assert seen[0].std().item() == pytest.approx(expected, rel=0.1), (side, options)
 
 
+@pytest.mark.parametrize("solver", [None, "UniPCMultistepScheduler", "EulerDiscreteScheduler"])
+def test_a_task_may_start_with_noise_of_its_own(pipe, photo, seeded, solver, tmp_path):
+    """It survives saving, holds for other solvers, and gives way where a larger photograph has a `border_noise`."""
+    noise = {"colorization": 0.5, "uncropping": 0.25, "jpeg_restoration": 0.6}
+    own = PaletteScheduler(sampling_spacing="logsnr", task_noise=noise, border_noise=0.75)
+    pipe.scheduler = own if solver is None else getattr(diffusers, solver).from_config(own.config)
+    pipe.save_pretrained(tmp_path)
+    pipe = PalettePipeline.from_pretrained(tmp_path)
+    right, hole = {"right": 8}, {"mask_image": "8,8,24,24"}
+    for task, side, options, expected in (
+        ("colorization", 32, {}, 0.5), ("inpainting", 32, hole, 1.0), ("uncropping", 32, right, 0.25),
+        ("uncropping", 64, right, 0.75), ("colorization", 64, {}, 0.5),
+    ):  # fmt: skip
+        seen = []
+        predict, pipe._predict = pipe._predict, lambda y, *rest: seen.append(y) or predict(y, *rest)  # noqa: B023
+        shown = photo[:side, : side - options.get("right", 0)]
+        pipe(shown, task=task, num_inference_steps=4, generator=seeded(1), **options)
+        pipe._predict = predict
+        assert seen[0].std().item() == pytest.approx(expected, rel=0.1), (task, side)
+
+
+def test_a_start_from_the_source_has_its_tasks_noise(pipe, photo, seeded):
+    starts, predict = [], pipe._predict
+    for own in ({}, {"task_noise": {"jpeg_restoration": 0.5}}, {"initial_noise": 0.5}):
+        seen = []
+        pipe.scheduler = PaletteScheduler(sampling_spacing="logsnr", **own)
+        pipe._predict = lambda y, *rest: seen.append(y) or predict(y, *rest)  # noqa: B023
+        pipe(photo[:32, :32], task="jpeg_restoration", num_inference_steps=10, generator=seeded(1))
+        starts.append(seen[0])
+    assert torch.equal(starts[1], starts[2]) and not torch.equal(starts[0], starts[1])
+
+
 def tasks_given(photo):
     image = torch.from_numpy(photo[:64, :64].copy()).permute(2, 0, 1)[None] / 127.5 - 1
     return Given(known=image, condition=image)
