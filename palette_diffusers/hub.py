@@ -113,7 +113,7 @@ def publish(
         raise ValueError(f"{dry_run} is not empty: name a new folder")
     with tempfile.TemporaryDirectory() if dry_run is None else new_folder(Path(dry_run)) as place:
         tree = Path(place)
-        pipe = PalettePipeline.from_pretrained(folder)
+        pipe = PalettePipeline.from_pretrained(folder, dtype=torch.float32)
         pipe.set_progress_bar_config(disable=True)
         write_weights(pipe, tree, max_shard_size)
         write_code(tree)
