@@ -144,21 +144,18 @@ class PalettePipeline(DiffusionPipeline):
         name = os.fspath(SHIPPED.get(name, name))
         if "torch_dtype" in kwargs:  # the library's older name for it
             kwargs["dtype"] = kwargs.pop("torch_dtype")
-        if Path(name).resolve() in SHIPPED.values():  # hold half precision only
-            kwargs.setdefault("variant", "fp16")
-            kwargs.setdefault("dtype", torch.float32)
         if "unet" in kwargs:  # another network than the one whose student is named
             kwargs.setdefault("student", None)
             kwargs.setdefault("few_steps", None)
         given = "unet" in kwargs
         if Path(name).resolve() == STUDENT:  # is the starter, with adapters; has no weights of its own
-            variant = kwargs.pop("variant")
+            variant = kwargs.pop("variant", "fp16")
             if "unet" not in kwargs:
                 unet = PaletteUNet2DModel.from_pretrained(
                     STARTER, subfolder="unet", variant=variant, dtype=torch.float32
                 )
                 merge_adapters(unet, STUDENT / "lora" / "pytorch_lora_weights.safetensors")
-                kwargs["unet"] = torch.nn.Module.to(unet, kwargs["dtype"])
+                kwargs["unet"] = torch.nn.Module.to(unet, kwargs.get("dtype", torch.float32))
         if is_local(name) and "unet" not in kwargs:
             asked = kwargs.get("variant")
             kwargs["variant"] = check_folder(Path(name), asked)
@@ -412,12 +409,12 @@ class PalettePipeline(DiffusionPipeline):
         evened = settings.get("chroma_guidance") if task is not None and task.strategy == "chroma" else 0
         exploding, sigma = variance_exploding(self.scheduler), self.scheduler.init_noise_sigma
         own = (settings.get("task_noise") or {}).get(task.name) if task is not None else None
+        border = settings.get("border_noise") if any(shrunk) and task and task.name == "uncropping" else None
+        if estimate is None and border is not None:
+            own = border
         if own is not None:
             sigma = own * sigma if exploding else own
         if estimate is None:
-            border = settings.get("border_noise") if any(shrunk) and task and task.name == "uncropping" else None
-            if border is not None:
-                sigma = border * self.scheduler.init_noise_sigma if exploding else border
             sample = self._calm(sample, task) * sigma
         else:
             gamma = noise_level(self.scheduler, timesteps[first])

@@ -285,6 +285,15 @@ def test_a_restart_may_be_calmer_than_the_start(pipe, photo, seeded):
         assert begin[0].std().item() == pytest.approx(config["initial_noise"], rel=0.05)
 
 
+def first_seen(pipe, image, seeded, steps=4, **options):
+    """The noisy image that the network is shown first."""
+    seen, predict = [], pipe._predict
+    pipe._predict = lambda y, *rest: seen.append(y) or predict(y, *rest)
+    pipe(image, num_inference_steps=steps, generator=seeded(1), **options)
+    pipe._predict = predict
+    return seen[0]
+
+
 @pytest.mark.parametrize("solver", [None, "UniPCMultistepScheduler", "EulerDiscreteScheduler"])
 def test_borders_of_larger_photographs_may_start_calmer(pipe, photo, seeded, solver):
     """`border_noise` is for the smallest level of a border alone: not for holes, not at the network's own size."""
@@ -293,11 +302,8 @@ def test_borders_of_larger_photographs_may_start_calmer(pipe, photo, seeded, sol
     right = {"task": "uncropping", "right": 16}
     hole = {"task": "inpainting", "mask_image": "8,8,24,24"}
     for side, options, expected in ((64, right, 0.5), (32, right, 1.0), (24, right, 1.0), (64, hole, 1.0)):
-        seen = []
-        predict, pipe._predict = pipe._predict, lambda y, *rest: seen.append(y) or predict(y, *rest)  # noqa: B023
-        pipe(photo[:side, : side - options.get("right", 0)], num_inference_steps=4, generator=seeded(1), **options)
-        pipe._predict = predict
-        assert seen[0].std().item() == pytest.approx(expected, rel=0.1), (side, options)
+        first = first_seen(pipe, photo[:side, : side - options.get("right", 0)], seeded, **options)
+        assert first.std().item() == pytest.approx(expected, rel=0.1), (side, options)
 
 
 @pytest.mark.parametrize("solver", [None, "UniPCMultistepScheduler", "EulerDiscreteScheduler"])
@@ -313,22 +319,15 @@ def test_a_task_may_start_with_noise_of_its_own(pipe, photo, seeded, solver, tmp
         ("colorization", 32, {}, 0.5), ("inpainting", 32, hole, 1.0), ("uncropping", 32, right, 0.25),
         ("uncropping", 64, right, 0.75), ("colorization", 64, {}, 0.5),
     ):  # fmt: skip
-        seen = []
-        predict, pipe._predict = pipe._predict, lambda y, *rest: seen.append(y) or predict(y, *rest)  # noqa: B023
-        shown = photo[:side, : side - options.get("right", 0)]
-        pipe(shown, task=task, num_inference_steps=4, generator=seeded(1), **options)
-        pipe._predict = predict
-        assert seen[0].std().item() == pytest.approx(expected, rel=0.1), (task, side)
+        first = first_seen(pipe, photo[:side, : side - options.get("right", 0)], seeded, task=task, **options)
+        assert first.std().item() == pytest.approx(expected, rel=0.1), (task, side)
 
 
 def test_a_start_from_the_source_has_its_tasks_noise(pipe, photo, seeded):
-    starts, predict = [], pipe._predict
+    starts = []
     for own in ({}, {"task_noise": {"jpeg_restoration": 0.5}}, {"initial_noise": 0.5}):
-        seen = []
         pipe.scheduler = PaletteScheduler(sampling_spacing="logsnr", **own)
-        pipe._predict = lambda y, *rest: seen.append(y) or predict(y, *rest)  # noqa: B023
-        pipe(photo[:32, :32], task="jpeg_restoration", num_inference_steps=10, generator=seeded(1))
-        starts.append(seen[0])
+        starts.append(first_seen(pipe, photo[:32, :32], seeded, 10, task="jpeg_restoration"))
     assert torch.equal(starts[1], starts[2]) and not torch.equal(starts[0], starts[1])
 
 
