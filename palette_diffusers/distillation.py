@@ -92,7 +92,9 @@ class Joined(PaletteScheduler):
     logsnrs: list[float]
     own: int
 
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+    def set_timesteps(
+        self, num_inference_steps: int, device: str | torch.device | None = None, task: str | None = None
+    ) -> None:
         super().set_timesteps(len(self.logsnrs), device)
         self._gammas[1:] = [1 / (1 + math.exp(-logsnr)) for logsnr in reversed(self.logsnrs)]
 
@@ -204,7 +206,7 @@ class Teacher:
         """The student's first steps, as many as are drawn, then the teacher's, as far apart as they are otherwise; and
         the task, without its start where these steps are too few for it, as in sampling."""
         config = self.pipe.scheduler.config
-        low, high = config.logsnr_min, config.logsnr_max
+        low, high = self.pipe.scheduler.lowest(task.name), config.logsnr_max
         number = int(torch.randint(2, self.student_steps + 1, ()))
         last = min(LOGSNR_LAST, high) + (high - min(LOGSNR_LAST, high)) * float(torch.rand(()))
         levels = [float(level) for level in np.linspace(low, last, number)]

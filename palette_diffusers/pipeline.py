@@ -376,7 +376,10 @@ class PalettePipeline(DiffusionPipeline):
         predict = predict or self._predict
         given = given.to(self._execution_device)
         estimate = None if estimate is None else estimate.to(self._execution_device)
-        self.scheduler.set_timesteps(int(steps), device=self._execution_device)
+        settings = self.scheduler.config
+        own_levels = "task" in inspect.signature(self.scheduler.set_timesteps).parameters
+        levels = {"task": task.name} if own_levels and task is not None else {}
+        self.scheduler.set_timesteps(int(steps), device=self._execution_device, **levels)
         condition = network_condition(given, bool(self.unet.config.hole_skip), estimate)
         if latents is None:
             latents = randn_tensor(
@@ -405,7 +408,6 @@ class PalettePipeline(DiffusionPipeline):
                 estimate = _source(given)
             else:  # too few steps for a start from the source are taken from noise
                 first = 0
-        settings = self.scheduler.config
         evened = settings.get("chroma_guidance") if task is not None and task.strategy == "chroma" else 0
         exploding, sigma = variance_exploding(self.scheduler), self.scheduler.init_noise_sigma
         own = (settings.get("task_noise") or {}).get(task.name) if task is not None else None

@@ -26,8 +26,8 @@ SPACINGS = ("paper", "logsnr")
 OWN_SETTINGS = {
     "sampling_timesteps", "sampling_beta_start", "sampling_beta_end", "sampling_spacing", "sampling_variance",
     "sampling_order",
-    "logsnr_min", "logsnr_max", "initial_noise", "task_noise", "restart_noise", "border_noise", "source_eta",
-    "chroma_guidance", "chroma_contrast", "slow_noise",
+    "logsnr_min", "logsnr_max", "task_logsnr_min", "initial_noise", "task_noise", "restart_noise", "border_noise",
+    "source_eta", "chroma_guidance", "chroma_contrast", "slow_noise",
 }  # fmt: skip
 VARIANCES = ("fixed_large", "fixed_small", "zero")
 TRAINING_SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "trained_betas")
@@ -38,8 +38,11 @@ def is_number(value: Any, least: float = -math.inf, most: float = math.inf) -> b
     return isinstance(value, numbers.Real) and math.isfinite(value) and least <= float(value) <= most
 
 
-def _by_name(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(k, str) and is_number(v, 0) for k, v in value.items())
+def _by_name(value: Any, least: float = -math.inf) -> bool:
+    """Whether it is None, or finite numbers in this range by names."""
+    if value is None:
+        return True
+    return isinstance(value, dict) and all(isinstance(k, str) and is_number(v, least) for k, v in value.items())
 
 
 NUMERIC_SETTINGS: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
@@ -59,7 +62,8 @@ NUMERIC_SETTINGS: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...]
     (("clip_sample_range",), "a number above 0", lambda x: is_number(x) and x > 0),
     (("initial_noise",), "a number of at least 0", lambda x: is_number(x, 0)),
     (("restart_noise", "border_noise"), "a number of at least 0, or None", lambda x: x is None or is_number(x, 0)),
-    (("task_noise",), "numbers of at least 0 by tasks' names, or None", lambda x: x is None or _by_name(x)),
+    (("task_noise",), "numbers of at least 0 by tasks' names, or None", lambda x: _by_name(x, 0)),
+    (("task_logsnr_min",), "finite numbers by tasks' names, or None", _by_name),
     (("slow_noise",), "0 (none) to 1 (all)", lambda x: is_number(x, 0, 1)),
     (("source_eta",), "0 (no new noise) to 1 (ancestral)", lambda x: x is None or is_number(x, 0, 1)),
     (("chroma_guidance",), "0 (none) or above", lambda x: is_number(x, 0)),
@@ -291,8 +295,12 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
     for low, high in (("beta_start", "beta_end"), ("sampling_beta_start", "sampling_beta_end")):
         if low in settings and high in settings and settings[low] > settings[high]:
             raise ValueError(f"{low} is {settings[low]}, expected at most {high}, {settings[high]}")
-    if settings.get("logsnr_min", -math.inf) >= settings.get("logsnr_max", math.inf):
-        raise ValueError(f"logsnr_min is {settings['logsnr_min']}, expected below logsnr_max, {settings['logsnr_max']}")
+    high, own = settings.get("logsnr_max", math.inf), settings.get("task_logsnr_min") or {}
+    if settings.get("logsnr_min", -math.inf) >= high:
+        raise ValueError(f"logsnr_min is {settings['logsnr_min']}, expected below logsnr_max, {high}")
+    for task, low in own.items():
+        if low >= high:
+            raise ValueError(f"task_logsnr_min is {low} for {task}, expected below logsnr_max, {high}")
     betas, steps = settings.get("trained_betas"), settings.get("num_train_timesteps")
     if betas is not None:
         if len(betas) != steps:
@@ -320,6 +328,8 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
         clip_sample: clamp the predicted y0 to [-clip_sample_range, clip_sample_range] at every step.
         sampling_spacing: "paper" follows the sampling schedule, in any number of steps; "logsnr" places the
             steps evenly in log-SNR between `logsnr_min` and `logsnr_max`, inside the trained range (few steps).
+        task_logsnr_min: another `logsnr_min` for tasks that are named here, as in {"inpainting": -12.0}; other solvers,
+            which have levels of their own, know no such.
         sampling_variance: "fixed_large", 1 - alpha_t, is the paper's; "fixed_small", the posterior variance,
             leaves no residual noise when steps are few; "zero" is deterministic (DDIM, Song et al. 2021).
         sampling_order: 2 takes the step before into account (DPM-Solver++ 2M, or SDE-DPM-Solver++ 2M where steps bring
@@ -383,6 +393,7 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
         sampling_order: int = 1,
         logsnr_min: float = -9.0,
         logsnr_max: float = 9.0,
+        task_logsnr_min: dict[str, float] | None = None,
         initial_noise: float = 1.0,
         slow_noise: float = 1.0,
         task_noise: dict[str, float] | None = None,
@@ -465,9 +476,17 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
 
     # sampling
 
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+    def lowest(self, task: str | None = None) -> float:
+        """The log-SNR that steps begin at ("logsnr" spacing): a task's own, or `logsnr_min`."""
+        own = self.config.task_logsnr_min or {}
+        return float(own.get(task, self.config.logsnr_min))
+
+    def set_timesteps(
+        self, num_inference_steps: int, device: str | torch.device | None = None, task: str | None = None
+    ) -> None:
         """Any number of steps >= 1. In "paper" spacing, 1000 steps are the paper's exactly; fewer or more
-        interpolate log gamma over the same schedule.
+        interpolate log gamma over the same schedule. `task` is the name of one that may have its own
+        (`task_logsnr_min`).
 
         >>> scheduler = PaletteScheduler(sampling_spacing="logsnr")
         >>> scheduler.set_timesteps(3)
@@ -484,7 +503,8 @@ class PaletteScheduler(SchedulerMixin, ConfigMixin):
             position = np.arange(steps + 1) * config.sampling_timesteps / steps
             gammas = np.exp(np.interp(position, np.arange(len(table)), np.log(table)))
         else:
-            logsnr = np.linspace(config.logsnr_max, config.logsnr_min, steps) if steps > 1 else [config.logsnr_min]
+            low = self.lowest(task)
+            logsnr = np.linspace(config.logsnr_max, low, steps) if steps > 1 else [low]
             gammas = np.concatenate([[1.0], 1 / (1 + np.exp(-np.asarray(logsnr)))])
         self._gammas, self._before = gammas, None
         self.num_inference_steps = steps

@@ -46,7 +46,9 @@ COUNTED = ("gamma", "task", "skipped", "gray", "taught")
 CRITIC_CLIP = 10.0  # largest norm of a critic's gradient, which is 1 or less as a rule
 DTYPES = {"": torch.float32, "no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # what a student learns from of its teacher's sampling, all but the first on policy, and its own steps there
-LEARNT = ("slow_noise", "initial_noise", "sampling_spacing", "logsnr_min", "logsnr_max", "task_noise")
+LEARNT = (
+    "slow_noise", "initial_noise", "task_noise", "sampling_spacing", "logsnr_min", "logsnr_max", "task_logsnr_min",
+)  # fmt: skip
 STRAIGHT = dict(sampling_variance="zero", sampling_order=1)
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]
 

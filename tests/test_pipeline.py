@@ -11,7 +11,7 @@ from PIL import Image
 from palette_diffusers import PalettePipeline, PaletteScheduler, Task, canvas, sizes
 from palette_diffusers.color import is_gray, luma
 from palette_diffusers.pipeline import STARTER, STUDENT
-from palette_diffusers.scheduler import output_for
+from palette_diffusers.scheduler import noise_level, output_for
 from palette_diffusers.speed import build
 from palette_diffusers.tasks import Given
 
@@ -321,6 +321,33 @@ def test_a_task_may_start_with_noise_of_its_own(pipe, photo, seeded, solver, tmp
     ):  # fmt: skip
         first = first_seen(pipe, photo[:side, : side - options.get("right", 0)], seeded, task=task, **options)
         assert first.std().item() == pytest.approx(expected, rel=0.1), (task, side)
+
+
+def test_a_task_may_begin_at_a_level_of_its_own(pipe, photo, tmp_path):
+    """It survives saving; a solver of the library, which has its own levels, keeps them."""
+    own = PaletteScheduler(sampling_spacing="logsnr", logsnr_max=6.0, task_logsnr_min={"inpainting": -12.0})
+
+    def levels(pipe, **options):
+        taken = []
+
+        def callback(pipe, step, timestep, tensors):
+            taken.append(float(torch.logit(noise_level(pipe.scheduler, timestep).double())))
+            return {}
+
+        pipe(photo[:32, :32], num_inference_steps=4, callback_on_step_end=callback, **options)
+        return taken
+
+    hole = {"task": "inpainting", "mask_image": "8,8,24,24"}
+    pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(own.config)
+    others = levels(pipe, **hole)
+    assert others == levels(pipe, task="uncropping", right=8)
+    pipe.scheduler = PaletteScheduler.from_config(pipe.scheduler.config)
+    pipe.save_pretrained(tmp_path)
+    pipe = PalettePipeline.from_pretrained(tmp_path)
+    assert levels(pipe, **hole) == pytest.approx([-12, -6, 0, 6], abs=1e-3)
+    assert levels(pipe, task="colorization") == pytest.approx([-9, -4, 1, 6], abs=1e-3)
+    pipe.scheduler.set_timesteps(4)
+    assert float(torch.logit(pipe.scheduler.gamma(3).double())) == pytest.approx(-9, abs=1e-3)
 
 
 def test_a_start_from_the_source_has_its_tasks_noise(pipe, photo, seeded):

@@ -193,6 +193,7 @@ WRONG = [
     *[{name: math.inf} for name in ("initial_noise", "restart_noise", "border_noise", "logsnr_max", "chroma_contrast")],
     *[{name: math.nan} for name in ("logsnr_min", "slow_noise", "source_eta", "chroma_guidance", "clip_sample_range")],
     *[{"task_noise": value} for value in (0.9, {"a": "1"}, {"a": -1}, {"a": math.nan}, {1: 1.0})],
+    *[{"task_logsnr_min": value} for value in (-9.0, {"a": "1"}, {"a": math.inf}, {"a": 9.0}, {1: -9.0})],
     {"initial_noise": None}, {"clip_sample_range": 0.0}, {"sampling_order": 3},
     {"beta_start": 0.02}, {"sampling_beta_end": 1e-5}, {"logsnr_min": 5.0, "logsnr_max": 5.0},
     {"num_train_timesteps": 3, "trained_betas": [0.1, 0.2]}, {"num_train_timesteps": 2, "trained_betas": [0.1, 1.1]},
